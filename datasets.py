@@ -1,0 +1,587 @@
+"""CSV rows to examples to sampled, packed batches; and the download of the real CSVs.
+
+    python datasets.py download            fetch the nine real CSVs into data/
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import http.client
+import math
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer import BertTokenizer
+from utils import UserError, atomic_write, one_line
+
+SPLITS = ("train", "dev", "test")
+MAX_SIMILARITY = 5.0
+NAMED_ROWS = 20  # a warning names this many unusable rows and counts the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that tells one task from another. A fourth task is one more row in TASKS, and a head."""
+
+    name: str
+    title: str
+    file_prefix: str
+    sentence_columns: tuple[str, ...]
+    label_column: str
+    num_classes: int | None  # None: the label is a number from 0 to MAX_SIMILARITY
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: tuple[str, ...]  # the first one selects the model; the names are evaluation.py's
+    prediction_column: str
+
+    def filename(self, split: str) -> str:
+        return f"{self.file_prefix}-{'test-student' if split == 'test' else split}.csv"
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """The head's outputs as values on the label's scale."""
+        if self.num_classes:
+            return outputs.argmax(dim=-1)
+        return outputs.clamp(0, MAX_SIMILARITY)
+
+    def parse_label(self, text: str) -> float:
+        """A label's value. ValueError says why there is none."""
+        if not text.strip():
+            raise ValueError("no label")
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"label {text.strip()[:20]!r} is not a number") from None
+        if self.num_classes and not (value.is_integer() and 0 <= value < self.num_classes):
+            raise ValueError(f"label {text.strip()} is not one of 0 to {self.num_classes - 1}")
+        if not 0 <= value <= MAX_SIMILARITY:
+            raise ValueError(f"label {text.strip()} is not between 0 and {MAX_SIMILARITY:g}")
+        return value
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="sst",
+            title="sentiment",
+            file_prefix="ids-sst",
+            sentence_columns=("sentence",),
+            label_column="sentiment",
+            num_classes=5,
+            loss=F.cross_entropy,
+            metrics=("accuracy", "macro_f1"),
+            prediction_column="predicted_sentiment",
+        ),
+        Task(
+            name="para",
+            title="paraphrase",
+            file_prefix="quora",
+            sentence_columns=("sentence1", "sentence2"),
+            label_column="is_duplicate",
+            num_classes=2,
+            loss=F.cross_entropy,
+            metrics=("accuracy", "macro_f1"),
+            prediction_column="predicted_is_duplicate",
+        ),
+        Task(
+            name="sts",
+            title="similarity",
+            file_prefix="sts",
+            sentence_columns=("sentence1", "sentence2"),
+            label_column="similarity",
+            num_classes=None,
+            loss=F.mse_loss,
+            metrics=("pearson",),
+            prediction_column="predicted_similarity",
+        ),
+    )
+}
+
+
+class Example(NamedTuple):
+    sentences: tuple[str, ...]
+    label: float  # nan where there is none
+    id: str
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
+    """Read one tab-separated CSV, quoted as pandas writes it; columns are found by name.
+
+    Training rows need a label and sentences with text in them. Dev rows without a label are kept
+    with label nan, and an empty sentence is kept in dev and test, so that every row that has its
+    cells is predicted. Rows that cannot be used, and dev rows that cannot be scored, are counted
+    and named in one warning.
+
+    Raises:
+        UserError: no such file, not tab-separated, a column missing, or no usable row.
+    """
+    examples, problems = [], []
+    needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
+    rows = _csv_rows(Path(path))
+    columns = _find_columns(path, next(rows, (1, []))[1], needed)
+    for line, cells in rows:
+        try:
+            examples.append(_to_example(cells, columns, task, split))
+        except _Unscored as problem:
+            examples.append(problem.example)
+            problems.append((line, f"{problem}, so predicted but not scored"))
+        except ValueError as problem:
+            problems.append((line, str(problem)))
+    if not any(split == "test" or not math.isnan(example.label) for example in examples):
+        reasons = "; ".join(f"line {line}: {reason}" for line, reason in problems[:3])
+        raise UserError(
+            f"{path}: not one usable row{' (' + reasons + ')' if reasons else ''}; "
+            f"expected tab-separated columns {', '.join(needed)}"
+        )
+    if problems:
+        warnings.warn(_describe(path, problems), stacklevel=2)
+    return examples
+
+
+class _Unscored(ValueError):
+    """A dev row whose label cannot be used."""
+
+    def __init__(self, example: Example, reason: str):
+        super().__init__(reason)
+        self.example = example
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line where the row starts, cells) of a tab-separated file; blank lines are passed over."""
+    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            start = 1
+            for cells in reader:
+                if cells:
+                    yield start, cells
+                start = reader.line_num + 1
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; run 'python datasets.py download' for the real data, "
+            "or give --data_dir data/sample for the sample"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}; is a quote missing?") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
+    missing = [name for name in needed if name not in header]
+    if missing and len(header) < 2:
+        raise UserError(
+            f"{path}: the first line has no tab in it, so this is no tab-separated file; "
+            f"expected columns {', '.join(needed)}"
+        )
+    if missing:
+        raise UserError(
+            f"{path}: no column named {', '.join(missing)}; its columns are {', '.join(header)}"
+        )
+    return {"": len(header)} | {name: header.index(name) for name in needed}
+
+
+def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: str) -> Example:
+    if len(cells) != columns[""]:
+        raise ValueError(f"{len(cells)} cells instead of {columns['']}")
+    id = cells[columns["id"]].strip()
+    sentences = tuple(cells[columns[name]] for name in task.sentence_columns)
+    if not id:
+        raise ValueError("no id")
+    if split == "test":
+        return Example(sentences, math.nan, id)
+    try:
+        label = task.parse_label(cells[columns[task.label_column]])
+    except ValueError as problem:
+        if split == "train":
+            raise
+        raise _Unscored(Example(sentences, math.nan, id), str(problem)) from None
+    if split == "train" and not all(sentence.strip() for sentence in sentences):
+        raise ValueError("empty sentence")
+    return Example(sentences, label, id)
+
+
+def _describe(path: str | Path, problems: list[tuple[int, str]]) -> str:
+    named = ", ".join(f"line {line} ({reason})" for line, reason in problems[:NAMED_ROWS])
+    rest = Counter(reason for _, reason in problems[NAMED_ROWS:])
+    others = "".join(f", and {count} more ({reason})" for reason, count in rest.items())
+    rows = "row" if len(problems) == 1 else "rows"
+    return f"{path}: {len(problems)} unusable {rows}: {named}{others}"
+
+
+# ------------------------------------------------------------------------------------- tokenizing
+
+
+class TokenColumn(NamedTuple):
+    """The word-piece ids of one sentence column, one sentence after the other."""
+
+    ids: np.ndarray  # [n_tokens] int32
+    offsets: np.ndarray  # [n_rows + 1] int64: row i is ids[offsets[i]:offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+class TaskDataset:
+    """One file of one task: its examples, and their word-piece ids, made once and cached.
+
+    Args:
+        path: the CSV.
+        split: "train", "dev" or "test".
+        max_length: sequences are cut there, special tokens included.
+        cache_dir: where the ids are kept for the next run; None keeps them nowhere.
+        limit: read no more than this many examples.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        task: Task,
+        split: str,
+        tokenizer: BertTokenizer,
+        max_length: int,
+        cache_dir: str | Path | None = None,
+        limit: int | None = None,
+    ):
+        self.path, self.task, self.split = Path(path), task, split
+        self.examples = read_examples(path, task, split)[:limit]
+        self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
+        sentences = [text for column in zip(*self._sentences()) for text in column]
+        name = f"{task.name}-{split}"
+        ids, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        rows = len(self.examples)
+        self.columns = [
+            TokenColumn(ids, offsets[start : start + rows + 1])
+            for start in range(0, len(sentences), rows)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def ids(self) -> list[str]:
+        return [example.id for example in self.examples]
+
+    def _sentences(self) -> list[tuple[str, ...]]:
+        return [example.sentences for example in self.examples]
+
+
+def tokenize_cached(
+    sentences: list[str],
+    tokenizer: BertTokenizer,
+    max_length: int,
+    cache_dir: str | Path | None,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`tokenizer.packed_ids`, kept in `cache_dir` under a digest of all that decides the result.
+
+    A cache file that is damaged, or whose content does not have the digest noted in it, is made
+    anew. A cache that cannot be written is a warning.
+    """
+
+    def tokenize():
+        chunks = dict(desc=f"tokenizing {name}", unit="chunk", leave=False, delay=1)
+        return tokenizer.packed_ids(sentences, max_length, lambda it: tqdm(it, **chunks))
+
+    if cache_dir is None:
+        return tokenize()
+    key = hashlib.sha256(f"{max_length}\n{tokenizer.to_json()}\n".encode())
+    for sentence in sentences:
+        text = sentence.encode("utf-8", "surrogatepass")
+        key.update(b"%d:" % len(text) + text)
+    path = Path(cache_dir) / f"tokens-{key.hexdigest()[:32]}.safetensors"
+    try:
+        return _read_token_cache(path, len(sentences))
+    except Exception:  # absent, truncated, garbled, ...: whatever it is, it is made anew
+        ids, lengths = tokenize()
+    try:
+        _write_token_cache(path, ids, lengths)
+    except (UserError, OSError) as error:
+        warnings.warn(f"word-piece ids are not cached: {one_line(error)}", stacklevel=2)
+    return ids, lengths
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+def _read_token_cache(path: Path, n_sentences: int) -> tuple[np.ndarray, np.ndarray]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        ids, lengths = file.get_tensor("ids"), file.get_tensor("lengths")
+        digest = file.metadata()["digest"]
+    if digest != _digest(ids, lengths) or len(lengths) != n_sentences:
+        raise ValueError("damaged")
+    return ids, lengths
+
+
+def _write_token_cache(path: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    with atomic_write(path) as temporary:
+        tensors = {"ids": ids, "lengths": lengths}
+        save_file(tensors, temporary, metadata={"digest": _digest(ids, lengths)})
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows of one or more tasks, packed for one pass through the encoder.
+
+    The sequences stand shortest first, so that those of equal length are neighbours. `places`
+    brings their vectors back into the order in which `columns` names them: task by task, sentence
+    column by sentence column, row by row.
+    """
+
+    input_ids: Tensor  # [n_tokens]
+    position_ids: Tensor  # [n_tokens]
+    lengths: list[int]  # [n_sequences]; stays on the host, so reading it never waits for a GPU
+    places: Tensor  # [n_sequences]
+    columns: dict[str, list[slice]]  # task -> where its sentence columns stand after `places`
+    labels: dict[str, Tensor]  # task -> [n_rows]
+    rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
+
+    def __len__(self) -> int:
+        """Rows per task; all tasks of a training batch have the same number."""
+        return max(len(rows) for rows in self.rows.values())
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor):
+            if device.type == "cuda":  # pinned memory makes the copy asynchronous
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            places=move(self.places),
+            labels={name: move(labels) for name, labels in self.labels.items()},
+        )
+
+
+def collate(parts: dict[str, tuple[TaskDataset, np.ndarray]]) -> Batch:
+    """Pack the given rows of each task's dataset into one batch."""
+    sequences, columns, labels = [], {}, {}
+    for name, (dataset, rows) in parts.items():
+        columns[name] = []
+        for column in dataset.columns:
+            columns[name].append(slice(len(sequences), len(sequences) + len(rows)))
+            sequences.extend(column.row(row) for row in rows)
+        dtype = torch.long if dataset.task.num_classes else torch.float32
+        values = np.nan_to_num(dataset.labels[rows], nan=-1)  # -1: no label, never in training
+        labels[name] = torch.from_numpy(values).to(dtype)
+    lengths = np.array([len(sequence) for sequence in sequences])
+    order = np.argsort(lengths, kind="stable")
+    places = np.argsort(order)
+    positions = [np.arange(lengths[index]) for index in order]
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([sequences[i] for i in order]).astype(np.int64)),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
+        lengths=lengths[order].tolist(),
+        places=torch.from_numpy(places),
+        columns=columns,
+        labels=labels,
+        rows={name: rows for name, (_, rows) in parts.items()},
+    )
+
+
+class EpochSampler:
+    """Draws a task's rows without replacement until they are used up, then reshuffles.
+
+    What one epoch leaves over, the next one starts with.
+    """
+
+    def __init__(self, n_rows: int, seed: int):
+        self.n_rows = n_rows
+        self.generator = np.random.default_rng(seed)
+        self.remaining = np.empty(0, np.int64)
+
+    def draw(self, samples: int) -> np.ndarray:
+        """Row numbers [samples]."""
+        drawn = []
+        while samples > 0:
+            if not len(self.remaining):
+                self.remaining = self.generator.permutation(self.n_rows)
+            drawn.append(self.remaining[:samples])
+            self.remaining = self.remaining[samples:]
+            samples -= len(drawn[-1])
+        return np.concatenate(drawn)
+
+
+def training_windows(
+    datasets: dict[str, TaskDataset],
+    samplers: dict[str, EpochSampler],
+    samples_per_epoch: int,
+    batch_size: int,
+    grad_accumulation: int,
+) -> Iterator[list[Batch]]:
+    """One epoch: for each optimizer step, the batches whose gradients it adds up."""
+    drawn = {name: samplers[name].draw(samples_per_epoch) for name in datasets}
+    window_size = batch_size * grad_accumulation
+    for window in range(0, samples_per_epoch, window_size):
+        end = min(window + window_size, samples_per_epoch)
+        yield [
+            collate(
+                {
+                    name: (dataset, drawn[name][start : min(start + batch_size, end)])
+                    for name, dataset in datasets.items()
+                }
+            )
+            for start in range(window, end, batch_size)
+        ]
+
+
+def evaluation_batches(dataset: TaskDataset, batch_size: int) -> Iterator[Batch]:
+    """Every row once, longest first: what would not fit into memory fails at the start."""
+    n_tokens = sum(column.lengths for column in dataset.columns)
+    order = np.argsort(-n_tokens, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield collate({dataset.task.name: (dataset, order[start : start + batch_size])})
+
+
+# ------------------------------------------------------------------------------------- download
+
+DATA_URL = (
+    "https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/"
+    "7ac8260577fc12a86c7aaf38918056c30054ef39/data"
+)
+GIT_BLOBS = {
+    "ids-sst-train.csv": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
+    "ids-sst-dev.csv": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
+    "ids-sst-test-student.csv": "bbd2313758825f86e24416d6aad64cd93370cf7a",
+    "quora-train.csv": "a3b5546f6a0e65b60a328a5d294d1038f5bed1da",
+    "quora-dev.csv": "de7cfa32428fd470b93f778fccc45a619e01336f",
+    "quora-test-student.csv": "f257ef00558555afb50819578a58205732b16354",
+    "sts-train.csv": "12b17760e7795fee35aeeabc290d5651de02622a",
+    "sts-dev.csv": "9392860e584717976b8d817cc40c9e6ceeec27e0",
+    "sts-test-student.csv": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
+}
+ATTEMPTS = 3
+TIMEOUT_SECONDS = 30
+
+
+def git_blob_id(path: Path) -> str:
+    """The id that git gives a file's content: SHA-1 of "blob <size>\\0" and the content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = GIT_BLOBS) -> None:
+    """Fetch the files of `blobs` (name -> git blob id) into `data_dir`.
+
+    A file arrives as NAME.part, which a later call goes on with; only once its blob id is right
+    does it take its name. Files that are there and right are left alone.
+
+    Raises:
+        UserError: names each file that could not be had, and why; the others are there.
+    """
+    failures = []
+    for name, blob in blobs.items():
+        try:
+            _download_file(f"{url}/{name}", Path(data_dir) / name, blob)
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def _download_file(url: str, path: Path, blob: str) -> None:
+    if path.exists():
+        if git_blob_id(path) == blob:
+            print(f"{path}: already there")
+            return
+        raise UserError(f"{path} is there and is another file; move it away and run this again")
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _fetch(url, part)
+                break
+            except (OSError, http.client.HTTPException, EOFError) as error:
+                final = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                if final or attempt == ATTEMPTS:
+                    raise
+                time.sleep(attempt)
+    except Exception as error:
+        kept = f"; {part.stat().st_size} bytes are kept to go on with" if part.exists() else ""
+        raise UserError(f"cannot download {url}: {one_line(error)}{kept}") from error
+    if (found := git_blob_id(part)) != blob:
+        part.unlink()
+        raise UserError(f"{url}: what came has git blob id {found}, not {blob}; it was deleted")
+    part.replace(path)
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append what is missing of `url` to `part`. EOFError: the connection closed too early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing; the blob id tells whether it is right
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        start = have if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length is not None else None
+        with tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar:
+            while block := response.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise EOFError(f"the connection closed after {part.stat().st_size} of {total} bytes")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("download", help="fetch the nine real CSVs, each verified")
+    command.add_argument("--data_dir", default="data", help="folder for the CSVs (default: data)")
+    command.add_argument("--url", default=DATA_URL, help="folder to fetch from, such as a mirror")
+    args = parser.parse_args(argv)
+    try:
+        download(args.data_dir, args.url.rstrip("/"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

