@@ -1,6 +1,6 @@
 """CSV rows to examples to sampled, packed batches; and the download of the real CSVs.
 
-    python datasets.py download            fetch the nine real CSVs into data/
+python datasets.py download            fetch the nine real CSVs into data/
 """
 
 import argparse

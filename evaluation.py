@@ -121,4 +121,6 @@ def confusion_figure(evaluation: Evaluation):
 
 def format_scores(scores: dict[str, float]) -> str:
     """`accuracy 0.463, macro_f1 0.441`"""
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if math.isfinite(value))
+    return ", ".join(
+        f"{name} {value:.3f}" for name, value in scores.items() if math.isfinite(value)
+    )

@@ -1,6 +1,6 @@
 """Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) at once.
 
-    python -u multitask_classifier.py --use_gpu
+python -u multitask_classifier.py --use_gpu
 """
 
 import argparse
@@ -64,7 +64,9 @@ class AttentionLayer(nn.Module):
         runs = equal_length_runs(lengths)
         run_sizes = [count * length for count, length in runs]
         vectors = []
-        for score, states, run in zip(scores.split(run_sizes), hidden_states.split(run_sizes), runs):
+        for score, states, run in zip(
+            scores.split(run_sizes), hidden_states.split(run_sizes), runs
+        ):
             weights = score.view(*run, 1).softmax(dim=1)  # [B, S, 1]
             vectors.append((weights * states.view(*run, -1)).sum(dim=1))
         return torch.cat(vectors)  # [B, D]

@@ -38,9 +38,10 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for step, tensors in self._by_step(group["params"]).items():
                 for blocks in cache_sized_blocks(tensors):
-                    adamw_update(*blocks, step, **{name: group[name] for name in self.defaults})
+                    adamw_update(*blocks, step, **settings)
         return loss
 
     def _by_step(self, params) -> dict[int, list[tuple[Tensor, ...]]]:

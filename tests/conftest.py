@@ -1,0 +1,115 @@
+"""Fixtures. Our datasets.py has the name of a PyPI package that transformers looks for, so
+transformers is imported, and decides that the package is not there, before our root is on the path.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+import transformers  # noqa: E402
+from transformers.utils import is_datasets_available  # noqa: E402
+
+TRANSFORMERS_SEES_DATASETS = is_datasets_available()  # it remembers the answer
+
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from base_bert import BertConfig  # noqa: E402
+from bert import BertModel  # noqa: E402
+from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
+from utils import minilm_directory, seed_everything  # noqa: E402
+
+# Models of a few thousand weights: more threads only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+SAMPLE = ROOT / "data" / "sample"
+
+# Every size differs from every other, so that a swapped axis cannot pass.
+TINY = dict(
+    vocab_size=99,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=37,
+    max_position_embeddings=41,
+    type_vocab_size=2,
+)
+
+
+@pytest.fixture
+def root():
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    seed_everything(1)
+
+
+@pytest.fixture(scope="session")
+def minilm_path():
+    return minilm_directory()
+
+
+@pytest.fixture(scope="session")
+def minilm_tokenizer():
+    return BertTokenizer.from_pretrained("minilm")
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory):
+    """A random two-layer BERT with a vocabulary of letters, in Hugging Face layout."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    pieces += ["##" + letter for letter in letters] + list(",.?!:'\"-;")
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    directory = tmp_path_factory.mktemp("tiny")
+    seed_everything(2)
+    config = BertConfig(
+        vocab_size=len(pieces) + 3,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=37,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(directory)
+    BertTokenizer(word_piece_backend(vocabulary, {}), 128).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def padded_batch():
+    """Rows of 9, 2, 5, 1, 5 and 9 real tokens, in no order."""
+    lengths = [9, 2, 5, 1, 5, 9]
+    input_ids = torch.randint(1, TINY["vocab_size"], (len(lengths), max(lengths)))
+    mask = torch.tensor([[1] * length + [0] * (9 - length) for length in lengths])
+    return input_ids * mask, mask
+
+
+def hugging_face_twin(config: BertConfig, dtype=torch.float32, **changes):
+    """(our BERT, transformers' BERT) with the same random weights, in evaluation mode."""
+    ours = BertModel(config).to(dtype).eval()
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__} | changes
+    theirs = transformers.BertModel(transformers.BertConfig(**values)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():  # bigger than the initial ones, biases too
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def twins():
+    return hugging_face_twin
+
+
+@pytest.fixture
+def tiny_config():
+    return BertConfig(**TINY)

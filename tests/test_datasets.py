@@ -1,0 +1,440 @@
+import csv
+import hashlib
+import math
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+
+import datasets
+from datasets import (
+    NAMED_ROWS,
+    TASKS,
+    EpochSampler,
+    TaskDataset,
+    collate,
+    download,
+    evaluation_batches,
+    git_blob_id,
+    read_examples,
+    training_windows,
+)
+from utils import UserError
+
+SST, PARA, STS = TASKS.values()
+PARA_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="file.csv"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_sample_files_are_whole(task, split, recwarn):
+    examples = read_examples(SAMPLE / task.filename(split), task, split)
+    assert len(examples) == (1500 if split == "train" else 300)
+    assert len({example.id for example in examples}) == len(examples)
+    assert all(math.isnan(example.label) == (split == "test") for example in examples)
+    assert not recwarn
+
+
+def test_sample_is_what_its_generator_writes(tmp_path):
+    before = {path.name: path.read_bytes() for path in SAMPLE.glob("*.csv")}
+    assert len(before) == 9
+    script = (SAMPLE / "generate.py").read_text()
+    (tmp_path / "generate.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "generate.py"], check=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_sample_dev_and_test_share_no_row_with_train(task):
+    seen = {}
+    for split in ("train", "dev", "test"):
+        for example in read_examples(SAMPLE / task.filename(split), task, split):
+            assert seen.setdefault(example.sentences, split) == split
+
+
+def test_quoting_as_pandas_writes_it(write):
+    cells = ['say "hi"\tnow', "two\nlines", '"', " 'single' "]
+    with open(write(""), "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["", "id", "sentence", "sentiment"])
+        writer.writerows([index, f"i{index}", cell, 3] for index, cell in enumerate(cells))
+    examples = read_examples(file.name, SST, "train")
+    assert [example.sentences[0] for example in examples] == cells
+
+
+def test_columns_are_found_by_name(write):
+    path = write("is_duplicate\tsentence2\textra\tid\tsentence1\n1.0\tb\tx\ti\ta\n")
+    assert read_examples(path, PARA, "train") == [(("a", "b"), 1.0, "i")]
+
+
+def test_bom_and_windows_line_ends(write):
+    path = write("\ufeffid\tsentence\tsentiment\r\ni\tgood\t4\r\n")
+    assert read_examples(path, SST, "train") == [(("good",), 4.0, "i")]
+
+
+BAD_ROWS = (
+    PARA_HEADER
+    + "0\ta\tone\ttwo\t1.0\n"
+    + "1\tb\tone\ttwo\t\n"  # line 3
+    + "2\tc\t \ttwo\t0.0\n"  # line 4
+    + '3\td\t"o\nne"\ttwo\t0\n'  # lines 5 and 6
+    + "4\te\tone\t0.0\n"  # line 7
+    + "5\tf\tone\ttwo\t2\n"  # line 8
+    + "6\tg\tone\ttwo\tyes\n"
+    + "7\t\tone\ttwo\t1\n"
+    + "8\tj\tone\ttwo\tnan\n"
+)
+
+
+def test_unusable_training_rows_are_named_in_one_warning(write):
+    path = write(BAD_ROWS)
+    with pytest.warns(UserWarning) as caught:
+        examples = read_examples(path, PARA, "train")
+    assert [example.id for example in examples] == ["a", "d"]
+    assert len(caught) == 1
+    assert str(caught[0].message) == (
+        f"{path}: 7 unusable rows: line 3 (no label), line 4 (empty sentence), "
+        "line 7 (4 cells instead of 5), line 8 (label 2 is not one of 0 to 1), "
+        "line 9 (label 'yes' is not a number), line 10 (no id), "
+        "line 11 (label nan is not one of 0 to 1)"
+    )
+
+
+def test_dev_rows_without_label_are_predicted_but_not_scored(write):
+    path = write(BAD_ROWS)
+    with pytest.warns(UserWarning, match=r"line 3 \(no label, so predicted but not scored\)"):
+        examples = read_examples(path, PARA, "dev")
+    assert [example.id for example in examples] == ["a", "b", "c", "d", "f", "g", "j"]
+    assert [math.isnan(example.label) for example in examples] == [0, 1, 0, 0, 1, 1, 1]
+    assert examples[2] == ((" ", "two"), 0.0, "c")
+
+
+def test_test_rows_need_no_label_and_no_text(write):
+    path = write("\tid\tsentence\n0\ta\t\n1\tb\ttext\n")
+    assert [example.sentences for example in read_examples(path, SST, "test")] == [("",), ("text",)]
+
+
+def test_many_unusable_rows_are_counted_by_reason(write):
+    path = write(PARA_HEADER + "0\ta\tb\tc\t1\n" + "1\tb\tx\ty\t\n" * 50 + "1\tb\t\ty\t1\n")
+    with pytest.warns(UserWarning) as caught:
+        read_examples(path, PARA, "train")
+    message = str(caught[0].message)
+    assert message.count("line ") == NAMED_ROWS
+    assert message.endswith("and 30 more (no label), and 1 more (empty sentence)")
+
+
+@pytest.mark.parametrize("label", ["-0.1", "5.1", "nan", "inf", "x"])
+def test_similarities_out_of_range_are_refused(label):
+    with pytest.raises(ValueError, match="label"):
+        STS.parse_label(label)
+    assert STS.parse_label("4.75") == 4.75
+
+
+ERRORS = {
+    "no such file; run 'python datasets.py download'": None,
+    "no tab in it": b"id,sentence,sentiment\n1,good,3\n",
+    "no column named sentiment; its columns are id, sentence": b"id\tsentence\n1\tgood\n",
+    r"not one usable row \(line 2: no label.*\)": b"id\tsentence\tsentiment\n1\tgood\t\n",
+    "not one usable row; expected": b"id\tsentence\tsentiment\n",
+    "the first line has no tab": b"",
+    "not UTF-8 text": b"id\tsentence\tsentiment\n1\tg\xe9\t3\n",
+    "line 3: .*; is a quote missing": b'id\tsentence\tsentiment\n1\t"good\t3\n2\tbad\t1\n',
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_file_of_no_use_is_one_clear_line(write, tmp_path, message, split):
+    content = ERRORS[message]
+    path = tmp_path / "absent.csv" if content is None else write(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_examples(path, SST, split)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- tokenizing
+
+
+@pytest.fixture
+def dataset(minilm_tokenizer):
+    def dataset(name, split="train", **arguments):
+        task = TASKS[name]
+        arguments = dict(tokenizer=minilm_tokenizer, max_length=512) | arguments
+        return TaskDataset(SAMPLE / task.filename(split), task, split, **arguments)
+
+    return dataset
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_tokenized_column_by_column(dataset, minilm_tokenizer, name):
+    data = dataset(name, max_length=9)
+    for number, column in enumerate(data.columns):
+        texts = [example.sentences[number] for example in data.examples]
+        expected = minilm_tokenizer(texts, truncation=True, max_length=9)["input_ids"]
+        assert [column.row(row).tolist() for row in range(len(data))] == expected
+        assert column.lengths.tolist() == [len(row) for row in expected]
+
+
+class CountingTokenizer:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def to_json(self):
+        return self.tokenizer.to_json()
+
+    def packed_ids(self, *arguments):
+        self.calls += 1
+        return self.tokenizer.packed_ids(*arguments)
+
+
+def test_the_next_run_reads_the_cache(dataset, minilm_tokenizer, tmp_path):
+    tokenizer = CountingTokenizer(minilm_tokenizer)
+    first = dataset("para", tokenizer=tokenizer, cache_dir=tmp_path)
+    again = dataset("para", tokenizer=tokenizer, cache_dir=tmp_path)
+    assert tokenizer.calls == 1
+    for mine, other in zip(first.columns, again.columns):
+        assert np.array_equal(mine.ids, other.ids) and np.array_equal(mine.offsets, other.offsets)
+    dataset("para", tokenizer=tokenizer, cache_dir=tmp_path, max_length=7)
+    dataset("para", tokenizer=tokenizer, cache_dir=tmp_path, limit=7)
+    assert tokenizer.calls == 3
+
+
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_last_byte, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 99)],
+    ids=["flipped", "empty", "garbage"],
+)
+def test_a_damaged_cache_is_made_anew(dataset, minilm_tokenizer, tmp_path, damage):
+    tokenizer = CountingTokenizer(minilm_tokenizer)
+    first = dataset("sst", tokenizer=tokenizer, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    for _ in range(2):
+        again = dataset("sst", tokenizer=tokenizer, cache_dir=tmp_path)
+        assert np.array_equal(first.columns[0].ids, again.columns[0].ids)
+    assert tokenizer.calls == 2
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not cached"):
+        assert len(dataset("sst", cache_dir=tmp_path / "file")) == 1500
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_holds_each_sentence_once_and_knows_its_place(dataset, minilm_tokenizer):
+    data = {name: dataset(name) for name in TASKS}
+    rows = {name: np.array([5, 900, 17, 5]) for name in TASKS}
+    batch = collate({name: (data[name], rows[name]) for name in TASKS})
+    assert batch.lengths == sorted(batch.lengths)
+    assert batch.input_ids.shape == batch.position_ids.shape == (sum(batch.lengths),)
+    sequences = batch.input_ids.split(batch.lengths)
+    positions = batch.position_ids.split(batch.lengths)
+    assert len(sequences) == 5 * 4
+    for name, columns in batch.columns.items():
+        for number, column in enumerate(columns):
+            for row, place in zip(rows[name], batch.places[column], strict=True):
+                text = data[name].examples[row].sentences[number]
+                assert sequences[place].tolist() == minilm_tokenizer([text])["input_ids"][0]
+                assert positions[place].tolist() == list(range(len(sequences[place])))
+        assert batch.labels[name].tolist() == pytest.approx(data[name].labels[rows[name]].tolist())
+    assert batch.labels["sst"].dtype == torch.long and batch.labels["sts"].dtype == torch.float32
+
+
+def test_sampler_uses_up_all_rows_before_it_repeats_one():
+    sampler = EpochSampler(n_rows=7, seed=0)
+    draws = [sampler.draw(5) for _ in range(7)]
+    assert all(len(draw) == 5 for draw in draws)
+    stream = np.concatenate(draws)
+    rounds = stream.reshape(5, 7)
+    assert all(sorted(each) == list(range(7)) for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
+    again = EpochSampler(n_rows=7, seed=0)
+    assert np.array_equal(stream, np.concatenate([again.draw(5) for _ in range(7)]))
+    other = EpochSampler(n_rows=7, seed=1)
+    assert not np.array_equal(stream, np.concatenate([other.draw(5) for _ in range(7)]))
+
+
+def test_sampler_draws_more_than_there_are():
+    counts = Counter(EpochSampler(n_rows=3, seed=0).draw(7).tolist())
+    assert sorted(counts.values()) == [2, 2, 3]
+
+
+def test_windows_cut_an_epoch_into_steps_and_batches(dataset):
+    data = {name: dataset(name) for name in TASKS}
+    samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
+    windows = list(training_windows(data, samplers, 23, batch_size=5, grad_accumulation=2))
+    assert [[len(batch) for batch in window] for window in windows] == [[5, 5], [5, 5], [3]]
+    for name in TASKS:
+        drawn = np.concatenate([batch.rows[name] for window in windows for batch in window])
+        assert np.array_equal(drawn, EpochSampler(len(data[name]), seed=4).draw(23))
+
+
+def test_evaluation_batches_hold_every_row_once_longest_first(dataset):
+    data = dataset("para", "dev")
+    batches = list(evaluation_batches(data, 64))
+    rows = np.concatenate([batch.rows["para"] for batch in batches])
+    assert sorted(rows) == list(range(300))
+    tokens = [len(batch.input_ids) / len(batch) for batch in batches]
+    assert tokens == sorted(tokens, reverse=True)
+
+
+# ------------------------------------------------------------------------------------- download
+
+CONTENT = {"one.csv": b"first\tfile\n" * 30000, "two.csv": b"second\n" * 9}
+
+
+def blob(content):
+    git = ["git", "hash-object", "--stdin"]
+    return subprocess.run(git, input=content, capture_output=True).stdout.decode().strip()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves CONTENT; `server.faults` says what to do wrong, once per entry of a list."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        fault = (self.server.faults.get(name) or [None]).pop(0)
+        range_header = self.headers.get("Range")
+        self.server.requests.append((name, range_header))
+        content = CONTENT[name]
+        if fault == "missing":
+            return self.send_error(404)
+        if fault == "corrupt":
+            content = content[:-2] + b"X\n"
+        start = 0
+        if range_header and fault != "no ranges":
+            start = int(range_header.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        end = len(content) // 2 if fault == "truncated" else len(content)
+        self.wfile.write(content[start:end])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(datasets.time, "sleep", lambda seconds: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.faults, server.requests = {}, []
+    server.url = f"http://127.0.0.1:{server.server_port}/data"
+    server.blobs = {name: blob(content) for name, content in CONTENT.items()}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def files_in(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_git_blob_id_is_gits(tmp_path):
+    (tmp_path / "f").write_bytes(CONTENT["one.csv"])
+    assert git_blob_id(tmp_path / "f") == blob(CONTENT["one.csv"])
+
+
+def test_download_fetches_and_the_second_time_asks_for_nothing(server, tmp_path):
+    download(tmp_path / "data", server.url, server.blobs)
+    assert files_in(tmp_path / "data") == CONTENT
+    asked = len(server.requests)
+    download(tmp_path / "data", server.url, server.blobs)
+    assert len(server.requests) == asked == 2
+
+
+def test_download_goes_on_after_a_broken_connection(server, tmp_path):
+    server.faults["one.csv"] = ["truncated"]
+    download(tmp_path, server.url, server.blobs)
+    assert files_in(tmp_path) == CONTENT
+    half = len(CONTENT["one.csv"]) // 2
+    assert server.requests[:2] == [("one.csv", None), ("one.csv", f"bytes={half}-")]
+
+
+@pytest.mark.parametrize("fault", [None, "no ranges"])
+def test_download_goes_on_where_an_interrupted_one_stopped(server, tmp_path, fault):
+    (tmp_path / "one.csv.part").write_bytes(CONTENT["one.csv"][:1000])
+    server.faults["one.csv"] = [fault]
+    download(tmp_path, server.url, server.blobs)
+    assert files_in(tmp_path) == CONTENT
+    assert server.requests[0] == ("one.csv", "bytes=1000-")
+
+
+def test_download_takes_a_part_that_is_already_whole(server, tmp_path):
+    (tmp_path / "one.csv.part").write_bytes(CONTENT["one.csv"])
+    download(tmp_path, server.url, server.blobs)
+    assert files_in(tmp_path) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "faults, message, left",
+    [
+        (["corrupt"], "git blob id .*, not .*; it was deleted", {}),
+        (["missing"], "cannot download .*one.csv: HTTP Error 404: Not Found", {}),
+        (["truncated"] * 3, "closed after .* bytes are kept", {"one.csv.part"}),
+    ],
+)
+def test_what_cannot_be_had_is_named_and_the_others_arrive(server, tmp_path, faults, message, left):
+    server.faults["one.csv"] = list(faults)
+    with pytest.raises(UserError, match=message):
+        download(tmp_path, server.url, server.blobs)
+    assert set(files_in(tmp_path)) == {"two.csv", *left}
+    if faults != ["missing"]:
+        assert len(server.requests) == len(faults) + 1
+
+
+def test_a_file_of_the_users_own_is_left_alone(server, tmp_path):
+    (tmp_path / "two.csv").write_text("mine")
+    with pytest.raises(UserError, match="two.csv is there and is another file; move it away"):
+        download(tmp_path, server.url, server.blobs)
+    assert files_in(tmp_path)["two.csv"] == b"mine"
+
+
+def test_the_command_line(server, tmp_path):
+    """All nine names are asked for; what this server has under them is not the published data."""
+    CONTENT.update({name: b"x\ty\n" for name in datasets.GIT_BLOBS})
+    command = [sys.executable, ROOT / "datasets.py", "download", "--url", server.url]
+    done = subprocess.run([*command, "--data_dir", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("git blob id") == 9
+    assert "Traceback" not in done.stderr
+    assert {name for name, _ in server.requests} == {
+        task.filename(split) for task in TASKS.values() for split in ("train", "dev", "test")
+    }
+
+
+def test_published_ids_are_forty_hex_digits():
+    assert len(set(datasets.GIT_BLOBS.values())) == 9
+    assert all(
+        len(bytes.fromhex(each)) == hashlib.sha1().digest_size
+        for each in datasets.GIT_BLOBS.values()
+    )

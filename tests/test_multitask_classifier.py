@@ -1,0 +1,602 @@
+import argparse
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SAMPLE
+
+import multitask_classifier as mc
+from bert import BertModel
+from datasets import TASKS, EpochSampler, TaskDataset, collate, training_windows
+from evaluation import mean_score
+from multitask_classifier import MultitaskBERT
+from tokenizer import BertTokenizer
+from utils import UserError
+
+
+@pytest.fixture
+def model(tiny_directory):
+    return MultitaskBERT(BertModel.from_pretrained(tiny_directory))
+
+
+@pytest.fixture
+def data(tiny_directory):
+    """task -> the sample's training rows"""
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    return {
+        name: TaskDataset(SAMPLE / task.filename("train"), task, "train", tokenizer, 128)
+        for name, task in TASKS.items()
+    }
+
+
+@pytest.fixture
+def flags(tiny_directory, tmp_path):
+    """Flags of a run of seconds on the sample, with all that it writes under tmp_path."""
+    flags = ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE)]
+    for name in ("models_dir", "logdir", "cache_dir"):
+        flags += [f"--{name}", str(tmp_path / name)]
+    for name in TASKS:
+        for split in ("dev", "test"):
+            flags += [f"--{name}_{split}_out", str(tmp_path / f"{name}-{split}.csv")]
+    return flags + ["--epochs", "2", "--samples_per_epoch", "64", "--batch_size", "16"]
+
+
+def options(*flags):
+    return mc.parse_options(list(flags))
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def padded(tokenizer, data, rows, name, column):
+    texts = [data[name].examples[row].sentences[column] for row in rows]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def test_heads_and_pooling_equal_their_formulas(model, data, tiny_directory):
+    """The padded methods against the formulas, on vectors from the padded encoder."""
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    model.double().eval()
+    rows = [0, 5, 9, 2]
+    one = padded(tokenizer, data, rows, "para", 0)
+    two = padded(tokenizer, data, rows, "para", 1)
+
+    def vector(input_ids, mask):
+        hidden = model.bert(input_ids, mask)["last_hidden_state"]
+        scores = torch.tanh(
+            hidden @ model.attention_layer.W.weight.T + model.attention_layer.W.bias
+        )
+        scores = (scores @ model.attention_layer.v.weight[0]).masked_fill(mask == 0, -torch.inf)
+        weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+        return torch.einsum("bs,bsd->bd", weights, hidden)
+
+    def layers(x, linears):
+        for linear in linears[:-1]:
+            x = torch.clamp(x @ linear.weight.T + linear.bias, min=0)
+        return x @ linears[-1].weight.T + linears[-1].bias
+
+    u, v = vector(*one), vector(*two)
+    close = dict(rtol=1e-5, atol=1e-6)  # the pooling weights are float32
+    sentiment = model.heads["sst"]
+    expected = layers(u, [*sentiment.hidden, sentiment.out])
+    torch.testing.assert_close(model.predict_sentiment(*one), expected, **close)
+    paraphrase = model.heads["para"]
+    p, q = (layers(x, [paraphrase.project]) for x in (u, v))
+    features = torch.cat([(p - q).abs(), (p + q).abs()], dim=1)
+    expected = layers(features, [*paraphrase.hidden, paraphrase.out])
+    torch.testing.assert_close(model.predict_paraphrase(*one, *two), expected, **close)
+    assert expected.shape == (4, 2) and model.predict_sentiment(*one).shape == (4, 5)
+    cosine = (u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1))
+    similarity = model.predict_similarity(*one, *two)
+    torch.testing.assert_close(similarity, 5 * cosine, check_dtype=False, **close)
+
+
+def test_one_packed_pass_equals_the_three_padded_methods(model, data, tiny_directory):
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    model.eval()
+    rows = np.array([3, 800, 21, 0, 77])
+    calls = []
+    model.bert.encoder.register_forward_hook(lambda *_: calls.append(1))
+    outputs = model(collate({name: (data[name], rows) for name in TASKS}))
+    assert len(calls) == 1
+    methods = (model.predict_sentiment, model.predict_paraphrase, model.predict_similarity)
+    for (name, task), method in zip(TASKS.items(), methods):
+        columns = range(len(task.sentence_columns))
+        inputs = [x for c in columns for x in padded(tokenizer, data, rows, name, c)]
+        torch.testing.assert_close(outputs[name], method(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_similarity_trains_unclamped(model, data):
+    """Gradient flows where the cosine is negative, and the loss is on the unclamped value."""
+    u = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    similarity = model.heads["sts"](u, torch.tensor([[-1.0, 0.5]]))
+    assert similarity.item() < 0
+    TASKS["sts"].loss(similarity, torch.tensor([3.0])).backward()
+    assert u.grad.abs().sum() > 0
+    assert TASKS["sts"].decode(similarity).item() == 0
+
+
+def test_swapping_the_sentences_changes_nothing(model, data, tiny_directory):
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    model.eval()
+    one = padded(tokenizer, data, [1, 2], "para", 0)
+    two = padded(tokenizer, data, [1, 2], "para", 1)
+    for method in (model.predict_paraphrase, model.predict_similarity):
+        torch.testing.assert_close(method(*one, *two), method(*two, *one))
+
+
+def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(model, data):
+    batch = collate({name: (data[name], np.arange(6)) for name in TASKS})
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch)
+    exact = model.eval()(batch)
+    for name, output in outputs.items():
+        TASKS[name].loss(output.float(), batch.labels[name]).backward(retain_graph=True)
+        assert (output.float() - exact[name]).abs().max() < 0.3
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+# --------------------------------------------------------------------------- what trains, and how
+
+
+def parts_that_train(model):
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = {
+        int(each[1]) for name in names if (each := re.match(r"bert\.encoder\.layer\.(\d+)", name))
+    }
+    embeddings = any(name.startswith("bert.embeddings") for name in names)
+    assert any(name.startswith("heads") for name in names)
+    assert not any(name.startswith("bert.pooler") for name in names)
+    return layers, embeddings
+
+
+def test_option_and_unfreezing_decide_what_trains(model):
+    mc.freeze_and_unfreeze(model, "pretrain", 0, epoch=5)
+    assert parts_that_train(model) == (set(), False)
+    mc.freeze_and_unfreeze(model, "finetune", 0, epoch=0)
+    assert parts_that_train(model) == ({0, 1}, True)
+    seen = []
+    for epoch in range(8):
+        mc.freeze_and_unfreeze(model, "finetune", 2, epoch)
+        seen.append(parts_that_train(model))
+    top, both = ({1}, False), ({0, 1}, False)
+    assert seen == 2 * [(set(), False)] + 2 * [top] + 2 * [both] + 2 * [({0, 1}, True)]
+
+
+@pytest.mark.parametrize("epoch, moved", [(0, set()), (1, {1}), (2, {0, 1})])
+def test_the_optimizer_never_touches_a_frozen_parameter(model, data, epoch, moved):
+    chosen = options("--unfreeze_interval", "1", "--lr", "0.01", "--weight_decay", "0.5")
+    optimizer = mc.build_optimizer(model, chosen)
+    mc.freeze_and_unfreeze(model, "finetune", 1, epoch)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    batch = collate({name: (data[name], np.arange(4)) for name in TASKS})
+    mc.training_step(model, [batch], optimizer, chosen)
+    for name, parameter in model.named_parameters():
+        layer = re.match(r"bert\.encoder\.layer\.(\d+)", name)
+        trains = int(layer[1]) in moved if layer else not name.startswith("bert.")
+        assert torch.equal(parameter, before[name]) != trains, name
+
+
+@pytest.mark.parametrize("option", ["finetune", "pretrain"])
+def test_optimizer_groups_hold_each_trained_weight_once(model, option):
+    mc.freeze_and_unfreeze(model, option, 0, 0)
+    optimizer = mc.build_optimizer(model, options("--option", option, "--weight_decay", "0.3"))
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
+    for group in optimizer.param_groups:
+        decays = {0.3: lambda p: p.ndim > 1, 0.0: lambda p: p.ndim == 1}[group["weight_decay"]]
+        assert all(map(decays, group["params"]))
+
+
+def gradients(model, window, chosen):
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            self.seen = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    losses, _ = mc.training_step(model, window, optimizer, chosen)
+    return losses, optimizer.seen
+
+
+def windows(data, batch_size, grad_accumulation):
+    samplers = {name: EpochSampler(len(each), 1) for name, each in data.items()}
+    return next(training_windows(data, samplers, 10, batch_size, grad_accumulation))
+
+
+def test_accumulated_batches_equal_one_large_batch(model, data):
+    """Also where the last batch is smaller: 4 + 4 + 2 rows against 10."""
+    model.double().eval()
+    chosen = options("--clip", "0")
+    large_losses, large = gradients(model, windows(data, 10, 1), chosen)
+    small_losses, small = gradients(model, windows(data, 4, 3), chosen)
+    for name in TASKS:
+        assert float(large_losses[name]) == pytest.approx(float(small_losses[name]), rel=1e-5)
+    for mine, expected in zip(small, large, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_the_weighted_sum_of_the_three(model, data):
+    model.eval()
+    window = windows(data, 10, 1)
+    outputs, labels = model(window[0]), window[0].labels
+    losses, seen = gradients(model, window, options("--loss_weights", "2,0.5,3", "--clip", "0"))
+    expected = {
+        "sst": F.cross_entropy(outputs["sst"], labels["sst"]),
+        "para": F.cross_entropy(outputs["para"], labels["para"]),
+        "sts": ((outputs["sts"] - labels["sts"]) ** 2).mean(),
+    }
+    for name, loss in expected.items():
+        assert float(losses[name]) == pytest.approx(loss.item(), rel=1e-5)
+    total = 2 * expected["sst"] + 0.5 * expected["para"] + 3 * expected["sts"]
+    model.zero_grad()
+    total.backward()
+    mine = [p.grad for p in model.parameters() if p.grad is not None]
+    for gradient, other in zip(seen, mine, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped(model, data):
+    _, free = gradients(model, windows(data, 10, 1), options("--clip", "0"))
+    _, clipped = gradients(model, windows(data, 10, 1), options("--clip", "0.01"))
+
+    def norm(tensors):
+        return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+
+    assert norm(free) > 0.1
+    assert norm(clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_schedulers(model):
+    optimizer = mc.build_optimizer(model, options("--lr", "0.5"))
+    rates = []
+    plateau = mc.build_scheduler(optimizer, options("--scheduler", "plateau"))
+    for mean in (0.5, 0.6, 0.6, 0.6, 0.7, 0.7):
+        plateau.step(mean)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    chosen = options("--scheduler", "cosine", "--epochs", "2", "--samples_per_epoch", "130")
+    cosine = mc.build_scheduler(optimizer, chosen)  # 3 steps an epoch
+    for _ in range(6):
+        optimizer.step()
+        cosine.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert mc.build_scheduler(optimizer, options("--scheduler", "none")) is None
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+def read_predictions(directory):
+    return {path.name: path.read_text() for path in Path(directory).glob("*-*.csv")}
+
+
+def test_a_run_end_to_end(flags, tmp_path, capsys):
+    assert mc.main(flags) == 0
+    text = capsys.readouterr().out
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    for shown in (str(checkpoint), "mean dev score", "TensorBoard log", "[CLS]", "weight decay"):
+        assert shown in text
+
+    # every prediction file has the input's ids in the input's order, and values of the right kind
+    for name, task in TASKS.items():
+        for split in ("dev", "test"):
+            rows = list(csv.reader(open(tmp_path / f"{name}-{split}.csv"), delimiter="\t"))
+            given = list(csv.reader(open(SAMPLE / task.filename(split)), delimiter="\t"))
+            assert rows[0] == ["id", task.prediction_column]
+            assert [row[0] for row in rows[1:]] == [row[1] for row in given[1:]]
+            limit = task.num_classes - 1 if task.num_classes else 5
+            assert all(0 <= float(row[1]) <= limit for row in rows[1:])
+
+    # the checkpoint's own scores are what was shown and what its predictions score
+    _, _, saved = mc.load_checkpoint(checkpoint)
+    labels = [
+        float(row[3])
+        for row in csv.reader(open(SAMPLE / "ids-sst-dev.csv"), delimiter="\t")
+        if row[0]
+    ]
+    predicted = [
+        float(row[1])
+        for row in list(csv.reader(open(tmp_path / "sst-dev.csv"), delimiter="\t"))[1:]
+    ]
+    assert saved["dev_scores"]["sst"]["accuracy"] == pytest.approx(
+        np.mean(np.equal(labels, predicted))
+    )
+    assert f"{mean_score(saved['dev_scores']):.4f}" in text
+
+    # --evaluate gives the same files again, and the same table
+    before = read_predictions(tmp_path)
+    assert len(before) == 6
+    for path in tmp_path.glob("*-*.csv"):
+        path.unlink()
+    again = flags + ["--evaluate", str(checkpoint), "--bert_model", "not/needed"]
+    assert mc.main(again) == 0
+    table = capsys.readouterr().out
+    assert read_predictions(tmp_path) == before
+    assert table.strip().split("predictions:")[0] in text
+
+
+def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flags, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert mc.main(flags + ["--tensorboard_subfolder", "sub"]) == 0
+    (run,) = (tmp_path / "logdir" / "sub").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    metrics = {"sst_accuracy", "sst_macro_f1", "para_accuracy", "para_macro_f1", "sts_pearson"}
+    assert scalars == (
+        {f"loss/{name}" for name in (*TASKS, "sum")}
+        | {f"{split}/{metric}" for split in ("train", "dev") for metric in metrics}
+        | {f"final/{metric}" for metric in metrics}
+        | {"lr", "dev/mean"}
+    )
+    assert [event.step for event in events.Scalars("loss/sts")] == list(range(1, 9))  # 2 x 64 / 16
+    assert [event.step for event in events.Scalars("dev/mean")] == [1, 2]
+    total = sum(events.Scalars(f"loss/{name}")[3].value for name in TASKS)
+    assert events.Scalars("loss/sum")[3].value == pytest.approx(total)
+    assert events.Tags()["images"] == ["dev/sst_confusion"]
+    assert any("hparams" in name for name in events.summary_metadata)
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(flags, tmp_path):
+    weights = []
+    for seed in ("1", "1", "2"):
+        models = tmp_path / f"models-{len(weights)}"
+        assert mc.main(flags + ["--seed", seed, "--models_dir", str(models)]) == 0
+        (checkpoint,) = models.iterdir()
+        weights.append(torch.load(checkpoint, weights_only=True)["model"])
+    first, again, other = weights
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_best_epoch_is_kept_and_a_score_that_is_no_number_still_saves(
+    flags, tmp_path, monkeypatch
+):
+    means = iter([0.3, 0.9, 0.5, 0.1])
+    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(means, 0.0))
+    assert mc.main(flags + ["--epochs", "4", "--scheduler", "none"]) == 0
+    # mean_score is asked twice an epoch: for TensorBoard and to choose
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 1
+    means = iter([])
+    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: float("nan"))
+    assert mc.main(flags + ["--models_dir", str(tmp_path / "nan")]) == 0
+    assert len(list((tmp_path / "nan").iterdir())) == 1
+
+
+@pytest.mark.parametrize("chosen", [["sst"], ["para", "sts"]])
+def test_only_the_named_tasks_are_read_trained_and_written(flags, tmp_path, chosen):
+    others = [name for name in TASKS if name not in chosen]
+    for name in others:
+        for split in ("train", "dev", "test"):
+            flags = flags + [f"--{name}_{split}", "/does/not/exist"]
+    assert mc.main(flags + [f"--{name}" for name in chosen]) == 0
+    written = {name.split("-")[0] for name in read_predictions(tmp_path)}
+    assert written == set(chosen)
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    assert set(mc.load_checkpoint(checkpoint)[2]["dev_scores"]) == set(chosen)
+
+
+def test_smoketest_is_short(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keep = [part for part in flags if not part.endswith(".csv") and not part.endswith("_out")]
+    assert mc.main(keep + ["--smoketest"]) == 0
+    files = list((tmp_path / "predictions" / "smoketest").iterdir())
+    assert len(files) == 6
+    assert {len(path.read_text().splitlines()) for path in files} == {mc.SMOKETEST_ROWS + 1}
+
+
+def test_pretrain_leaves_the_encoder_as_it_was(flags, tmp_path, tiny_directory):
+    assert mc.main(flags + ["--option", "pretrain"]) == 0
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    trained = mc.load_checkpoint(checkpoint)[0]
+    start = BertModel.from_pretrained(tiny_directory).state_dict()
+    for name, tensor in trained.bert.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+
+
+def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
+    assert mc.main(flags + ["--max_length", "12"]) == 0
+    before = read_predictions(tmp_path)
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
+    assert read_predictions(tmp_path) == before
+    assert mc.main(flags + ["--evaluate", str(checkpoint), "--max_length", "40"]) == 0
+    assert read_predictions(tmp_path) != before
+
+
+def test_dropout_flag_reaches_the_encoder(flags, tmp_path):
+    assert mc.main(flags + ["--hidden_dropout_prob", "0.45"]) == 0
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    model = mc.load_checkpoint(checkpoint)[0]
+    assert model.bert.config.hidden_dropout_prob == 0.45
+    assert {m.p for m in model.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.45}
+
+
+def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
+    """After the first epoch, in the middle of the second."""
+    command = [sys.executable, ROOT / "multitask_classifier.py", *flags, "--epochs", "100"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    models = tmp_path / "models_dir"
+    deadline = time.monotonic() + 120
+    while not (models.exists() and list(models.glob("*.pt"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    (checkpoint,) = models.iterdir()  # and no temporary file beside it
+    assert run.returncode == 130
+    assert f"interrupted; saved: the best model so far is {checkpoint}" in errors
+    assert "Traceback" not in errors
+    mc.load_checkpoint(checkpoint)
+    assert not read_predictions(tmp_path)
+
+
+# -------------------------------------------------------------------------------------- checkpoint
+
+
+@pytest.fixture
+def checkpoint(model, tiny_directory, tmp_path):
+    path = tmp_path / "model.pt"
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    mc.save_checkpoint(path, model, tokenizer, options(), 3, {"sst": {"accuracy": 0.5}})
+    return path
+
+
+def test_checkpoint_holds_what_a_later_load_needs(checkpoint, model, tiny_directory):
+    loaded, tokenizer, saved = mc.load_checkpoint(checkpoint)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert loaded.bert.config == model.bert.config
+    assert tokenizer(["a b"]) == BertTokenizer.from_pretrained(tiny_directory)(["a b"])
+    assert saved["options"]["lr"] == 8e-5 and saved["epoch"] == 3
+    assert set(saved["versions"]) == {"python", "torch", "commit"}
+
+
+def test_checkpoint_of_no_use_is_one_clear_line(checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    whole = checkpoint.read_bytes()
+    weights = dict(content["model"])
+    weights.popitem()
+    cases = {
+        "no such checkpoint": lambda: checkpoint.unlink(),
+        "not a readable checkpoint": lambda: checkpoint.write_bytes(whole[: len(whole) // 2]),
+        "not a checkpoint of": lambda: torch.save({"model": {}}, checkpoint),
+        "has checkpoint format 99": lambda: torch.save(content | {"format": 99}, checkpoint),
+        "a damaged checkpoint": lambda: torch.save(content | {"model": weights}, checkpoint),
+    }
+    for message, damage in cases.items():
+        damage()
+        with pytest.raises(UserError, match=message) as caught:
+            mc.load_checkpoint(checkpoint)
+        assert "\n" not in str(caught.value)
+    assert mc.main(["--evaluate", str(tmp_path / "absent.pt")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/absent.pt: no such checkpoint\n"
+
+
+def test_checkpoint_cannot_run_code(checkpoint, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    torch.save({"format": 1, "model": Malicious()}, checkpoint)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        mc.load_checkpoint(checkpoint)
+    assert not (tmp_path / "hacked").exists()
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+DEFAULTS = dict(
+    option="finetune",
+    epochs=10,
+    lr=8e-5,
+    optimizer="adamw",
+    clip=0.25,
+    seed=11711,
+    bert_model="bert-base-uncased",
+    logdir="logdir",
+    models_dir="models",
+    local_files_only=False,
+    grad_accumulation=1,
+    evaluate=None,
+    batch_size=64,
+    samples_per_epoch=10000,
+    weight_decay=0.05,
+    scheduler="plateau",
+    hidden_dropout_prob=None,
+    use_gpu=False,
+    data_dir="data",
+    tensorboard_subfolder=None,
+    smoketest=False,
+    max_length=None,
+    loss_weights=(1.0, 1.0, 1.0),
+    cache_dir=str(ROOT / ".cache"),
+    sst_train="data/ids-sst-train.csv",
+    para_test="data/quora-test-student.csv",
+    sts_dev_out="predictions/sts-dev-output.csv",
+)
+
+
+def test_defaults():
+    parsed = vars(options())
+    assert {name: parsed[name] for name in DEFAULTS} == DEFAULTS
+    assert options("--option", "pretrain").lr == 1e-3
+    assert options("--option", "pretrain", "--lr", "0.3").lr == 0.3
+
+
+def test_every_flag_is_explained_in_help_and_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for action in mc.build_parser()._actions:
+        assert action.help, action.option_strings
+        flag = action.option_strings[-1]
+        stem = re.match(r"--(sst|para|sts)_(train|dev|test)(_out)?$", flag)
+        if flag != "--help" and not stem:
+            assert f"`{flag}`" in readme, flag
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--epochs", "0"], "argument --epochs: must be a whole number above 0, not '0'"),
+        (["--lr", "nan"], "--lr: must be a number of at least 0"),
+        (["--hidden_dropout_prob", "1.5"], "must be a number from 0 to below 1"),
+        (["--loss_weights", "1,2"], "must be 3 numbers, not '1,2'"),
+        (["--loss_weights", "1,2,x"], "must be a number of at least 0, not 'x'"),
+        (["--unfreeze_interval", "1", "--option", "pretrain"], "--option pretrain does not"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        options(*flags)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--max_length", "513"], "--max_length 513 is more than this encoder's 128 positions"),
+        (["--sst_train", "/absent.csv"], "/absent.csv: no such file"),
+        (["--bert_model", "/absent/bert"], "/absent/bert: "),
+    ],
+)
+def test_what_cannot_be_used_ends_in_one_line(flags, message, tiny_directory, capsys, tmp_path):
+    base = ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE)]
+    base += ["--models_dir", str(tmp_path), "--logdir", str(tmp_path), "--local_files_only"]
+    assert mc.main(base + flags) == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_asked_for_without_one(capsys):
+    assert mc.main(["--use_gpu"]) == 1
+    assert "--use_gpu: PyTorch sees no GPU here" in capsys.readouterr().err
+
+
+def test_importing_does_nothing_heavy():
+    heavy = ["sklearn", "matplotlib", "tensorboard", "huggingface_hub", "transformers", "pandas"]
+    code = f"import json, sys, multitask_classifier; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_weights_of_losses_are_numbers():
+    assert mc.loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
+    with pytest.raises(argparse.ArgumentTypeError):
+        mc.loss_weights("1,-1,1")

@@ -1,0 +1,132 @@
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tokenizer import BertTokenizer
+from utils import UserError
+
+TEXTS = [
+    "How are you, [MASK]?",
+    "",
+    "naïve café 漢字\u200b\t[SEP] x",
+    "antidisestablishmentarianism",
+]
+
+
+@pytest.fixture(scope="module")
+def theirs(minilm_path):
+    return transformers.AutoTokenizer.from_pretrained(minilm_path)
+
+
+def words():
+    """Text of the kind that breaks tokenizers, beside any Unicode at all."""
+    hard = [
+        "[CLS]",
+        "[MASK]",
+        "##ing",
+        "İstanbul",
+        "ﬁne",
+        "a\u0301",
+        "中文",
+        "'s",
+        "\u00a0",
+        "🎈",
+        "x" * 101,
+    ]
+    return st.lists(st.one_of(st.text(), st.sampled_from(hard)), max_size=6).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(words(), min_size=100, max_size=120))
+def test_ids_equal_transformers(minilm_tokenizer, theirs, texts):
+    """At least 6,000 strings, some of them cut."""
+    ours = minilm_tokenizer(texts, truncation=True, max_length=30)
+    expected = theirs(texts, truncation=True, max_length=30)
+    assert ours["input_ids"] == expected["input_ids"]
+
+
+def test_padding_and_truncation_baked_into_the_file_are_off(minilm_tokenizer, minilm_path):
+    baked = json.loads((minilm_path / "tokenizer.json").read_text())
+    assert baked["padding"] and baked["truncation"]["max_length"] == 128
+    ids = minilm_tokenizer(["one", "word " * 300])["input_ids"]
+    assert [len(row) for row in ids] == [3, 302]
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_tensors_equal_transformers(minilm_tokenizer, theirs, limit):
+    arguments = dict(padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    ours, expected = minilm_tokenizer(TEXTS, **arguments), theirs(TEXTS, **arguments)
+    assert set(ours) == set(expected)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_truncation_is_at_512_by_default(minilm_tokenizer):
+    assert len(minilm_tokenizer(["x " * 1000], truncation=True)["input_ids"][0]) == 512
+
+
+def test_vocab_txt_alone_is_enough(tmp_path, minilm_path, theirs):
+    shutil.copy(minilm_path / "vocab.txt", tmp_path)
+    assert BertTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
+
+
+def test_cased_settings_are_read(tmp_path, minilm_path):
+    shutil.copy(minilm_path / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    ours = BertTokenizer.from_pretrained(tmp_path)
+    assert ours(["Café cafe"])["input_ids"] == theirs(["Café cafe"])["input_ids"]
+    assert ours.pieces("Café cafe") == ["[CLS]", "[UNK]", "cafe", "[SEP]"]  # no capitals in it
+
+
+@pytest.mark.parametrize("drop", ["tokenizer.json", "vocab.txt"])
+def test_transformers_opens_what_we_save(tmp_path, minilm_tokenizer, drop):
+    minilm_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / drop).unlink()
+    ours = minilm_tokenizer(TEXTS)["input_ids"]
+    assert transformers.BertTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == ours
+    assert BertTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == ours
+
+
+def test_json_round_trip(minilm_tokenizer):
+    minilm_tokenizer(["x"], padding=True, truncation=True)
+    again = BertTokenizer.from_json(minilm_tokenizer.to_json())
+    assert again(TEXTS)["input_ids"] == minilm_tokenizer(TEXTS)["input_ids"]
+
+
+def test_packed_ids_are_the_lists_in_a_row(minilm_tokenizer):
+    ids, lengths = minilm_tokenizer.packed_ids(TEXTS * 5000, max_length=7)  # more than one chunk
+    rows = minilm_tokenizer(TEXTS, truncation=True, max_length=7)["input_ids"] * 5000
+    assert lengths.tolist() == [len(row) for row in rows]
+    assert ids.tolist() == [id for row in rows for id in row]
+
+
+def test_no_texts(minilm_tokenizer):
+    ids, lengths = minilm_tokenizer.packed_ids([], max_length=7)
+    assert len(ids) == 0 and len(lengths) == 0
+
+
+def test_one_string_is_refused(minilm_tokenizer):
+    with pytest.raises(TypeError, match="list of texts"):
+        minilm_tokenizer("one string")
+
+
+@pytest.mark.parametrize(
+    "filename, content, message",
+    [
+        ("tokenizer.json", "{", "not a readable vocabulary"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"has no \[MASK\]"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "twice"),
+        ("other.txt", "", "no tokenizer.json and no vocab.txt"),
+    ],
+)
+def test_a_vocabulary_of_no_use_is_one_clear_line(tmp_path, filename, content, message):
+    (tmp_path / filename).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        BertTokenizer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

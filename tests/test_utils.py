@@ -1,0 +1,171 @@
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils import UserError, atomic_write, find_pretrained, one_line, pick_device
+
+# ---------------------------------------------------------------------------------- atomic files
+
+
+def test_atomic_write_replaces_a_file_whole(tmp_path):
+    path = tmp_path / "folder" / "file"
+    for text in ("first", "second"):
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error):
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
+
+
+def test_atomic_write_into_a_file_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file/x"):
+        with atomic_write(tmp_path / "file" / "x"):
+            pass
+
+
+def test_one_line():
+    assert one_line(ValueError("first\nsecond")) == "first"
+    assert one_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_asked_for_and_not_there_is_an_error():
+    assert pick_device(False).type == "cpu"
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="--use_gpu: PyTorch sees no GPU"):
+            pick_device(True)
+
+
+# ------------------------------------------------------------------------------------------- hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the model hub's protocol that a download needs, on this machine."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, with_body):
+        self.server.requests.append(f"{self.command} {self.path}")
+        owner_and_name, _, filename = self.path.strip("/").partition("/resolve/main/")
+        content = self.server.files.get(filename) if owner_and_name == "some/bert" else None
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            code = "RepoNotFound" if owner_and_name != "some/bert" else "EntryNotFound"
+            self.send_header("X-Error-Code", code)
+            content = b""
+        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
+        self.send_header("ETag", f'"{len(content)}-{filename}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+
+@pytest.fixture
+def hub(tiny_directory):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {path.name: path.read_bytes() for path in tiny_directory.iterdir()}
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def load(tmp_path, hub):
+    """Load a hub id in a process of its own, whose hub is ours; returns its last line."""
+
+    def load(name="some/bert", port=None, local_files_only=False, **environment):
+        code = f"""
+            from bert import BertModel
+            from tokenizer import BertTokenizer
+            from utils import UserError
+            try:
+                model = BertModel.from_pretrained({name!r}, {local_files_only})
+                tokenizer = BertTokenizer.from_pretrained({name!r}, {local_files_only})
+                print(model.config.hidden_size, *tokenizer(["abc"])["input_ids"][0])
+            except UserError as error:
+                print("error:", error)
+        """
+        environment = {
+            "PATH": "",
+            "HOME": str(tmp_path),
+            "HF_ENDPOINT": f"http://127.0.0.1:{port or hub.server_port}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+        } | environment
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    return load
+
+
+LOADED = "24 2 5 32 33 3"
+
+
+def test_a_hub_id_is_downloaded_once_and_then_local(load, hub):
+    assert load() == LOADED
+    assert any("GET /some/bert/resolve/main/model.safetensors" in each for each in hub.requests)
+    hub.requests.clear()
+    assert load(local_files_only=True) == LOADED
+    assert load(HF_HUB_OFFLINE="1") == LOADED
+    assert not hub.requests
+
+
+def test_a_hub_id_with_pytorch_weights_and_vocab_txt(load, hub, tiny_directory, tmp_path):
+    from safetensors.torch import load_file
+
+    del hub.files["tokenizer.json"]
+    del hub.files["model.safetensors"]
+    torch.save(load_file(tiny_directory / "model.safetensors"), tmp_path / "weights")
+    hub.files["pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
+    assert load() == LOADED
+
+
+def test_what_the_hub_does_not_have_is_one_clear_line(load):
+    assert load("some/other").startswith("error: some/other: cannot get config.json")
+    assert "not a hub id" in load("no/such/directory")
+    assert load(local_files_only=True) == (
+        "error: some/bert: no config.json found on this machine "
+        "(--local_files_only downloads nothing)"
+    )
+    unreachable = load(port=9)
+    assert "some/bert: cannot download config.json from the model hub" in unreachable
+    assert "--bert_model minilm" in unreachable
+
+
+def test_files_of_a_directory_and_of_a_weights_file(tiny_directory):
+    for name in (tiny_directory, tiny_directory / "model.safetensors"):
+        assert find_pretrained(name, "config.json") == tiny_directory / "config.json"
+        assert find_pretrained(name, "pytorch_model.bin") is None
