@@ -134,9 +134,12 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
     examples, problems = [], []
     needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
     rows = _csv_rows(Path(path))
-    columns = _find_columns(path, next(rows, (1, []))[1], needed)
+    header = next(rows, (1, []))[1]
+    columns = _find_columns(path, header, needed)
     for line, cells in rows:
         try:
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells instead of {len(header)}")
             examples.append(_to_example(cells, columns, task, split))
         except _Unscored as problem:
             examples.append(problem.example)
@@ -197,12 +200,10 @@ def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dic
         raise UserError(
             f"{path}: no column named {', '.join(missing)}; its columns are {', '.join(header)}"
         )
-    return {"": len(header)} | {name: header.index(name) for name in needed}
+    return {name: header.index(name) for name in needed}
 
 
 def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: str) -> Example:
-    if len(cells) != columns[""]:
-        raise ValueError(f"{len(cells)} cells instead of {columns['']}")
     id = cells[columns["id"]].strip()
     sentences = tuple(cells[columns[name]] for name in task.sentence_columns)
     if not id:

@@ -5,11 +5,13 @@ python -u multitask_classifier.py --use_gpu
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import defaultdict
@@ -36,13 +38,21 @@ from datasets import (
 )
 from optimizer import AdamW
 from tokenizer import BertTokenizer
-from utils import UserError, atomic_write, autocast, one_line, pick_device, seed_everything
+from utils import (
+    UserError,
+    atomic_write,
+    autocast,
+    check_writable,
+    one_line,
+    pick_device,
+    seed_everything,
+)
 
 CHECKPOINT_FORMAT = 1
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3}
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
-LOG_EVERY = 20  # optimizer steps between two writes to TensorBoard: each one waits for the GPU
+LOG_EVERY = 10  # optimizer steps between two writes to TensorBoard: each one waits for the GPU
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
 SMOKETEST_ROWS = 32  # read of each file
 ROOT = Path(__file__).resolve().parent
@@ -266,10 +276,13 @@ def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dic
             f"this version reads format {CHECKPOINT_FORMAT}"
         )
     try:
-        model = MultitaskBERT(BertModel(BertConfig(**checkpoint["bert_config"])))
-        model.load_state_dict(checkpoint["model"])
+        config = BertConfig(**checkpoint["bert_config"])
+        with torch.device("meta"):  # no time for weights to be replaced
+            model = MultitaskBERT(BertModel(config))
+        model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
-    except Exception as error:  # whatever a damaged entry makes of these three lines
+        checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
+    except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return model, tokenizer, checkpoint
 
@@ -397,13 +410,14 @@ class RunLog:
         epoch: int,
         train: dict[str, dict[str, float]],
         dev: dict[str, evaluation.Evaluation],
+        mean: float,
     ) -> None:
         dev_scores = {name: each.scores for name, each in dev.items()}
         for split, scores in {"train": train, "dev": dev_scores}.items():
             for name, metrics in scores.items():
                 for metric, value in metrics.items():
                     self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
-        self.writer.add_scalar("dev/mean", evaluation.mean_score(dev_scores), epoch)
+        self.writer.add_scalar("dev/mean", mean, epoch)
         if "sst" in dev:
             figure = evaluation.confusion_figure(dev["sst"])
             self.writer.add_figure("dev/sst_confusion", figure, epoch)
@@ -435,6 +449,7 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         the best model's dev scores, task -> metric -> value.
     """
     device = pick_device(options.use_gpu)
+    check_outputs(options)
     seed_everything(options.seed)
     overrides = {}
     if options.hidden_dropout_prob is not None:
@@ -445,9 +460,8 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     max_length = checked_max_length(options, bert.config, tokenizer)
     data = load_data(options, tokenizer, max_length, SPLITS)
 
-    run = new_run_name(options)
+    run, log_directory = claim_run(options)
     checkpoint = Path(options.models_dir) / f"{run}.pt"
-    log_directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
     describe_run(run, options, device, data["train"], tokenizer)
     freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
     optimizer = build_optimizer(model, options)
@@ -486,9 +500,9 @@ def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint) 
         train = train_epoch(model, windows, optimizer, scheduler, options, log, epoch + 1)
         seconds = time.perf_counter() - start
         dev = evaluation.evaluate(model, data["dev"], options.batch_size)
-        log.epoch(epoch + 1, train, dev)
         scores = {name: each.scores for name, each in dev.items()}
         mean = evaluation.mean_score(scores)
+        log.epoch(epoch + 1, train, dev, mean)
         if options.scheduler == "plateau":
             scheduler.step(mean)
         improved = mean > best or not checkpoint.exists()
@@ -560,17 +574,36 @@ def checked_max_length(options, config: BertConfig, tokenizer: BertTokenizer) ->
     return options.max_length or config.max_position_embeddings
 
 
-def new_run_name(options: argparse.Namespace) -> str:
-    """Unique: the time, the option, and the process where two runs start in one second."""
-    run = f"{datetime.now():%Y%m%d-%H%M%S}-{options.option}-{options.optimizer}"
-    lock = Path(options.models_dir) / f"{run}.pt"
-    return f"{run}-{os.getpid()}" if lock.exists() else run
+def claim_run(options: argparse.Namespace) -> tuple[str, Path]:
+    """A name that no other run in this logdir has, and its TensorBoard folder, made here: of two
+    runs that start in the same second only one can make it."""
+    start = f"{datetime.now():%Y%m%d-%H%M%S}-{options.option}-{options.optimizer}"
+    logdir = Path(options.logdir) / (options.tensorboard_subfolder or "")
+    for number in itertools.count(1):
+        run = start if number == 1 else f"{start}-{number}"
+        try:
+            (logdir / run).mkdir(parents=True)
+            return run, logdir / run
+        except FileExistsError:
+            if not logdir.is_dir():
+                raise UserError(f"--logdir {logdir}: is a file, not a folder") from None
+        except OSError as error:
+            raise UserError(f"--logdir {logdir}: cannot be written: {error.strerror}") from error
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuse paths that cannot be written before hours of training, not after."""
+    check_writable(Path(options.models_dir) / "run.pt")
+    for name in options.tasks:
+        for split in ("dev", "test"):
+            check_writable(getattr(options, f"{name}_{split}_out"))
 
 
 def describe_run(run, options, device, train: dict[str, TaskDataset], tokenizer) -> None:
     """Say what is about to run, and show one example per task as the model will see it."""
     print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions()}")
-    print("options: " + ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items())))
+    values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
+    print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    "))
     for name, dataset in train.items():
         example = dataset.examples[0]
         print(f"{name}: {len(dataset)} training rows; the first: label {example.label:g}")
@@ -781,6 +814,11 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`--evaluate`: the checkpoint's dev scores and predictions."""
     device = pick_device(options.use_gpu)
     model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
+    trained = checkpoint["options"]["tasks"]
+    options.tasks = [name for name in options.tasks if name in trained]
+    if untrained := [name for name in TASKS if getattr(options, name) and name not in trained]:
+        raise UserError(f"{options.evaluate}: was not trained on {', '.join(untrained)}")
+    check_outputs(options)
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
     length = checked_max_length(options, model.bert.config, tokenizer)
@@ -789,15 +827,19 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        options = parse_options(argv)
-        evaluate_only(options) if options.evaluate else train_multitask(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    options = parse_options(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            if options.evaluate:
+                evaluate_only(options)
+            else:
+                train_multitask(options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 

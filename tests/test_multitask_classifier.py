@@ -369,10 +369,8 @@ def test_the_best_epoch_is_kept_and_a_score_that_is_no_number_still_saves(
     means = iter([0.3, 0.9, 0.5, 0.1])
     monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(means, 0.0))
     assert mc.main(flags + ["--epochs", "4", "--scheduler", "none"]) == 0
-    # mean_score is asked twice an epoch: for TensorBoard and to choose
     (checkpoint,) = (tmp_path / "models_dir").iterdir()
-    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 1
-    means = iter([])
+    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
     monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: float("nan"))
     assert mc.main(flags + ["--models_dir", str(tmp_path / "nan")]) == 0
     assert len(list((tmp_path / "nan").iterdir())) == 1
@@ -540,13 +538,21 @@ def test_defaults():
 
 
 def test_every_flag_is_explained_in_help_and_in_the_readme():
+    """And where the README names a default, it is the parser's."""
     readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*?) \|", readme, flags=re.MULTILINE))
     for action in mc.build_parser()._actions:
         assert action.help, action.option_strings
-        flag = action.option_strings[-1]
-        stem = re.match(r"--(sst|para|sts)_(train|dev|test)(_out)?$", flag)
-        if flag != "--help" and not stem:
-            assert f"`{flag}`" in readme, flag
+        flag, default = action.option_strings[-1], action.default
+        if flag == "--help" or re.match(r"--(sst|para|sts)_(train|dev|test)(_out)?$", flag):
+            continue
+        assert flag in rows, flag
+        if flag == "--cache_dir":
+            assert rows[flag] == "`.cache` of the checkout"
+        elif isinstance(default, tuple):
+            assert rows[flag] == ",".join(f"{value:g}" for value in default)
+        elif default and default is not argparse.SUPPRESS:
+            assert rows[flag] == str(default), flag
 
 
 @pytest.mark.parametrize(
@@ -581,6 +587,31 @@ def test_what_cannot_be_used_ends_in_one_line(flags, message, tiny_directory, ca
     assert mc.main(base + flags) == 1
     errors = capsys.readouterr().err
     assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_training(flags, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for flag in ("--models_dir", "--logdir", "--sst_dev_out"):
+        target = tmp_path / "file" if flag != "--sst_dev_out" else tmp_path / "file" / "out.csv"
+        assert mc.main(flags + [flag, str(target)]) == 1
+        output = capsys.readouterr()
+        assert str(target) in output.err and output.err.count("\n") == 1
+        assert "epoch 1" not in output.out
+
+
+def test_two_runs_that_start_together_have_two_names(tmp_path):
+    chosen = options("--logdir", str(tmp_path))
+    claimed = [mc.claim_run(chosen) for _ in range(5)]
+    assert len({run for run, _ in claimed}) == len({folder for _, folder in claimed}) == 5
+
+
+def test_a_task_that_was_not_trained_is_not_evaluated(flags, tmp_path, capsys):
+    assert mc.main(flags + ["--sts"]) == 0
+    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
+    assert {name.split("-")[0] for name in read_predictions(tmp_path)} == {"sts"}
+    assert mc.main(flags + ["--evaluate", str(checkpoint), "--para"]) == 1
+    assert f"{checkpoint}: was not trained on para" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
