@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec ./setup.sh -- python -u multitask_classifier.py \
-  --bert_model minilm --data_dir data/sample --epochs 3 --samples_per_epoch 1500 --lr 2e-4 "$@"
+  --bert_model minilm --data_dir data/sample --epochs 2 --samples_per_epoch 1500 --lr 2e-4 "$@"

@@ -102,6 +102,15 @@ def test_heads_and_pooling_equal_their_formulas(model, data, tiny_directory):
     torch.testing.assert_close(similarity, 5 * cosine, check_dtype=False, **close)
 
 
+def test_the_heads_keep_the_size_of_their_signal():
+    """Through three ReLU layers the mean square stays within a factor of 2."""
+    vectors = torch.randn(500, 384)
+    hidden = vectors
+    for linear in mc.SentimentHead(384, 5).hidden:
+        hidden = F.relu(linear(hidden))
+    assert 0.5 < hidden.square().mean().item() / vectors.square().mean().item() < 2
+
+
 def test_one_packed_pass_equals_the_three_padded_methods(model, data, tiny_directory):
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     model.eval()
