@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils import UserError, atomic_write, find_pretrained, one_line
+from utils import UserError, atomic_write, find_pretrained, load_torch_file, one_line
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
@@ -86,7 +87,7 @@ def _whole(name: str, value) -> bool:
 def _rate(name: str, value) -> bool:
     largest = 1.0 if name.endswith("_prob") else float("inf")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= largest and value != float("inf")
+    return number and math.isfinite(value) and 0 <= value <= largest
 
 
 _EXPECTED = {  # a default's type -> what to say, how to check
@@ -160,12 +161,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.safetensors` file or of a `torch.save` file (`weights_only=True`)."""
     from safetensors.torch import load_file
 
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each library has its own family of errors for damaged files
-        raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from error
+        except Exception as error:  # SafetensorError, OSError, and what headers make of NumPy
+            raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from error
+    weights = load_torch_file(path)
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{path}: not a weights file: it holds no table of tensors")
     return weights

@@ -131,7 +131,7 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
     Raises:
         UserError: no such file, not tab-separated, a column missing, or no usable row.
     """
-    examples, problems = [], []
+    examples, unusable, unscored = [], [], []
     needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
     rows = _csv_rows(Path(path))
     header = next(rows, (1, []))[1]
@@ -143,17 +143,19 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
             examples.append(_to_example(cells, columns, task, split))
         except _Unscored as problem:
             examples.append(problem.example)
-            problems.append((line, f"{problem}, so predicted but not scored"))
+            unscored.append((line, str(problem)))
         except ValueError as problem:
-            problems.append((line, str(problem)))
+            unusable.append((line, str(problem)))
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
-        reasons = "; ".join(f"line {line}: {reason}" for line, reason in problems[:3])
+        what = "row to predict" if split == "test" else "row with a label"
+        reasons = "; ".join(f"line {line}: {reason}" for line, reason in (unusable + unscored)[:3])
         raise UserError(
-            f"{path}: not one usable row{' (' + reasons + ')' if reasons else ''}; "
+            f"{path}: not one usable {what}{' (' + reasons + ')' if reasons else ''}; "
             f"expected tab-separated columns {', '.join(needed)}"
         )
-    if problems:
-        warnings.warn(_describe(path, problems), stacklevel=2)
+    kinds = {"unusable": unusable, "predicted but not scored": unscored}
+    if found := [_describe(kind, problems) for kind, problems in kinds.items() if problems]:
+        warnings.warn(f"{path}: {'; '.join(found)}", stacklevel=2)
     return examples
 
 
@@ -167,7 +169,7 @@ class _Unscored(ValueError):
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line where the row starts, cells) of a tab-separated file; blank lines are passed over."""
-    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
@@ -184,7 +186,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}; is a quote missing?") from error
+        raise UserError(
+            f"{path}: the row that starts in line {start}: {error}; is a quote missing?"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -221,12 +225,12 @@ def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: st
     return Example(sentences, label, id)
 
 
-def _describe(path: str | Path, problems: list[tuple[int, str]]) -> str:
+def _describe(kind: str, problems: list[tuple[int, str]]) -> str:
     named = ", ".join(f"line {line} ({reason})" for line, reason in problems[:NAMED_ROWS])
     rest = Counter(reason for _, reason in problems[NAMED_ROWS:])
     others = "".join(f", and {count} more ({reason})" for reason, count in rest.items())
     rows = "row" if len(problems) == 1 else "rows"
-    return f"{path}: {len(problems)} unusable {rows}: {named}{others}"
+    return f"{len(problems)} {rows} {kind}: {named}{others}"
 
 
 # ------------------------------------------------------------------------------------- tokenizing
@@ -254,7 +258,7 @@ class TaskDataset:
         split: "train", "dev" or "test".
         max_length: sequences are cut there, special tokens included.
         cache_dir: where the ids are kept for the next run; None keeps them nowhere.
-        limit: read no more than this many examples.
+        limit: keep no more than this many examples.
     """
 
     def __init__(
@@ -268,7 +272,10 @@ class TaskDataset:
         limit: int | None = None,
     ):
         self.path, self.task, self.split = Path(path), task, split
-        self.examples = read_examples(path, task, split)[:limit]
+        self.examples = read_examples(path, task, split)
+        if limit is not None:  # of dev rows, those that can be scored
+            labelled = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
+            self.examples = labelled[:limit]
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         sentences = [text for column in zip(*self._sentences()) for text in column]
         name = f"{task.name}-{split}"
@@ -321,8 +328,8 @@ def tokenize_cached(
         ids, lengths = tokenize()
     try:
         _write_token_cache(path, ids, lengths)
-    except (UserError, OSError) as error:
-        warnings.warn(f"word-piece ids are not cached: {one_line(error)}", stacklevel=2)
+    except UserError:
+        warnings.warn(f"{cache_dir}: cannot be written, so word-piece ids are not cached")
     return ids, lengths
 
 
@@ -420,7 +427,7 @@ class EpochSampler:
     What one epoch leaves over, the next one starts with.
     """
 
-    def __init__(self, n_rows: int, seed: int):
+    def __init__(self, n_rows: int, seed: int | list[int]):
         self.n_rows = n_rows
         self.generator = np.random.default_rng(seed)
         self.remaining = np.empty(0, np.int64)
@@ -519,7 +526,7 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
 
 def _download_file(url: str, path: Path, blob: str) -> None:
     if path.exists():
-        if git_blob_id(path) == blob:
+        if path.is_file() and git_blob_id(path) == blob:
             print(f"{path}: already there")
             return
         raise UserError(f"{path} is there and is another file; move it away and run this again")

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +120,4 @@ def confusion_figure(evaluation: Evaluation):
 
 def format_scores(scores: dict[str, float]) -> str:
     """`accuracy 0.463, macro_f1 0.441`"""
-    return ", ".join(
-        f"{name} {value:.3f}" for name, value in scores.items() if math.isfinite(value)
-    )
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -3,12 +3,17 @@
 python -u multitask_classifier.py --use_gpu
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch is imported, for seconds: just end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import dataclasses
-import itertools
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import textwrap
@@ -43,6 +48,7 @@ from utils import (
     atomic_write,
     autocast,
     check_writable,
+    load_torch_file,
     one_line,
     pick_device,
     seed_everything,
@@ -251,6 +257,7 @@ def save_checkpoint(
     options: argparse.Namespace,
     epoch: int,
     scores: dict[str, dict[str, float]],
+    versions: dict[str, str],
 ) -> None:
     """Write all that a later load needs, in one file, atomically."""
     checkpoint = {
@@ -261,23 +268,21 @@ def save_checkpoint(
         "options": vars(options),
         "epoch": epoch,
         "dev_scores": scores,
-        "versions": versions(),
+        "versions": versions,
     }
-    with atomic_write(path) as temporary:
-        torch.save(checkpoint, temporary)
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        raise UserError(f"cannot write {path}: {one_line(error)}") from error
 
 
 def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
     """The model (on the CPU), its tokenizer, and all else that `save_checkpoint` wrote.
 
-    Runs no code from the file (`weights_only=True`). UserError says why a file is of no use.
+    UserError says why a file is of no use.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # pickle, zip and torch each have their own errors
-        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)})") from error
+    checkpoint = load_torch_file(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of multitask_classifier.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -291,13 +296,13 @@ def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dic
             model = MultitaskBERT(BertModel(config))
         model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
-        checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
+        checkpoint["epoch"], checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return model, tokenizer, checkpoint
 
 
-def versions() -> dict[str, str]:
+def current_versions() -> dict[str, str]:
     """Of Python, PyTorch and this project (its commit, `+` for uncommitted changes)."""
 
     def git(*arguments):
@@ -324,10 +329,11 @@ def training_step(
     """One optimizer step on the summed losses of all tasks, over the batches of one window.
 
     Returns:
-        each task's mean loss (a scalar tensor), and (task, labels, decoded outputs) of each batch.
+        each task's mean loss and their weighted sum (scalar tensors, on the device), and
+        (task, labels, decoded outputs) of each batch.
     """
     device = next(model.parameters()).device
-    weights = dict(zip(TASKS, options.loss_weights))
+    weights = dict(zip(TASKS, options.loss_weights, strict=True))
     window_rows = sum(len(batch) for batch in window)
     losses, answers = defaultdict(float), []
     for batch in window:
@@ -341,6 +347,7 @@ def training_step(
             loss = task.loss(output.float(), labels) * (len(batch) / window_rows)
             total = total + weights[name] * loss
             losses[name] = losses[name] + loss.detach()
+            losses["sum"] = losses["sum"] + weights[name] * loss.detach()
             answers.append((name, labels, task.decode(output.detach().float())))
         total.backward()
     if options.clip:
@@ -410,7 +417,6 @@ class RunLog:
             losses = {name: float(loss) for name, loss in losses.items()}
             for name, loss in losses.items():
                 self.writer.add_scalar(f"loss/{name}", loss, step)
-            self.writer.add_scalar("loss/sum", sum(losses.values()), step)
             self.writer.add_scalar("lr", learning_rate, step)
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
         self.waiting.clear()
@@ -467,36 +473,37 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     bert = BertModel.from_pretrained(options.bert_model, options.local_files_only, **overrides)
     tokenizer = BertTokenizer.from_pretrained(options.bert_model, options.local_files_only)
     model = MultitaskBERT(bert).to(device)
-    max_length = checked_max_length(options, bert.config, tokenizer)
+    max_length = checked_max_length(options, options.bert_model, bert.config, tokenizer)
     data = load_data(options, tokenizer, max_length, SPLITS)
 
     run, log_directory = claim_run(options)
     checkpoint = Path(options.models_dir) / f"{run}.pt"
-    describe_run(run, options, device, data["train"], tokenizer)
+    versions = current_versions()
+    print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions}")
+    describe_run(options, data["train"], tokenizer)
     freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
     optimizer = build_optimizer(model, options)
     scheduler = build_scheduler(optimizer, options)
     log = RunLog(log_directory, options.tasks)
     try:
-        fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint)
+        fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint, versions)
         scores = evaluate_checkpoint(checkpoint, data, options, device)
         log.hyper_parameters(options, scores)
     except KeyboardInterrupt:
         saved = f"the best model so far is {checkpoint}" if checkpoint.exists() else "no model yet"
-        print(f"\ninterrupted; saved: {saved}; TensorBoard log: {log_directory}", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(f"saved: {saved}; TensorBoard log: {log_directory}") from None
     finally:
         log.close()
     print(f"TensorBoard log: {log_directory}")
     return scores
 
 
-def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint) -> None:
+def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint, versions) -> None:
     """The epochs: train, evaluate on dev, save the model if it is the best so far."""
     samplers = {
         name: EpochSampler(len(dataset), options.seed) for name, dataset in data["train"].items()
     }
-    best = -math.inf
+    best = None
     for epoch in range(options.epochs):
         start = time.perf_counter()
         freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch)
@@ -515,10 +522,11 @@ def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint) 
         log.epoch(epoch + 1, train, dev, mean)
         if options.scheduler == "plateau":
             scheduler.step(mean)
-        improved = mean > best or not checkpoint.exists()
+        comparable = -math.inf if math.isnan(mean) else mean
+        improved = best is None or comparable > best  # the first always: a run ends with a model
         if improved:
-            best = mean
-            save_checkpoint(checkpoint, model, tokenizer, options, epoch + 1, scores)
+            best = comparable
+            save_checkpoint(checkpoint, model, tokenizer, options, epoch + 1, scores, versions)
         print(f"epoch {epoch + 1}: {seconds:.0f} s, mean dev score {mean:.4f}", end="")
         print(f", saved to {checkpoint}" if improved else "")
         for name in scores:
@@ -569,11 +577,11 @@ def load_data(options, tokenizer, max_length, splits) -> dict[str, dict[str, Tas
     }
 
 
-def checked_max_length(options, config: BertConfig, tokenizer: BertTokenizer) -> int:
-    """Where sequences are cut, for this encoder; UserError if it cannot be."""
+def checked_max_length(options, source: str, config: BertConfig, tokenizer: BertTokenizer) -> int:
+    """Where sequences are cut, for the encoder from `source`; UserError if it cannot be."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{options.bert_model}: the tokenizer has {tokenizer.vocab_size} word pieces, "
+            f"{source}: the tokenizer has {tokenizer.vocab_size} word pieces, "
             f"the encoder only {config.vocab_size}; they do not belong together"
         )
     if options.max_length and options.max_length > config.max_position_embeddings:
@@ -585,35 +593,39 @@ def checked_max_length(options, config: BertConfig, tokenizer: BertTokenizer) ->
 
 
 def claim_run(options: argparse.Namespace) -> tuple[str, Path]:
-    """A name that no other run in this logdir has, and its TensorBoard folder, made here: of two
-    runs that start in the same second only one can make it."""
-    start = f"{datetime.now():%Y%m%d-%H%M%S}-{options.option}-{options.optimizer}"
-    logdir = Path(options.logdir) / (options.tensorboard_subfolder or "")
-    for number in itertools.count(1):
-        run = start if number == 1 else f"{start}-{number}"
-        try:
-            (logdir / run).mkdir(parents=True)
-            return run, logdir / run
-        except FileExistsError:
-            if not logdir.is_dir():
-                raise UserError(f"--logdir {logdir}: is a file, not a folder") from None
-        except OSError as error:
-            raise UserError(f"--logdir {logdir}: cannot be written: {error.strerror}") from error
+    """A name that no other run has, and its TensorBoard folder, made here."""
+    start = f"{datetime.now():%Y%m%d-%H%M%S}"
+    run = f"{start}-{options.option}-{options.optimizer}-{secrets.token_hex(2)}"
+    directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+    return run, directory
 
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Refuse paths that cannot be written before hours of training, not after."""
     check_writable(Path(options.models_dir) / "run.pt")
+    taken = {
+        Path(getattr(options, f"{name}_{split}")).resolve(): f"--{name}_{split}"
+        for name in options.tasks
+        for split in SPLITS
+    }
     for name in options.tasks:
         for split in ("dev", "test"):
-            check_writable(getattr(options, f"{name}_{split}_out"))
+            flag, path = f"--{name}_{split}_out", getattr(options, f"{name}_{split}_out")
+            check_writable(path)
+            other = taken.setdefault(Path(path).resolve(), flag)
+            if other != flag:
+                raise UserError(f"{path}: is given for {flag} and for {other}")
 
 
-def describe_run(run, options, device, train: dict[str, TaskDataset], tokenizer) -> None:
-    """Say what is about to run, and show one example per task as the model will see it."""
-    print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions()}")
+def describe_run(options, train: dict[str, TaskDataset], tokenizer) -> None:
+    """Show all options, and one example per task as the model will see it."""
     values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
-    print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    "))
+    whole = dict(break_on_hyphens=False, break_long_words=False)
+    print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
     for name, dataset in train.items():
         example = dataset.examples[0]
         print(f"{name}: {len(dataset)} training rows; the first: label {example.label:g}")
@@ -683,18 +695,18 @@ def add_training_flags(group) -> None:
     flag(
         "--loss_weights",
         type=loss_weights,
-        default=(1.0, 1.0, 1.0),
-        metavar="SST,PARA,STS",
-        help="weights of the three losses in their sum; default: 1,1,1",
+        default=(1.0,) * len(TASKS),
+        metavar=",".join(TASKS).upper(),
+        help="weights of the tasks' losses in their sum; default: all 1",
     )
-    flag("--seed", type=int, default=11711, help="default: 11711")
+    flag("--seed", type=seed, default=11711, help="default: 11711")
     flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
     flag(
         "--smoketest",
         action="store_true",
-        help="a run of seconds, to see that all works: "
-        + ", ".join(f"{key} {value}" for key, value in SMOKETEST.items())
-        + f", {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
+        help="a run of seconds, to see that all works; other defaults: "
+        + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
+        + f"; {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
     )
 
 
@@ -774,13 +786,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, fill in the defaults that depend on other flags, and refuse what cannot work."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.smoketest:
+        parser.set_defaults(**SMOKETEST)
+        options = parser.parse_args(argv)
+    if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
+        parser.error(f"{', '.join(empty)} must not be empty")
     if options.unfreeze_interval and options.option == "pretrain":
         parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
     options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:
         options.lr = DEFAULT_LR[options.option]
-    if options.smoketest:
-        vars(options).update(SMOKETEST)
     predictions = "predictions/smoketest" if options.smoketest else "predictions"
     for name, task in TASKS.items():
         for split in SPLITS:
@@ -807,6 +822,7 @@ def number(kind, accepts, what):
     return parse
 
 
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 max_length = number(int, lambda value: value > 2, "a whole number above 2")
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
@@ -831,7 +847,7 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     check_outputs(options)
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
-    length = checked_max_length(options, model.bert.config, tokenizer)
+    length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
     data = load_data(options, tokenizer, length, ("dev", "test"))
     return evaluate_checkpoint(options.evaluate, data, options, device)
 
@@ -848,10 +864,12 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            print(f"\ninterrupted; {interrupt or 'nothing was saved'}", file=sys.stderr)
             return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() answers it
     sys.exit(main())

@@ -8,7 +8,7 @@
 #   --data      also download the real CSVs into data/
 #   -- COMMAND  afterwards, run this command in the environment
 #
-# PYTHON=/path/to/python chooses the interpreter for .venv.
+# PYTHON=/path/to/python chooses the interpreter when .venv is made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -38,7 +38,7 @@ done
 requirements=requirements${dev:+-dev}.txt
 
 suitable() {
-  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+  "$@" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
 find_python() {
@@ -93,12 +93,19 @@ else
   run=(env "VIRTUAL_ENV=$PWD/.venv" "PATH=$PWD/.venv/bin:$PATH")
   stamps=.venv
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    if [[ -e .venv && ! -e .venv/made-by-setup.sh ]]; then
+      fail "there is a .venv without pip that setup.sh did not make; move it away"
+    fi
     python=$(find_python)
     rm -rf .venv
+    mkdir .venv
+    touch .venv/made-by-setup.sh # so that one made by half can be told from a user's own
     "$python" -m venv .venv ||
       fail "'$python -m venv' failed; on Debian and Ubuntu it needs the package python3-venv"
   fi
 fi
+suitable "${run[@]}" python ||
+  fail "$where has $("${run[@]}" python --version 2>&1), not Python 3.11 to 3.13; remove it and run this again"
 installed || install
 if [[ -n $data ]]; then
   "${run[@]}" python datasets.py download --data_dir data ||

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import pickle
 import random
 import tempfile
 from pathlib import Path
@@ -58,7 +59,7 @@ def atomic_write(path: str | os.PathLike):
     """Yield a temporary path beside `path`; on success sync it and give it the name `path`.
 
     Whatever goes wrong before that, an interrupt included, `path` stays as it was and the
-    temporary file is removed. An unwritable folder is a UserError.
+    temporary file is removed. An unwritable folder or a full disk is a UserError.
     """
     path = Path(path)
     try:
@@ -74,8 +75,28 @@ def atomic_write(path: str | os.PathLike):
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_torch_file(path: str | os.PathLike):
+    """What `torch.save` wrote, on the CPU. Runs no code from the file (`weights_only=True`).
+
+    UserError says why a file is of no use, in our words: PyTorch's own advise to switch this
+    protection off.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a file of tensors and plain values, so it was not loaded"
+        ) from error
+    except Exception as error:  # zip, torch and the operating system each have their own errors
+        raise UserError(f"{path}: damaged, or not a file that torch.save wrote") from error
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -144,13 +165,14 @@ def _check_minilm(weights: Path) -> None:
 
 
 def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | None:
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     try:
-        return Path(hf_hub_download(repo_id, filename, local_files_only=local_files_only))
+        if local_files_only or constants.HF_HUB_OFFLINE:  # a mere look-up, which sends nothing
+            found = try_to_load_from_cache(repo_id, filename)
+            return Path(found) if isinstance(found, str) else None
+        return Path(hf_hub_download(repo_id, filename))
     except errors.LocalEntryNotFoundError as error:
-        if local_files_only or constants.HF_HUB_OFFLINE:
-            return None
         raise UserError(
             f"{repo_id}: cannot download {filename} from the model hub ({one_line(error)}); "
             "give a directory, or use --bert_model minilm"

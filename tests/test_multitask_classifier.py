@@ -1,5 +1,6 @@
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -250,6 +251,7 @@ def test_loss_is_the_weighted_sum_of_the_three(model, data):
     for name, loss in expected.items():
         assert float(losses[name]) == pytest.approx(loss.item(), rel=1e-5)
     total = 2 * expected["sst"] + 0.5 * expected["para"] + 3 * expected["sts"]
+    assert float(losses["sum"]) == pytest.approx(total.item(), rel=1e-5)
     model.zero_grad()
     total.backward()
     mine = [p.grad for p in model.parameters() if p.grad is not None]
@@ -380,6 +382,11 @@ def test_the_best_epoch_is_kept_and_a_score_that_is_no_number_still_saves(
     assert mc.main(flags + ["--epochs", "4", "--scheduler", "none"]) == 0
     (checkpoint,) = (tmp_path / "models_dir").iterdir()
     assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
+    means = iter([float("nan"), 0.2, 0.1, float("nan")])
+    nan_first = ["--epochs", "4", "--scheduler", "none", "--models_dir", str(tmp_path / "first")]
+    assert mc.main(flags + nan_first) == 0
+    (checkpoint,) = (tmp_path / "first").iterdir()
+    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
     monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: float("nan"))
     assert mc.main(flags + ["--models_dir", str(tmp_path / "nan")]) == 0
     assert len(list((tmp_path / "nan").iterdir())) == 1
@@ -405,6 +412,8 @@ def test_smoketest_is_short(flags, tmp_path, monkeypatch, capsys):
     files = list((tmp_path / "predictions" / "smoketest").iterdir())
     assert len(files) == 6
     assert {len(path.read_text().splitlines()) for path in files} == {mc.SMOKETEST_ROWS + 1}
+    assert options("--smoketest").epochs == mc.SMOKETEST["epochs"]
+    assert options("--smoketest", "--epochs", "3").epochs == 3
 
 
 def test_pretrain_leaves_the_encoder_as_it_was(flags, tmp_path, tiny_directory):
@@ -446,7 +455,7 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
     _, errors = run.communicate(timeout=60)
     (checkpoint,) = models.iterdir()  # and no temporary file beside it
     assert run.returncode == 130
-    assert f"interrupted; saved: the best model so far is {checkpoint}" in errors
+    assert f"interrupted; saved: the best model so far is {checkpoint};" in errors
     assert "Traceback" not in errors
     mc.load_checkpoint(checkpoint)
     assert not read_predictions(tmp_path)
@@ -459,7 +468,8 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
 def checkpoint(model, tiny_directory, tmp_path):
     path = tmp_path / "model.pt"
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
-    mc.save_checkpoint(path, model, tokenizer, options(), 3, {"sst": {"accuracy": 0.5}})
+    versions = mc.current_versions()
+    mc.save_checkpoint(path, model, tokenizer, options(), 3, {"sst": {"accuracy": 0.5}}, versions)
     return path
 
 
@@ -479,8 +489,8 @@ def test_checkpoint_of_no_use_is_one_clear_line(checkpoint, tmp_path, capsys):
     weights = dict(content["model"])
     weights.popitem()
     cases = {
-        "no such checkpoint": lambda: checkpoint.unlink(),
-        "not a readable checkpoint": lambda: checkpoint.write_bytes(whole[: len(whole) // 2]),
+        "no such file": lambda: checkpoint.unlink(),
+        "damaged, or not a file": lambda: checkpoint.write_bytes(whole[: len(whole) // 2]),
         "not a checkpoint of": lambda: torch.save({"model": {}}, checkpoint),
         "has checkpoint format 99": lambda: torch.save(content | {"format": 99}, checkpoint),
         "a damaged checkpoint": lambda: torch.save(content | {"model": weights}, checkpoint),
@@ -491,7 +501,7 @@ def test_checkpoint_of_no_use_is_one_clear_line(checkpoint, tmp_path, capsys):
             mc.load_checkpoint(checkpoint)
         assert "\n" not in str(caught.value)
     assert mc.main(["--evaluate", str(tmp_path / "absent.pt")]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}/absent.pt: no such checkpoint\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/absent.pt: no such file\n"
 
 
 def test_checkpoint_cannot_run_code(checkpoint, tmp_path):
@@ -500,7 +510,7 @@ def test_checkpoint_cannot_run_code(checkpoint, tmp_path):
             return (os.mkdir, (str(tmp_path / "hacked"),))
 
     torch.save({"format": 1, "model": Malicious()}, checkpoint)
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="not a file of tensors and plain values"):
         mc.load_checkpoint(checkpoint)
     assert not (tmp_path / "hacked").exists()
 
@@ -573,6 +583,8 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         (["--loss_weights", "1,2"], "must be 3 numbers, not '1,2'"),
         (["--loss_weights", "1,2,x"], "must be a number of at least 0, not 'x'"),
         (["--unfreeze_interval", "1", "--option", "pretrain"], "--option pretrain does not"),
+        (["--seed", "-1"], "must be a whole number from 0 to 2**32 - 1"),
+        (["--cache_dir", ""], "--cache_dir must not be empty"),
         (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
     ],
 )
@@ -606,6 +618,45 @@ def test_outputs_that_cannot_be_written_are_refused_before_training(flags, tmp_p
         output = capsys.readouterr()
         assert str(target) in output.err and output.err.count("\n") == 1
         assert "epoch 1" not in output.out
+
+
+def test_a_file_is_not_given_twice(flags, tmp_path, capsys):
+    target = str(tmp_path / "x.csv")
+    assert mc.main(flags + ["--sst_dev_out", target, "--sts_test_out", target]) == 1
+    assert f"{target}: is given for --sts_test_out and for --sst_dev_out" in capsys.readouterr().err
+    assert mc.main(flags + ["--sst_train", target, "--sts_test_out", target]) == 1
+    assert f"{target}: is given for --sts_test_out and for --sst_train" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(checkpoint, tmp_path):
+    code = f"""
+import resource, sys, multitask_classifier as mc
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model, tokenizer, saved = mc.load_checkpoint({str(checkpoint)!r})
+try:
+    mc.save_checkpoint(mc.Path({str(checkpoint)!r}), model, tokenizer, mc.parse_options([]), 4, {{}}, {{}})
+except mc.UserError as error:
+    print(error)
+"""
+    before = checkpoint.read_bytes()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(f"cannot write {checkpoint}: "), done.stderr
+    assert done.stdout.count("\n") == 1 and checkpoint.read_bytes() == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_fourth_task_is_a_row_and_a_head(model, data, monkeypatch):
+    task = dataclasses.replace(TASKS["sst"], name="topic", num_classes=7)
+    monkeypatch.setitem(TASKS, "topic", task)
+    model.heads["topic"] = mc.SentimentHead(24, 7)
+    chosen = options("--data_dir", str(SAMPLE))
+    assert chosen.topic_train == chosen.sst_train and chosen.tasks[-1] == "topic"
+    data["topic"] = data["sst"]
+    window = windows(data, 10, 1)
+    losses, _ = gradients(model, window, chosen)
+    expected = F.cross_entropy(model.eval()(window[0])["topic"], window[0].labels["topic"])
+    assert set(losses) == {*TASKS, "sum"} and expected > 0
 
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):
