@@ -189,6 +189,16 @@ class Bench:
                 peer_predict(self.peer, dataset, 64, self.device)
 
 
+def resident_peak() -> float:
+    """In MB. Linux starts a child's ru_maxrss at its parent's, so there VmHWM is read instead."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1e3
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def peak_memory(args) -> None:
     """In a process of its own: a few steps of one contender, then the peak in MB."""
     bench = Bench(args, (args.memory_of,))
@@ -198,7 +208,7 @@ def peak_memory(args) -> None:
     if bench.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 1e6
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        peak = resident_peak()
     print(json.dumps(peak))
 
 

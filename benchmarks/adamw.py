@@ -1,6 +1,6 @@
 """Time one optimizer step on MiniLM's parameters: ours, torch's foreach and torch's fused AdamW.
 
-    python benchmarks/optimizer.py
+    python benchmarks/adamw.py
 
 The three take turns in one run, so that the machine's noise hits all alike. The limit is the time
 to read parameters, gradients and moments and to write all but the gradients back once, at the copy
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from base_bert import BertConfig
 from bert import BertModel
