@@ -1,0 +1,17 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    "script", ["throughput.py --quick --bert_model {bert}", "adamw.py --steps 1"]
+)
+def test_benchmarks_run(script, tiny_directory):
+    """That they run and print their tables; of time nothing is asserted."""
+    name, *flags = script.format(bert=tiny_directory).split()
+    command = [sys.executable, ROOT / "benchmarks" / name, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "| this project |" in done.stdout
