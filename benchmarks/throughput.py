@@ -13,12 +13,15 @@ its own for each.
 import argparse
 import copy
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as multitask_classifier.py does for its runs
 
 import torch
 import transformers  # before our root is on the path: it looks for a package named datasets

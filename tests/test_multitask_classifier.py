@@ -691,3 +691,19 @@ def test_weights_of_losses_are_numbers():
     assert mc.loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
     with pytest.raises(argparse.ArgumentTypeError):
         mc.loss_weights("1,-1,1")
+
+
+def test_two_runs_on_the_same_cores_share_them():
+    """What libgomp reads when PyTorch is imported is in the run's environment by then."""
+    code = "import os, runpy, sys; sys.argv[1:] = ['--help']\n"
+    code += "try: runpy.run_path('multitask_classifier.py', run_name='__main__')\n"
+    code += "except SystemExit: print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | given,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines()[-1] == expected
