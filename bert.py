@@ -2,7 +2,7 @@
 
 Sequences run packed: the tokens of all sentences of a batch stand one after the other in one list
 without padding, so that linear layers multiply real tokens only, and attention takes neighbouring
-sequences of equal length together.
+sequences of equal length together (CPU) or sequences of any lengths in one kernel (CUDA).
 
 Axes:  N tokens of all sequences    B sequences    S tokens of one sequence
        D hidden size    H heads    K = D / H width of a head    I intermediate size
@@ -25,28 +25,37 @@ ACTIVATION_FUNCTIONS = {
 }
 
 
-def equal_length_runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """`(count, length)` for each run of neighbours of equal length: [3, 3, 5] -> [(2, 3), (1, 5)].
+class Sequences(NamedTuple):
+    """How packed tokens divide into sequences. Sorted lengths give the fewest runs, and attention
+    on a CPU the least work; any order is right."""
 
-    Sorted lengths give the fewest runs; any order is right.
-    """
-    return [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    lengths: list[int]  # [B]; on the host, so that reading them never waits for a GPU
+    offsets: Tensor  # [B + 1] where each sequence starts, and N at the end; on the device
+    runs: list[tuple[int, int]]  # (count, length) of neighbours of equal length
+    sizes: list[int]  # the runs' numbers of tokens
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> "Sequences":
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+        runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+        sizes = [count * length for count, length in runs]
+        return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes)
 
 
-class PackedSequences(NamedTuple):
+class PackedBatch(NamedTuple):
     """A padded batch without its padding, shortest sequences first."""
 
     input_ids: Tensor  # [N]
     position_ids: Tensor  # [N] the token's column in the padded batch
     token_type_ids: Tensor  # [N]
     rows: Tensor  # [N] the token's row in the padded batch
-    lengths: list[int]  # of the B sequences, in packed order
+    sequences: Sequences
     places: Tensor  # [B] where each row of the padded batch stands in packed order
 
 
 def pack(
     input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-) -> PackedSequences:
+) -> PackedBatch:
     """Take the padding out of a batch; all arguments are [B, S], 1 in the mask is a real token.
 
     Raises:
@@ -55,21 +64,135 @@ def pack(
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1)
     if not lengths.all():
-        row = int(lengths.argmin())
-        raise ValueError(f"attention_mask has no real token in row {row}")
+        raise ValueError(f"attention_mask has no real token in row {int(lengths.argmin())}")
     order = torch.argsort(lengths, stable=True)  # [B]
     packed_rows, columns = mask[order].nonzero(as_tuple=True)  # [N], [N]
     rows = order[packed_rows]
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
-    return PackedSequences(
+    return PackedBatch(
         input_ids=input_ids[rows, columns],
         position_ids=columns,
         token_type_ids=token_type_ids[rows, columns],
         rows=rows,
-        lengths=lengths[order].tolist(),
+        sequences=Sequences.of(lengths[order].tolist(), input_ids.device),
         places=torch.argsort(order),
     )
+
+
+def draw_kept(n: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """On the CPU: [n] ones, zeros with probability `p` (to the nearest 2^-16); one over the share
+    of ones. `bernoulli_` draws a number an element, here one 64-bit number serves four."""
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = torch.empty(n, dtype=dtype)
+    torch.ge(bits.view(torch.int16)[:n], dropped - 2**15, out=kept)
+    return kept, 2**16 / (2**16 - dropped)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014), and the residual added where there is one."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, states: Tensor, residual: Tensor | float = 0.0) -> Tensor:
+        if not (self.training and self.p and states.device.type == "cpu"):
+            return residual + F.dropout(states, self.p, self.training)
+        kept, scale = draw_kept(states.numel(), self.p, states.dtype)
+        residual = torch.as_tensor(residual, dtype=states.dtype)
+        return torch.addcmul(residual, states, kept.view_as(states), value=scale)
+
+
+# Attention, three ways: qkv [N, 3, H, K] is queries, keys and values as one linear layer gives
+# them, the result is the context [N, H, K].
+
+
+def by_head(tokens: Tensor, run: tuple[int, int]) -> Tensor:
+    """A view of one run's tokens, [B S, C, H, K] to [C, B, H, S, K]."""
+    return tokens.unflatten(0, run).permute(2, 0, 3, 1, 4)
+
+
+def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
+    """On any device: sequences of equal length together."""
+    contexts = []
+    for part, run in zip(qkv.split(sequences.sizes), sequences.runs):
+        query, key, value = by_head(part, run)  # 3 x [B, H, S, K]
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        contexts.append(context.transpose(1, 2).flatten(0, 1))  # [B S, H, K]
+    return torch.cat(contexts)
+
+
+def jagged_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
+    """On CUDA: one kernel for sequences of all lengths, for bfloat16 flash attention (Dao 2023,
+    arXiv 2307.08691)."""
+    limits = dict(min_seqlen=min(sequences.lengths), max_seqlen=max(sequences.lengths))
+    jagged = [
+        torch.nested.nested_tensor_from_jagged(each.contiguous(), sequences.offsets, **limits)
+        for each in qkv.unbind(1)
+    ]
+    query, key, value = (each.transpose(1, 2) for each in jagged)  # [B, H, S, K], S differs
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return context.transpose(1, 2).values()
+
+
+def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """`scale * left @ right`, without a pass of its own for the factor."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
+
+
+class FusedAttention(torch.autograd.Function):
+    """On a CPU: what `plain_attention` does, in half the time. All dropout comes from one draw,
+    results are written where they belong, and the graph has one node. No second derivative."""
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)  # all in the dtype of qkv
+    def forward(ctx, qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
+        _, _, n_heads, width = qkv.shape
+        ctx.sequences, ctx.scale = sequences, width**-0.5
+        squares = [count * n_heads * length**2 for count, length in sequences.runs]
+        kept, ctx.kept_scale = draw_kept(sum(squares) if dropout else 0, dropout, qkv.dtype)
+        masks = kept.split(squares) if dropout else [None] * len(squares)
+        context = torch.empty_like(qkv[:, :1])  # [N, 1, H, K]
+        parts = zip(qkv.split(sequences.sizes), context.split(sequences.sizes), sequences.runs)
+        saved = []
+        for (part, target, run), mask in zip(parts, masks):
+            heads = by_head(part, run).flatten(1, 2)  # [3, B H, S, K], a copy
+            query, key, value = heads
+            weights = scaled_bmm(query, key.mT, ctx.scale).softmax(dim=-1)  # [B H, S, S]
+            mask = mask.view_as(weights) if dropout else None
+            dropped = weights * mask if dropout else weights
+            output = scaled_bmm(dropped, value, ctx.kept_scale)  # [B H, S, K]
+            by_head(target, run).copy_(output.view(1, run[0], n_heads, run[1], width))
+            saved += [heads, weights, dropped, mask]
+        ctx.save_for_backward(*saved)
+        return context.squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_context: Tensor) -> tuple[Tensor | None, ...]:
+        n_tokens, n_heads, width = grad_context.shape
+        sizes, runs = ctx.sequences.sizes, ctx.sequences.runs
+        grad_qkv = grad_context.new_empty(n_tokens, 3, n_heads, width)
+        parts = zip(grad_context.unsqueeze(1).split(sizes), grad_qkv.split(sizes), runs)
+        saved = zip(*[iter(ctx.saved_tensors)] * 4)
+        for (part, target, run), (heads, weights, dropped, mask) in zip(parts, saved):
+            query, key, value = heads
+            (grad,) = by_head(part, run).flatten(1, 2)  # [B H, S, K]
+            grad_weights = scaled_bmm(grad, value.mT, ctx.kept_scale)  # [B H, S, S]
+            if mask is not None:
+                grad_weights *= mask
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grads = torch.empty_like(heads)  # [3, B H, S, K]
+            scaled_bmm(grad_scores, key, ctx.scale, out=grads[0])
+            scaled_bmm(grad_scores.mT, query, ctx.scale, out=grads[1])
+            scaled_bmm(dropped.mT, grad, ctx.kept_scale, out=grads[2])
+            by_head(target, run).copy_(grads.view(3, run[0], n_heads, run[1], width))
+        return grad_qkv, None, None
+
+
+ATTENTION = {"cpu": FusedAttention.apply, "cuda": jagged_attention}  # elsewhere plain_attention
 
 
 class BertEmbeddings(nn.Module):
@@ -83,11 +206,10 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        embeddings = self.word_embeddings(input_ids)  # [N, D]
-        embeddings = embeddings + self.position_embeddings(position_ids)
+        embeddings = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
@@ -102,26 +224,16 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         # One multiplication for the three: its input is read once.
         projections = (self.query, self.key, self.value)
         weight = torch.cat([linear.weight for linear in projections])  # [3 D, D]
         bias = torch.cat([linear.bias for linear in projections])
         qkv = F.linear(hidden_states, weight, bias)  # [N, 3 D]
-
-        runs = equal_length_runs(lengths)
-        run_sizes = [count * length for count, length in runs]
-        contexts = [self.attend(*run) for run in zip(qkv.split(run_sizes), runs)]
-        return torch.cat(contexts)  # [N, D]
-
-    def attend(self, qkv: Tensor, run: tuple[int, int]) -> Tensor:
-        count, length = run
-        heads = (3, self.config.num_attention_heads, self.config.head_size)
-        qkv = qkv.view(count, length, *heads)  # [B, S, 3, H, K]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, H, S, K]
+        qkv = qkv.unflatten(1, (3, self.config.num_attention_heads, self.config.head_size))
+        attention = ATTENTION.get(qkv.device.type, plain_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return context.transpose(1, 2).reshape(count * length, -1)  # [B, H, S, K] -> [B S, D]
+        return attention(qkv, sequences, dropout).flatten(1)  # [N, H, K] -> [N, D]
 
 
 class BertOutput(nn.Module):
@@ -131,10 +243,10 @@ class BertOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)  # [N, D]
+        return self.LayerNorm(self.dropout(self.dense(hidden_states), residual))  # [N, D]
 
 
 class BertAttention(nn.Module):
@@ -143,8 +255,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
-        return self.output(self.self(hidden_states, lengths), hidden_states)
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        return self.output(self.self(hidden_states, sequences), hidden_states)  # [N, D]
 
 
 class BertIntermediate(nn.Module):
@@ -164,8 +276,8 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
-        attended = self.attention(hidden_states, lengths)  # [N, D]
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        attended = self.attention(hidden_states, sequences)  # [N, D]
         return self.output(self.intermediate(attended), attended)
 
 
@@ -174,9 +286,9 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, lengths)
+            hidden_states = layer(hidden_states, sequences)
         return hidden_states
 
 
@@ -207,20 +319,15 @@ class BertModel(BertPreTrainedModel):
     def encode(
         self,
         input_ids: Tensor,
-        lengths: list[int],
         position_ids: Tensor,
+        sequences: Sequences,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [N, D] of the last layer for packed sequences.
-
-        Args:
-            input_ids, position_ids, token_type_ids: [N], sequence after sequence.
-            lengths: number of tokens of each sequence, N in all; best sorted.
-        """
+        """Hidden states [N, D] of the last layer; the other arguments [N], packed."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         embeddings = self.embeddings(input_ids, position_ids, token_type_ids)
-        return self.encoder(embeddings, lengths)
+        return self.encoder(embeddings, sequences)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -233,11 +340,9 @@ class BertModel(BertPreTrainedModel):
         """
         packed = pack(input_ids, attention_mask, token_type_ids)
         hidden_states = self.encode(
-            packed.input_ids, packed.lengths, packed.position_ids, packed.token_type_ids
+            packed.input_ids, packed.position_ids, packed.sequences, packed.token_type_ids
         )
         padded = hidden_states.new_zeros(*input_ids.shape, hidden_states.shape[-1])  # [B, S, D]
         padded = padded.index_put((packed.rows, packed.position_ids), hidden_states)
-        ends = torch.tensor(packed.lengths, device=input_ids.device).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])[packed.places]  # [B]
-        pooled = self.pooler(hidden_states[starts])
+        pooled = self.pooler(hidden_states[packed.sequences.offsets[packed.places]])
         return {"last_hidden_state": padded, "pooler_output": pooled}

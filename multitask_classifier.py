@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import evaluation
 from base_bert import BertConfig
-from bert import BertModel, equal_length_runs, pack
+from bert import BertModel, Sequences, pack
 from datasets import (
     MAX_SIMILARITY,
     SPLITS,
@@ -52,6 +52,7 @@ from utils import (
     atomic_write,
     autocast,
     check_writable,
+    keep_freed_memory,
     load_torch_file,
     one_line,
     pick_device,
@@ -78,18 +79,17 @@ class AttentionLayer(nn.Module):
         self.W = nn.Linear(hidden_size, hidden_size)
         self.v = nn.Linear(hidden_size, 1, bias=False)
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
-        """[N, D] packed hidden states to [B, D]; there is no padding to mask out."""
-        scores = self.v(torch.tanh(self.W(hidden_states))).float()  # [N, 1]
-        runs = equal_length_runs(lengths)
-        run_sizes = [count * length for count, length in runs]
-        vectors = []
-        for score, states, run in zip(
-            scores.split(run_sizes), hidden_states.split(run_sizes), runs
-        ):
-            weights = score.view(*run, 1).softmax(dim=1)  # [B, S, 1]
-            vectors.append((weights * states.view(*run, -1)).sum(dim=1))
-        return torch.cat(vectors)  # [B, D]
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """[N, D] packed hidden states to [B, D]."""
+        scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(1)  # [N]
+        n_sequences, longest = len(sequences.lengths), max(sequences.lengths)
+        rows = torch.repeat_interleave(sequences.offsets.diff(), output_size=len(scores))  # [N]
+        columns = torch.arange(len(scores), device=scores.device) - sequences.offsets[rows]
+        padded = scores.new_full((n_sequences, longest), -torch.inf)
+        padded = padded.index_put((rows, columns), scores)
+        weights = padded.softmax(dim=1)[rows, columns]  # [N]
+        weighted = weights[:, None] * hidden_states  # [N, D]
+        return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
 
 
 def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
@@ -161,8 +161,8 @@ class MultitaskBERT(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Each task's head outputs (logits [B, classes] or similarities [B]) for its rows: one
         pass through the encoder for all sentence columns of all tasks."""
-        hidden_states = self.bert.encode(batch.input_ids, batch.lengths, batch.position_ids)
-        vectors = self.attention_layer(hidden_states, batch.lengths)[batch.places]
+        sequences = Sequences.of(batch.lengths, batch.input_ids.device)
+        vectors = self._embed(batch.input_ids, batch.position_ids, sequences)[batch.places]
         return {
             name: self.heads[name](*(vectors[column] for column in columns))
             for name, columns in batch.columns.items()
@@ -171,8 +171,11 @@ class MultitaskBERT(nn.Module):
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One vector per sentence: padded [B, S] to [B, D]."""
         packed = pack(input_ids, attention_mask)
-        hidden_states = self.bert.encode(packed.input_ids, packed.lengths, packed.position_ids)
-        return self.attention_layer(hidden_states, packed.lengths)[packed.places]
+        return self._embed(packed.input_ids, packed.position_ids, packed.sequences)[packed.places]
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences) -> Tensor:
+        hidden_states = self.bert.encode(input_ids, position_ids, sequences)
+        return self.attention_layer(hidden_states, sequences)  # [B, D]
 
     def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, 5] of the classes 0 (negative) to 4 (positive)."""
@@ -858,6 +861,7 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:

@@ -8,7 +8,7 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from base_bert import BertConfig
-from bert import BertModel
+from bert import BertModel, Dropout
 from utils import UserError
 
 
@@ -67,7 +67,7 @@ def test_float16_weights_are_loaded_as_float32(saved):
 
 def test_overrides_reach_the_encoder(saved):
     model = BertModel.from_pretrained(saved[1], hidden_dropout_prob=0.37)
-    rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    rates = {m.p for m in model.modules() if isinstance(m, Dropout)}
     assert rates == {0.37}
 
 

@@ -1,10 +1,22 @@
+import math
+
 import pytest
 import torch
 import transformers
 from conftest import TINY, TRANSFORMERS_SEES_DATASETS
 
+import bert
 from base_bert import BertConfig
-from bert import BertModel, equal_length_runs, pack
+from bert import (
+    BertModel,
+    Dropout,
+    FusedAttention,
+    Sequences,
+    draw_kept,
+    jagged_attention,
+    pack,
+    plain_attention,
+)
 
 SENTENCES = [
     "A deep, moving and often funny film.",
@@ -34,9 +46,11 @@ def test_transformers_did_not_take_our_datasets_for_the_package():
     assert TRANSFORMERS_SEES_DATASETS is False
 
 
-def test_equal_length_runs():
-    assert equal_length_runs([3, 3, 5, 3]) == [(2, 3), (1, 5), (1, 3)]
-    assert equal_length_runs([]) == []
+def test_sequences():
+    sequences = Sequences.of([3, 3, 5, 3], torch.device("cpu"))
+    assert sequences.runs == [(2, 3), (1, 5), (1, 3)]
+    assert sequences.sizes == [6, 5, 3]
+    assert sequences.offsets.tolist() == [0, 3, 6, 11, 14]
 
 
 def test_minilm_outputs_equal_transformers(minilm_path, minilm_tokenizer):
@@ -114,7 +128,8 @@ def test_packed_core_equals_padded_form_in_any_order(tiny_config, lengths):
     model = BertModel(tiny_config).double().eval()
     rows = [torch.randint(1, TINY["vocab_size"], (length,)) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    packed = model.encode(torch.cat(rows), lengths, positions)
+    sequences = Sequences.of(lengths, torch.device("cpu"))
+    packed = model.encode(torch.cat(rows), positions, sequences)
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([row * 0 + 1 for row in rows], batch_first=True)
     padded = model(input_ids, mask)["last_hidden_state"]
@@ -141,3 +156,95 @@ def test_both_dropouts_act_in_training_only(padded_batch, where):
     assert not torch.equal(*twice())
     model.eval()
     assert torch.equal(*twice())
+
+
+ATTENTIONS = {"fused": FusedAttention.apply, "plain": plain_attention, "jagged": jagged_attention}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize("lengths", [[2, 512, 2, 17, 17], [512], [2], [9] * 6], ids=str)
+def test_every_attention_equals_padded_transformers_in_float32(
+    twins, monkeypatch, attention, lengths
+):
+    """The one for CUDA too: on a CPU only the kernel within it is another."""
+    monkeypatch.setitem(bert.ATTENTION, "cpu", attention)
+    ours, theirs = twins(BertConfig(**TINY | dict(max_position_embeddings=512)))
+    rows = [torch.randint(1, TINY["vocab_size"], (length,)) for length in lengths]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([row * 0 + 1 for row in rows], batch_first=True)
+    weight = torch.randn(*input_ids.shape, TINY["hidden_size"])[mask.bool()]
+    outputs = []
+    for model in (ours, theirs):
+        output = model(input_ids, mask)
+        output = output["last_hidden_state"][mask.bool()]
+        (output * weight).sum().backward()
+        outputs.append(output)
+    assert relative_error(*outputs) < 1e-5
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None and "key.bias" not in name:
+            assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
+
+
+def test_fused_attention_with_dropout_equals_its_formula():
+    """softmax(Q K^T / sqrt(K)) * mask / (1 - p) times V, one sequence and head after the other."""
+    lengths, n_heads, width, p = [2, 2, 2, 5, 7, 7], 3, 4, 0.3
+    sequences = Sequences.of(lengths, torch.device("cpu"))
+    qkv = torch.randn(sum(lengths), 3, n_heads, width, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(7)
+    ours = FusedAttention.apply(qkv, sequences, p)
+    torch.manual_seed(7)
+    kept, scale = draw_kept(sum(n_heads * length**2 for length in lengths), p, torch.float64)
+    contexts, masks = [], iter(kept.split([n**2 for n in lengths for _ in range(n_heads)]))
+    for tokens in qkv.split(lengths):
+        for head in range(n_heads):
+            query, key, value = tokens[:, :, head].unbind(1)
+            weights = (query @ key.T / math.sqrt(width)).softmax(-1)
+            contexts.append(weights * next(masks).view_as(weights) * scale @ value)
+    heads = [torch.stack(contexts[i : i + n_heads], 1) for i in range(0, len(contexts), n_heads)]
+    expected = torch.cat(heads)
+    assert relative_error(ours, expected) < 1e-12
+    gradient = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(each, qkv, gradient)[0] for each in (ours, expected)]
+    assert relative_error(*gradients) < 1e-12
+
+
+def test_fused_attention_refuses_a_second_derivative():
+    qkv = torch.randn(5, 3, 2, 4, requires_grad=True)
+    context = FusedAttention.apply(qkv, Sequences.of([2, 3], qkv.device), 0.1)
+    (gradient,) = torch.autograd.grad(context.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 0.9999999])
+def test_dropout_has_the_distribution_of_bernoulli_draws(p):
+    """Share of zeros, and no correlation between neighbours: five standard errors."""
+    n = 400_003
+    kept, scale = draw_kept(n, p, torch.float32)
+    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    exact = min(round(p * 2**16), 2**16 - 1) / 2**16
+    assert abs(exact - p) <= 2**-16 and math.isclose(scale, 1 / (1 - exact))
+    variance = exact * (1 - exact)
+    assert abs(float(kept.mean()) - (1 - exact)) <= 5 * math.sqrt(variance / n)
+    for lane in range(4):  # the four numbers in one draw
+        share = float(kept[lane::4].mean())
+        assert abs(share - (1 - exact)) <= 5 * math.sqrt(4 * variance / n)
+    centred = kept.double() - (1 - exact)
+    for lag in (1, 2, 3, 4, 8):
+        covariance = float((centred[lag:] * centred[:-lag]).mean())
+        assert abs(covariance) <= 5 * variance / math.sqrt(n - lag) + 1e-9
+
+
+def test_dropout_adds_the_residual_keeps_the_mean_and_rests_in_evaluation():
+    states = torch.ones(200, 500, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(200, 500, dtype=torch.float64)
+    dropout = Dropout(0.25)
+    dropped = dropout(states, residual) - residual
+    zeros = dropped.abs() < 1e-12
+    assert torch.allclose(dropped[~zeros], torch.tensor(4 / 3, dtype=torch.float64))
+    assert abs(float(dropped.detach().mean()) - 1) < 5 * math.sqrt(1 / 3 / states.numel())
+    (gradient,) = torch.autograd.grad(dropped.sum(), states)
+    torch.testing.assert_close(gradient, dropped.detach())
+    assert not torch.equal(dropout(states), dropout(states))
+    assert torch.equal(dropout.eval()(states, residual), states + residual)

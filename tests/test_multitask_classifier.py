@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SAMPLE
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import bert
 import multitask_classifier as mc
-from bert import BertModel
+from bert import BertModel, Dropout
 from datasets import TASKS, EpochSampler, TaskDataset, collate, training_windows
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
@@ -146,7 +148,12 @@ def test_swapping_the_sentences_changes_nothing(model, data, tiny_directory):
         torch.testing.assert_close(method(*one, *two), method(*two, *one))
 
 
-def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(model, data):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("attention", [bert.FusedAttention.apply, bert.jagged_attention])
+def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(
+    model, data, attention, monkeypatch
+):
+    monkeypatch.setitem(bert.ATTENTION, "cpu", attention)
     batch = collate({name: (data[name], np.arange(6)) for name in TASKS})
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(batch)
@@ -156,6 +163,24 @@ def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(model, data
         assert (output.float() - exact[name]).abs().max() < 0.3
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what reads a tensor's value on the host, for which a GPU would be waited for."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **kwargs or {})
+
+
+def test_no_training_step_waits_for_the_device(model, data):
+    optimizer = mc.build_optimizer(model.train(), options())
+    with NoWaiting():
+        mc.training_step(model, windows(data, 5, 2), optimizer, options())
+    with NoWaiting(), pytest.raises(AssertionError, match="waits"):
+        float(torch.ones(1))
 
 
 # --------------------------------------------------------------------------- what trains, and how
@@ -440,7 +465,7 @@ def test_dropout_flag_reaches_the_encoder(flags, tmp_path):
     (checkpoint,) = (tmp_path / "models_dir").iterdir()
     model = mc.load_checkpoint(checkpoint)[0]
     assert model.bert.config.hidden_dropout_prob == 0.45
-    assert {m.p for m in model.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.45}
+    assert {m.p for m in model.bert.modules() if isinstance(m, Dropout)} == {0.45}
 
 
 def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
