@@ -3,16 +3,16 @@
     python benchmarks/throughput.py --data_dir data
 
 The peer is `transformers.BertModel` with SDPA attention, the same heads, each sentence column padded
-to its longest sentence, and `torch.optim.AdamW(fused=True)`. Both train on the same rows and take
-turns in one run, so that the machine's noise hits both alike. The limit is the arithmetic of the
-real tokens, forward and backward, attention included, over the rate at which this machine multiplies
-matrices of this encoder's shapes, measured between the steps. Peak memory is that of a process of
-its own for each.
+to its longest sentence, and `torch.optim.AdamW(fused=True)`. Each of the two is a process of its
+own, as its users would run it, and they take turns on the same rows, one working while the other
+waits, so that the machine's noise hits both alike and neither's memory disturbs the other's. The
+limit is the arithmetic of the real tokens, forward and backward, attention included, over the rate
+at which this machine multiplies matrices of this encoder's shapes, measured between the steps.
 """
 
 import argparse
+import contextlib
 import copy
-import json
 import os
 import resource
 import statistics
@@ -20,8 +20,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as multitask_classifier.py does for its runs
 
 import torch
 import transformers  # before our root is on the path: it looks for a package named datasets
@@ -37,9 +35,11 @@ from bert import BertModel  # noqa: E402
 from datasets import TASKS, EpochSampler, evaluation_batches, training_windows  # noqa: E402
 from evaluation import predict  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
-from utils import autocast, pick_device, seed_everything  # noqa: E402
+from utils import autocast, keep_freed_memory, pick_device, seed_everything  # noqa: E402
 
 OURS, PEER = "this project", "transformers"
+BATCH_SIZE = 64
+WARM_UP = 3  # steps before those that count
 BASE = BertConfig()  # BERT-base with random weights, where its own cannot be had
 
 
@@ -141,52 +141,103 @@ def seconds(work, device) -> float:
     return time.perf_counter() - start
 
 
-class Bench:
-    """Both contenders, on the same data, with the same start."""
+class Inputs:
+    """What both contenders work on: the data, and a BERT's weights."""
 
-    def __init__(self, args, contenders=(OURS, PEER)):
+    def __init__(self, args):
         seed_everything(0)
-        self.device = device = pick_device(args.use_gpu)
-        self.options = mc.parse_options(
-            ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
-        )
+        self.device = pick_device(args.use_gpu)
+        flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+        self.options = mc.parse_options(flags)
         tokenizer = BertTokenizer.from_pretrained(args.bert_model)
-        bert = BertModel(BASE) if args.base else BertModel.from_pretrained(args.bert_model)
-        self.config = bert.config
-        max_length = self.config.max_position_embeddings
-        self.splits = mc.load_data(self.options, tokenizer, max_length, ("train", "dev"))
-        data = self.splits["train"]
-        samplers = {name: EpochSampler(len(each), 0) for name, each in data.items()}
-        self.windows = list(training_windows(data, samplers, 64 * (args.steps + 2), 64, 1))
-        ours = mc.MultitaskBERT(bert)
-        self.works = {}
-        if PEER in contenders:
-            model = PeerModel(ours).to(device).train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=8e-5, fused=True)
-            self.peer = model
-            self.works[PEER] = lambda window: peer_step(
-                model, optimizer, data, window[0], self.options, device
-            )
-        if OURS in contenders:
-            self.ours = ours.to(device).train()
-            own = mc.build_optimizer(self.ours, self.options)
-            self.works[OURS] = lambda window: mc.training_step(self.ours, window, own, self.options)
+        self.bert = BertModel(BASE) if args.base else BertModel.from_pretrained(args.bert_model)
+        max_length = self.bert.config.max_position_embeddings
+        splits = mc.load_data(self.options, tokenizer, max_length, ("train", "dev"))
+        self.train, self.dev = splits["train"], splits["dev"]
+        samplers = {name: EpochSampler(len(each), 0) for name, each in self.train.items()}
+        n_rows = BATCH_SIZE * (args.steps + WARM_UP)
+        self.windows = list(training_windows(self.train, samplers, n_rows, BATCH_SIZE, 1))
 
-    def train(self):
-        for window in self.windows[2:]:
-            yield window
 
-    def warm_up(self):
-        for window in self.windows[:2]:
-            for work in self.works.values():
-                work(window)
+class Ours:
+    def __init__(self, inputs: Inputs):
+        keep_freed_memory()  # as multitask_classifier.py's main does
+        self.inputs = inputs
+        self.model = mc.MultitaskBERT(inputs.bert).to(inputs.device).train()
+        self.optimizer = mc.build_optimizer(self.model, inputs.options)
 
-    def predict(self, name):
-        for dataset in self.splits["dev"].values():
-            if name == OURS:
-                predict(self.ours, dataset, 64)
-            else:
-                peer_predict(self.peer, dataset, 64, self.device)
+    def step(self, window):
+        mc.training_step(self.model, window, self.optimizer, self.inputs.options)
+
+    def evaluate(self, dataset):
+        predict(self.model, dataset, BATCH_SIZE)
+
+
+class Peer:
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.model = PeerModel(mc.MultitaskBERT(inputs.bert)).to(inputs.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=8e-5, fused=True)
+
+    def step(self, window):
+        inputs = self.inputs
+        peer_step(
+            self.model, self.optimizer, inputs.train, window[0], inputs.options, inputs.device
+        )
+
+    def evaluate(self, dataset):
+        peer_predict(self.model, dataset, BATCH_SIZE, self.inputs.device)
+
+
+CONTENDERS = {OURS: Ours, PEER: Peer}
+
+
+def serve(args) -> None:
+    """The worker's side: do what each line of standard input says, answer with one number."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints must not look like an answer
+    inputs = Inputs(args)
+    contender = CONTENDERS[args.worker](inputs)
+    for line in sys.stdin:
+        work, _, what = line.strip().partition(" ")
+        if work == "step":
+            window = inputs.windows[int(what)]
+            answer = seconds(lambda: contender.step(window), inputs.device)
+        elif work == "evaluate":
+            answer = seconds(lambda: contender.evaluate(inputs.dev[what]), inputs.device)
+        elif inputs.device.type == "cuda":
+            answer = torch.cuda.max_memory_allocated() / 1e6
+        else:
+            answer = resident_peak()
+        print(answer, file=answers, flush=True)
+
+
+class Worker:
+    """The parent's side of one contender."""
+
+    def __init__(self, name: str, args):
+        command = [sys.executable, __file__, "--worker", name, "--steps", str(args.steps)]
+        command += ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+        command += ["--use_gpu"] * args.use_gpu + ["--base"] * args.base
+        own = {"GOMP_SPINCOUNT": "1000"} if name == OURS else {}  # as multitask_classifier.py sets
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=own | os.environ,
+        )
+
+    def __call__(self, *request) -> float:
+        print(*request, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args[3]}: failed, see above")
+        return float(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def resident_peak() -> float:
@@ -199,76 +250,57 @@ def resident_peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def peak_memory(args) -> None:
-    """In a process of its own: a few steps of one contender, then the peak in MB."""
-    bench = Bench(args, (args.memory_of,))
-    bench.warm_up()
-    for window in bench.train():
-        bench.works[args.memory_of](window)
-    if bench.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        peak = resident_peak()
-    print(json.dumps(peak))
-
-
-def memory_of(name: str, args) -> float:
-    flags = ["--memory_of", name, "--steps", str(min(args.steps, 8))]
-    command = [sys.executable, __file__, *flags, *passed_on(args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def passed_on(args) -> list[str]:
-    flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
-    return flags + ["--use_gpu"] * args.use_gpu + ["--base"] * args.base
-
-
-def measure(bench: Bench, args) -> dict[str, list[float]]:
+def measure(inputs: Inputs, workers: dict[str, Worker], args) -> dict[str, dict]:
     """Steps of both and of the matrix multiplication in turns; then evaluations in turns."""
-    mean_tokens = int(statistics.mean(sum(window[0].lengths) for window in bench.windows))
-    matrices = MatrixRate(bench.config, mean_tokens, bench.device)
-    bench.warm_up()
+    mean_tokens = int(statistics.mean(sum(window[0].lengths) for window in inputs.windows))
+    matrices = MatrixRate(inputs.bert.config, mean_tokens, inputs.device)
     matrices()
-    times = {key: [] for key in (*bench.works, "matrices", f"eval {OURS}", f"eval {PEER}")}
-    for number, window in enumerate(bench.train()):
-        for name in list(bench.works)[:: 1 if number % 2 else -1]:
-            times[name].append(seconds(lambda: bench.works[name](window), bench.device))
-        times["matrices"].append(seconds(matrices, bench.device))
-    for _ in range(args.evaluations):
-        for name in (OURS, PEER):
-            times[f"eval {name}"].append(seconds(lambda: bench.predict(name), bench.device))
-    times["rate"] = [matrices.flops / statistics.median(times["matrices"])]
-    return times
+    steps, evaluations = ({name: [] for name in workers} for _ in range(2))
+    rates = []
+    for number in range(len(inputs.windows)):
+        for name in list(workers)[:: 1 if number % 2 else -1]:
+            steps[name].append(workers[name]("step", number))
+        rates.append(matrices.flops / seconds(matrices, inputs.device))
+    memory = {name: worker("peak") for name, worker in workers.items()}
+    for number in range(args.evaluations):
+        times = {name: 0.0 for name in workers}
+        for task in inputs.dev:
+            for name in list(workers)[:: 1 if number % 2 else -1]:
+                times[name] += workers[name]("evaluate", task)
+            rates.append(matrices.flops / seconds(matrices, inputs.device))
+        for name, total in times.items():
+            evaluations[name].append(total)
+    return {
+        "steps": {name: each[WARM_UP:] for name, each in steps.items()},
+        "evaluations": evaluations,
+        "memory": memory,
+        "rate": statistics.median(rates[WARM_UP:]),
+    }
 
 
-def report(bench: Bench, times: dict[str, list[float]], args) -> None:
-    rate = times["rate"][0]
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    lengths = [window[0].lengths for window in bench.windows[2:]]
-    train_limit = (
-        statistics.median(encoder_flops(bench.config, each, True) for each in lengths) / rate
-    )
-    dev = [b.lengths for d in bench.splits["dev"].values() for b in evaluation_batches(d, 64)]
-    eval_limit = sum(encoder_flops(bench.config, each, False) for each in dev) / rate
-    sentences = {"training step": len(lengths[0]), "evaluation": sum(map(len, dev))}
-    memory = {name: memory_of(name, args) for name in (OURS, PEER)}
-    print(f"{bench.device}, {torch.get_num_threads()} threads, matrices {rate / 1e9:.0f} GFLOP/s, ")
-    print(f"{statistics.mean(map(sum, lengths)):.0f} real tokens a step, {args.steps} steps")
+def report(inputs: Inputs, results: dict[str, dict], args) -> None:
+    rate, config = results["rate"], inputs.bert.config
+    lengths = [window[0].lengths for window in inputs.windows[WARM_UP:]]
+    dev = [b.lengths for d in inputs.dev.values() for b in evaluation_batches(d, BATCH_SIZE)]
+    n_flops = {
+        "training step": statistics.median(encoder_flops(config, each, True) for each in lengths),
+        "evaluation": sum(encoder_flops(config, each, False) for each in dev),
+    }
+    n_sentences = {"training step": len(lengths[0]), "evaluation": sum(map(len, dev))}
+    tokens = statistics.mean(map(sum, lengths))
+    print(f"{inputs.device}, {torch.get_num_threads()} threads, {tokens:.0f} real tokens a step, ")
+    print(f"{args.steps} steps, {args.evaluations} evaluations, matrices {rate / 1e9:.0f} GFLOP/s")
     print("| | | median, s | sentences/s | peer / this | share of limit | peak memory, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for work, prefix, limit in (
-        ("training step", "", train_limit),
-        ("evaluation", "eval ", eval_limit),
-    ):
-        for name in (OURS, PEER):
-            median = medians[prefix + name]
+    for work, times in zip(n_flops, (results["steps"], results["evaluations"])):
+        medians = {name: statistics.median(each) for name, each in times.items()}
+        for name, median in medians.items():
             cells = [
-                f"{median:.3f}",
-                f"{sentences[work] / median:.0f}",
-                f"{medians[prefix + PEER] / median:.2f}",
-                f"{limit / median:.0%}",
-                f"{memory[name]:.0f}" if not prefix else "",
+                f"{median:.4g}",
+                f"{n_sentences[work] / median:.0f}",
+                f"{medians[PEER] / median:.2f}",
+                f"{n_flops[work] / rate / median:.0%}",
+                f"{results['memory'][name]:.0f}" if work == "training step" else "",
             ]
             print(f"| {work} | {name} | {' | '.join(cells)} |")
 
@@ -283,14 +315,19 @@ def main() -> None:
     flag("--evaluations", type=int, default=3, help="measured evaluations; default: 3")
     flag("--quick", action="store_true", help="one step, one evaluation: does it run?")
     flag("--use_gpu", action="store_true", help="bfloat16 on the GPU")
-    flag("--memory_of", choices=(OURS, PEER), help=argparse.SUPPRESS)
+    flag("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.steps = args.evaluations = 1
-    if args.memory_of:
-        return peak_memory(args)
-    bench = Bench(args)
-    report(bench, measure(bench, args), args)
+    if args.worker:
+        return serve(args)
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name in CONTENDERS:
+            workers[name] = Worker(name, args)
+            stack.callback(workers[name].close)
+        inputs = Inputs(args)
+        report(inputs, measure(inputs, workers, args), args)
 
 
 if __name__ == "__main__":
