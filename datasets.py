@@ -468,11 +468,19 @@ def training_windows(
 
 
 def evaluation_batches(dataset: TaskDataset, batch_size: int) -> Iterator[Batch]:
-    """Every row once, longest first: what would not fit into memory fails at the start."""
+    """Every row once, longest first: what would not fit into memory fails at the start.
+
+    The first batch has `batch_size` rows, each later one as many as have no more tokens in all.
+    """
     n_tokens = sum(column.lengths for column in dataset.columns)
     order = np.argsort(-n_tokens, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield collate({dataset.task.name: (dataset, order[start : start + batch_size])})
+    ends = np.cumsum(n_tokens[order])  # tokens up to and with each row
+    start, budget = 0, ends[:batch_size][-1]
+    while start < len(order):
+        tokens_before = ends[start - 1] if start else 0
+        end = np.searchsorted(ends, tokens_before + budget, side="right")
+        yield collate({dataset.task.name: (dataset, order[start:end])})
+        start = end
 
 
 # ------------------------------------------------------------------------------------- download

