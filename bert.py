@@ -33,13 +33,14 @@ class Sequences(NamedTuple):
     offsets: Tensor  # [B + 1] where each sequence starts, and N at the end; on the device
     runs: list[tuple[int, int]]  # (count, length) of neighbours of equal length
     sizes: list[int]  # the runs' numbers of tokens
+    plain: bool  # whether attention has to have a second derivative
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> "Sequences":
+    def of(cls, lengths: list[int], device: torch.device, plain: bool = False) -> "Sequences":
         offsets = torch.tensor([0, *itertools.accumulate(lengths)])
         runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
         sizes = [count * length for count, length in runs]
-        return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes)
+        return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes, plain)
 
 
 class PackedBatch(NamedTuple):
@@ -57,10 +58,7 @@ def pack(
     input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
 ) -> PackedBatch:
     """Take the padding out of a batch; all arguments are [B, S], 1 in the mask is a real token.
-
-    Raises:
-        ValueError: a row without a single real token.
-    """
+    A row without a single real token is a ValueError."""
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1)
     if not lengths.all():
@@ -115,11 +113,12 @@ def by_head(tokens: Tensor, run: tuple[int, int]) -> Tensor:
 
 
 def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On any device: sequences of equal length together."""
+    """On any device, and the one with a second derivative: sequences of equal length together."""
     contexts = []
     for part, run in zip(qkv.split(sequences.sizes), sequences.runs):
         query, key, value = by_head(part, run)  # 3 x [B, H, S, K]
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        scores = query @ key.mT / query.shape[-1] ** 0.5  # [B, H, S, S]
+        context = F.dropout(scores.softmax(dim=-1), dropout) @ value  # [B, H, S, K]
         contexts.append(context.transpose(1, 2).flatten(0, 1))  # [B S, H, K]
     return torch.cat(contexts)
 
@@ -231,7 +230,8 @@ class BertSelfAttention(nn.Module):
         bias = torch.cat([linear.bias for linear in projections])
         qkv = F.linear(hidden_states, weight, bias)  # [N, 3 D]
         qkv = qkv.unflatten(1, (3, self.config.num_attention_heads, self.config.head_size))
-        attention = ATTENTION.get(qkv.device.type, plain_attention)
+        device = "any" if sequences.plain else qkv.device.type
+        attention = ATTENTION.get(device, plain_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         return attention(qkv, sequences, dropout).flatten(1)  # [N, H, K] -> [N, D]
 

@@ -44,6 +44,7 @@ class Task:
     label_column: str
     num_classes: int | None  # None: the label is a number from 0 to MAX_SIMILARITY
     loss: Callable[[Tensor, Tensor], Tensor]
+    draw: Callable[[Tensor], Tensor]  # labels from the distribution that the loss takes outputs for
     metrics: tuple[str, ...]  # the first one selects the model; the names are evaluation.py's
     prediction_column: str
 
@@ -71,6 +72,17 @@ class Task:
         return value
 
 
+def draw_class(logits: Tensor) -> Tensor:
+    """From the softmax: cross-entropy is its negative log-likelihood. [B, classes] to [B]."""
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+def draw_value(outputs: Tensor) -> Tensor:
+    """From the normal distribution with variance 1/2: the squared error is its negative
+    log-likelihood, but for a constant."""
+    return outputs + 0.5**0.5 * torch.randn_like(outputs)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -82,6 +94,7 @@ TASKS = {
             label_column="sentiment",
             num_classes=5,
             loss=F.cross_entropy,
+            draw=draw_class,
             metrics=("accuracy", "macro_f1"),
             prediction_column="predicted_sentiment",
         ),
@@ -93,6 +106,7 @@ TASKS = {
             label_column="is_duplicate",
             num_classes=2,
             loss=F.cross_entropy,
+            draw=draw_class,
             metrics=("accuracy", "macro_f1"),
             prediction_column="predicted_is_duplicate",
         ),
@@ -104,6 +118,7 @@ TASKS = {
             label_column="similarity",
             num_classes=None,
             loss=F.mse_loss,
+            draw=draw_value,
             metrics=("pearson",),
             prediction_column="predicted_similarity",
         ),

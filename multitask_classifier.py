@@ -45,7 +45,7 @@ from datasets import (
     TaskDataset,
     training_windows,
 )
-from optimizer import AdamW
+from optimizer import AdamW, Sophia, SophiaG, SophiaH
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -59,7 +59,9 @@ from utils import (
 )
 
 CHECKPOINT_FORMAT = 1
-DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3}
+DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
+SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
+DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
 LOG_EVERY = 10  # optimizer steps between two writes to TensorBoard: each one waits for the GPU
@@ -157,10 +159,11 @@ class MultitaskBERT(nn.Module):
             }
         )
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
         """Each task's head outputs (logits [B, classes] or similarities [B]) for its rows: one
-        pass through the encoder for all sentence columns of all tasks."""
-        sequences = Sequences.of(batch.lengths, batch.input_ids.device)
+        pass through the encoder for all sentence columns of all tasks. With `second_derivative`
+        it is slower, and the outputs can be differentiated twice."""
+        sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
         vectors = self._embed(batch.input_ids, batch.position_ids, sequences)[batch.places]
         return {
             name: self.heads[name](*(vectors[column] for column in columns))
@@ -237,7 +240,12 @@ def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.
         {"params": parameters, "weight_decay": options.weight_decay if decays else 0.0}
         for (_, decays), parameters in groups.items()
     ]
-    return AdamW(settings, lr=options.lr)
+    if options.optimizer == "adamw":
+        return AdamW(settings, lr=options.lr)
+    sophia = dict(lr=options.lr, rho=options.rho, betas=SOPHIA_BETAS[options.optimizer])
+    if options.optimizer == "sophiah":
+        return SophiaH(settings, **sophia, update_period=options.hess_interval)
+    return SophiaG(settings, **sophia)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespace):
@@ -340,12 +348,18 @@ def training_step(
     """
     device = next(model.parameters()).device
     weights = dict(zip(TASKS, options.loss_weights, strict=True))
+    window = [batch.to(device) for batch in window]
     window_rows = sum(len(batch) for batch in window)
+    refresh = isinstance(optimizer, Sophia) and optimizer.n_steps % options.hess_interval == 0
+    with_graph = refresh and isinstance(optimizer, SophiaH)
+    if refresh and isinstance(optimizer, SophiaG):
+        gauss_newton_gradients(model, window, weights)
+        optimizer.update_hessian()
+        optimizer.zero_grad(set_to_none=True)
     losses, answers = defaultdict(float), []
     for batch in window:
-        batch = batch.to(device)
         with autocast(device):
-            outputs = model(batch)
+            outputs = model(batch, second_derivative=with_graph)
         total = 0.0
         for name, output in outputs.items():
             task, labels = TASKS[name], batch.labels[name]
@@ -355,13 +369,46 @@ def training_step(
             losses[name] = losses[name] + loss.detach()
             losses["sum"] = losses["sum"] + weights[name] * loss.detach()
             answers.append((name, labels, task.decode(output.detach().float())))
-        total.backward()
+        if with_graph:
+            backward_with_graph(total, model)
+        else:
+            total.backward()
     if options.clip:
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, options.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses, answers
+
+
+def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
+    """Add the gradients of `loss`, with their graph, to `.grad`. `loss.backward` would do the same
+    and warn of the reference cycle, which SophiaH breaks."""
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    for param, gradient in zip(params, gradients):
+        if gradient is not None:
+            param.grad = gradient if param.grad is None else param.grad + gradient
+
+
+def gauss_newton_gradients(
+    model: MultitaskBERT, window: list[Batch], weights: dict[str, float]
+) -> None:
+    """Put into `.grad` the gradient whose square `SophiaG.update_hessian` wants for all tasks at
+    once: of each task's mean loss over the window, for labels drawn from the model's own outputs,
+    times the root of its rows and of its weight."""
+    n_rows = {name: sum(len(batch.rows[name]) for batch in window) for name in window[0].rows}
+    device = next(model.parameters()).device
+    for batch in window:
+        with autocast(device):
+            outputs = model(batch)
+        total = 0.0
+        for name, output in outputs.items():
+            task, output = TASKS[name], output.float()
+            share = len(output) / n_rows[name]
+            loss = task.loss(output, task.draw(output.detach())) * share
+            total = total + (weights[name] * n_rows[name]) ** 0.5 * loss
+        total.backward()
 
 
 def train_epoch(
@@ -385,7 +432,7 @@ def train_epoch(
             if options.scheduler == "cosine":
                 scheduler.step()
             bar.update(sum(len(batch.lengths) for batch in window))
-        log.flush(bar)
+        log.flush(optimizer, bar)
     return train_scores(answers)
 
 
@@ -410,22 +457,36 @@ class RunLog:
         self.sentences_per_row = sum(len(TASKS[name].sentence_columns) for name in tasks)
         self.n_steps = 0
         self.waiting = []
+        self.clipped = []  # Sophia's shares of clipped coordinates in this epoch
 
     def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.n_steps += 1
-        learning_rate = optimizer.param_groups[0]["lr"]
-        self.waiting.append((self.n_steps, learning_rate, losses))
+        values = {f"loss/{name}": loss for name, loss in losses.items()}
+        values["lr"] = optimizer.param_groups[0]["lr"]
+        self.waiting.append((self.n_steps, values))
         if len(self.waiting) == LOG_EVERY:
-            self.flush(bar)
+            self.flush(optimizer, bar)
 
-    def flush(self, bar: tqdm) -> None:
-        for step, learning_rate, losses in self.waiting:
-            losses = {name: float(loss) for name, loss in losses.items()}
-            for name, loss in losses.items():
-                self.writer.add_scalar(f"loss/{name}", loss, step)
-            self.writer.add_scalar("lr", learning_rate, step)
+    def flush(self, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
+        if self.waiting and isinstance(optimizer, Sophia):
+            statistics = {f"sophia/{key}": each for key, each in optimizer.statistics().items()}
+            self.waiting[-1][1].update(statistics)
+        for step, values in self.waiting:
+            values = {tag: float(value) for tag, value in values.items()}
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+            losses = {t.removeprefix("loss/"): v for t, v in values.items() if t.startswith("loss")}
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+            self.clipped += [v for tag, v in values.items() if tag == "sophia/clipped"]
         self.waiting.clear()
+
+    def curvature(self, optimizer: Sophia) -> str:
+        """What to know of an epoch with Sophia, in one line."""
+        share = f"{sum(self.clipped) / len(self.clipped):.3f}" if self.clipped else "not looked at"
+        self.clipped.clear()
+        return (
+            f"clipped share of coordinates {share}, {optimizer.skipped_refreshes} estimates skipped"
+        )
 
     def epoch(
         self,
@@ -535,6 +596,8 @@ def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint, 
             save_checkpoint(checkpoint, model, tokenizer, options, epoch + 1, scores, versions)
         print(f"epoch {epoch + 1}: {seconds:.0f} s, mean dev score {mean:.4f}", end="")
         print(f", saved to {checkpoint}" if improved else "")
+        if isinstance(optimizer, Sophia):
+            print(f"  {log.curvature(optimizer)}")
         for name in scores:
             train_text = evaluation.format_scores(train[name])
             print(f"  {name}: train {train_text}; dev {evaluation.format_scores(scores[name])}")
@@ -677,7 +740,24 @@ def add_training_flags(group) -> None:
     )
     rates = ", ".join(f"{rate:g} for {option}" for option, rate in DEFAULT_LR.items())
     flag("--lr", type=non_negative_float, help=f"learning rate; default: {rates}")
-    flag("--optimizer", choices=["adamw"], default="adamw", help="default: adamw")
+    flag(
+        "--optimizer",
+        choices=["adamw", "sophiah", "sophiag"],
+        default="adamw",
+        help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
+    )
+    flag(
+        "--rho",
+        type=positive_float,
+        help=f"Sophia: what a step is clipped to, before lr; default: {DEFAULT_RHO:g}",
+    )
+    flag(
+        "--hess_interval",
+        type=positive_int,
+        metavar="STEPS",
+        help="Sophia: optimizer steps from one estimate of the Hessian to the next; default: "
+        f"{DEFAULT_HESS_INTERVAL}",
+    )
     flag(
         "--weight_decay",
         type=non_negative_float,
@@ -801,7 +881,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
     options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:
-        options.lr = DEFAULT_LR[options.option]
+        options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
+    if options.optimizer == "adamw":
+        if given := [f for f in ("rho", "hess_interval") if getattr(options, f) is not None]:
+            parser.error(f"--{', --'.join(given)}: only for --optimizer sophiah and sophiag")
+    else:
+        options.rho = options.rho or DEFAULT_RHO
+        options.hess_interval = options.hess_interval or DEFAULT_HESS_INTERVAL
     predictions = "predictions/smoketest" if options.smoketest else "predictions"
     for name, task in TASKS.items():
         for split in SPLITS:
@@ -832,6 +918,7 @@ seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 max_length = number(int, lambda value: value > 2, "a whole number above 2")
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 

@@ -91,12 +91,237 @@ def adamw_update(
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr * correction2 / correction1)
 
 
+class Sophia(torch.optim.Optimizer):
+    """What SophiaH and SophiaG share: the update of Liu et al. 2023, arXiv 2305.14342,
+
+        update = clip(exp_avg / max(hessian, eps), -rho, rho)
+        p = p - lr * weight_decay * p - lr * update
+
+    where `exp_avg` is the moving average of the gradient and `hessian` that of an estimate of the
+    Hessian's diagonal. Neither has Adam's bias correction: while `hessian` is still small, nearly
+    every coordinate is clipped and moves by `lr * rho`.
+
+    The paper's algorithm 3 writes the same with `gamma = rho` and its own `lr = lr * rho`, that is
+    `p - lr_paper * clip(exp_avg / max(gamma * hessian, eps), -1, 1)`. The authors' code adds eps to
+    the denominator instead of taking the maximum.
+    """
+
+    def __init__(self, params, lr, betas, rho, weight_decay, eps):
+        check_settings(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps)
+        for name, value in {"rho": rho, "eps": eps}.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+        defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps)
+        super().__init__(params, defaults | dict(step=0, skipped_refreshes=0))
+
+    @property
+    def n_steps(self) -> int:
+        """Steps taken so far."""
+        return self.param_groups[0]["step"]
+
+    @property
+    def skipped_refreshes(self) -> int:
+        """Estimates of the Hessian that were not finite and so not used."""
+        return self.param_groups[0]["skipped_refreshes"]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step; `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._before_update()
+        for group in self.param_groups:
+            names = ("lr", "betas", "rho", "weight_decay", "eps")
+            settings = {name: group[name] for name in names}
+            tensors = [
+                (param, param.grad, *self._averages(param))
+                for param in group["params"]
+                if param.grad is not None
+            ]
+            for blocks in cache_sized_blocks(tensors):
+                sophia_update(*blocks, **settings)
+            group["step"] += 1
+        return loss
+
+    def _before_update(self) -> None:
+        """For what `step` has to do first."""
+
+    def _averages(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["hessian"] = torch.zeros_like(param)
+        return state["exp_avg"], state["hessian"]
+
+    def _average_in(self, estimates: dict[Tensor, Tensor]) -> None:
+        """Update the moving averages with an estimate for each parameter; all or, if one value is
+        not finite, none."""
+        finite = [estimate.isfinite().all() for estimate in estimates.values()]
+        if finite and not torch.stack(finite).all():
+            for group in self.param_groups:
+                group["skipped_refreshes"] += 1
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in estimates:
+                    _, hessian = self._averages(param)
+                    hessian.lerp_(estimates[param], 1 - group["betas"][1])
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, Tensor]:
+        """For tuning `rho`: `clipped`, the share of coordinates that the last step clipped, among
+        those that moved at all, and `hessian_norm`, the norm of all averages together."""
+        clipped, moved, squares = 0, 0, 0
+        for group in self.param_groups:
+            for state in (self.state[param] for param in group["params"] if param in self.state):
+                limit = state["hessian"].clamp_min(group["eps"]) * group["rho"]
+                clipped = clipped + (state["exp_avg"].abs() > limit).sum()
+                moved = moved + state["exp_avg"].count_nonzero()
+                squares = squares + state["hessian"].square().sum()
+        return {"clipped": clipped / moved, "hessian_norm": squares**0.5}
+
+
+class SophiaH(Sophia):
+    """Sophia with Hutchinson's estimator (algorithm 1 of Liu et al. 2023, arXiv 2305.14342): the
+    mean of `u * (H u)` over `u ~ N(0, I)` is the Hessian's diagonal.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate, at least 0. A coordinate moves by at most `lr * rho` in a step.
+        betas: decay rates of the averages of gradient and Hessian, in [0, 1).
+        rho: what the update is clipped to.
+        weight_decay: a step shrinks a parameter by `lr * weight_decay` of itself.
+        eps: least value that the gradient's average is divided by.
+        update_period: steps from one estimate to the next; the first step makes one.
+
+    A step that makes an estimate needs gradients with a graph, `loss.backward(create_graph=True)`,
+    else it raises RuntimeError. It takes the graph out of `.grad`, which would otherwise keep it
+    alive in a reference cycle. What is done to the gradients' values on the way (clipping) does not
+    change the estimate, which follows the graph. A parameter without a gradient is not touched.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-4,
+        betas=(0.96, 0.99),
+        rho=1e-2,
+        weight_decay=0.0,
+        eps=1e-12,
+        update_period=10,
+    ):
+        if update_period < 1:
+            raise ValueError(f"update_period must be at least 1, not {update_period}")
+        super().__init__(params, lr, betas, rho, weight_decay, eps)
+        self.update_period = update_period
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the coming step makes an estimate."""
+        return self.n_steps % self.update_period == 0
+
+    def _before_update(self) -> None:
+        params = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        try:
+            if self.refreshes and params:
+                self._average_in(self._hutchinson(params))
+        finally:
+            for param in params:
+                param.grad = param.grad.detach()
+
+    def _hutchinson(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        noise = [torch.randn_like(param) for param in params]
+        pairs = [(p.grad, u) for p, u in zip(params, noise) if p.grad.requires_grad]
+        if not pairs:
+            raise RuntimeError(
+                f"step {self.n_steps + 1} estimates the Hessian, which needs gradients with a "
+                "graph: call loss.backward(create_graph=True) before it"
+            )
+        gradients, vectors = zip(*pairs)
+        with torch.enable_grad():  # zeros for parameters that no gradient depends on
+            products = torch.autograd.grad(
+                gradients, params, vectors, allow_unused=True, materialize_grads=True
+            )
+        return {param: u * product for param, u, product in zip(params, noise, products)}
+
+
+class SophiaG(Sophia):
+    """Sophia with the Gauss-Newton-Bartlett estimator (algorithm 2 of Liu et al. 2023, arXiv
+    2305.14342): draw labels from the model's own output, and square the gradient of their loss.
+
+    Every few steps, before `step`:
+
+        loss with drawn labels, meaned over bs rows -> backward -> update_hessian(bs)
+
+    For classes, a label is drawn from the softmax. For a regression with the squared error
+    `(s - y)^2`, which the paper does not treat, the same argument needs the distribution whose
+    negative log-likelihood that loss is: `-log N(y; s, v) = (s - y)^2 / (2 v) + const`, so v = 1/2.
+    Then with J = ds/dp one row's gradient is `2 (s - y) J`, its expected square
+    `4 v J^2 = 2 J^2`, and that is the diagonal of the loss's Gauss-Newton matrix `J (d2L/ds2) J`,
+    since d2L/ds2 = 2. Gradients of different rows are independent with mean zero (Bartlett's first
+    identity), so in the square of the mean over bs rows the cross terms vanish, and bs times it has
+    the mean of the rows' diagonals as its expectation.
+
+    Several tasks at once: sum each task's mean loss times the square root of its number of rows
+    (and of its weight); cross terms between tasks vanish likewise; then `update_hessian(1)`.
+
+    Args: as for SophiaH.
+    """
+
+    def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, eps=1e-12):
+        super().__init__(params, lr, betas, rho, weight_decay, eps)
+
+    @torch.no_grad()
+    def update_hessian(self, bs: int = 1) -> None:
+        """Average in `bs` times the square of the gradients that stand in `.grad`."""
+        self._average_in(
+            {
+                param: bs * param.grad.square()
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            }
+        )
+
+
+def sophia_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    hessians: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    rho: float,
+    weight_decay: float,
+    eps: float,
+) -> None:
+    """One Sophia step on lists of tensors, in place."""
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
+    updates = torch._foreach_div(exp_avgs, torch._foreach_clamp_min(hessians, eps))
+    torch._foreach_clamp_min_(updates, -rho)
+    torch._foreach_clamp_max_(updates, rho)
+    torch._foreach_add_(params, updates, alpha=-lr)
+
+
 def cache_sized_blocks(tensors: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
     """Regroup (parameter, gradient, ...) tuples into lists of parameters, of gradients, ...
 
     On a CPU one block of one parameter at a time, small enough for the cache; elsewhere all at
     once, for the fewest kernel launches.
     """
+    if not tensors:
+        return
     if tensors[0][0].device.type != "cpu":
         yield [list(column) for column in zip(*tensors)]
         return

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SAMPLE
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert
@@ -236,11 +237,15 @@ def test_optimizer_groups_hold_each_trained_weight_once(model, option):
         assert all(map(decays, group["params"]))
 
 
-def gradients(model, window, chosen):
-    class Recorder(torch.optim.SGD):
-        def step(self):
-            self.seen = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+class Recorder(torch.optim.SGD):
+    """Takes no step, but keeps the gradients that it was to take it with."""
 
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.seen = [p.grad.clone() for p in params if p.grad is not None]
+
+
+def gradients(model, window, chosen):
     optimizer = Recorder(model.parameters(), lr=0.0)
     losses, _ = mc.training_step(model, window, optimizer, chosen)
     return losses, optimizer.seen
@@ -293,6 +298,87 @@ def test_gradients_are_clipped(model, data):
 
     assert norm(free) > 0.1
     assert norm(clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_only_steps_that_refresh_take_the_plain_attention(model, data, monkeypatch):
+    taken = []
+
+    def note(name, attention):
+        return lambda *arguments: taken.append(name) or attention(*arguments)
+
+    monkeypatch.setitem(bert.ATTENTION, "cpu", note("fused", bert.FusedAttention.apply))
+    monkeypatch.setattr(bert, "plain_attention", note("plain", bert.plain_attention))
+    chosen = options("--optimizer", "sophiah", "--hess_interval", "3")
+    optimizer = mc.build_optimizer(model.train(), chosen)
+    for _ in range(5):
+        mc.training_step(model, windows(data, 10, 1), optimizer, chosen)
+    layers = model.bert.config.num_hidden_layers
+    expected = ["plain", "fused", "fused", "plain", "fused"]
+    assert taken == [name for name in expected for _ in range(layers)]
+
+
+def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch):
+    """u * (H u) against central differences of the gradient, in float64, with gradients clipped
+    and accumulated. Without paraphrase, whose |u - v| has no derivative for equal sentences."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    model.double().eval()
+    window = windows({name: data[name] for name in ("sst", "sts")}, 4, 3)
+    chosen = options("--optimizer", "sophiah", "--clip", "1e-4", "--lr", "0")
+    optimizer = mc.build_optimizer(model, chosen)
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, 0.0)  # the average is the estimate
+    torch.manual_seed(4)
+    mc.training_step(model, window, optimizer, chosen)
+    torch.manual_seed(4)
+    params = [p for g in optimizer.param_groups for p in g["params"] if p in optimizer.state]
+    noise = [torch.randn_like(p) for p in params]
+
+    def gradients_at(distance):
+        with torch.no_grad():
+            for param, u in zip(params, noise):
+                param += distance * u
+        mc.training_step(model, window, recorder := Recorder(params), options("--clip", "0"))
+        with torch.no_grad():
+            for param, u in zip(params, noise):
+                param -= distance * u
+        return recorder.seen
+
+    pairs = zip(gradients_at(1e-7), gradients_at(-1e-7), strict=True)
+    expected = [u * (high - low) / 2e-7 for u, (high, low) in zip(noise, pairs, strict=True)]
+    estimates = [optimizer.state[param]["hessian"] for param in params]
+    together = torch.cat([each.flatten() for each in expected])
+    error = torch.cat([each.flatten() for each in estimates]) - together
+    assert error.norm() < 1e-4 * together.norm()
+
+
+def test_gauss_newton_gradients_over_a_window(model, data, monkeypatch):
+    """The root of rows and of weight times the gradient of the mean loss over all 10 rows; the
+    labels are "drawn" in a way that repeats itself."""
+    model.double().eval()
+    draws = {"sst": lambda o: o.argmin(-1), "para": lambda o: o.argmin(-1), "sts": lambda o: o + 1}
+    tasks = {name: dataclasses.replace(TASKS[name], draw=draw) for name, draw in draws.items()}
+    monkeypatch.setattr(mc, "TASKS", tasks)
+    weights = dict(sst=0.5, para=2.0, sts=1.5)
+    outputs = model(windows(data, 10, 1)[0])
+    total = sum(
+        (10 * weights[name]) ** 0.5 * task.loss(outputs[name], task.draw(outputs[name].detach()))
+        for name, task in tasks.items()
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(total, trained)
+    mc.gauss_newton_gradients(model, windows(data, 4, 3), weights)
+    for param, gradient in zip(trained, expected, strict=True):
+        scale = max(float(gradient.abs().max()), 1e-6)
+        assert float((param.grad - gradient).abs().max()) < 1e-5 * scale
+
+
+def test_drawn_labels_have_the_distribution_that_the_loss_assumes():
+    logits = torch.tensor([2.0, 0.0, -1.0]).expand(40_000, 3)
+    shares = torch.bincount(TASKS["sst"].draw(logits), minlength=3) / 40_000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.0125)  # 5 errors
+    values = TASKS["sts"].draw(torch.full((40_000,), 3.0))
+    assert abs(float(values.mean()) - 3) < 5 * (0.5 / 40_000) ** 0.5
+    assert abs(float(values.var()) - 0.5) < 5 * 0.5 * (2 / 40_000) ** 0.5
 
 
 def test_schedulers(model):
@@ -365,8 +451,6 @@ def test_a_run_end_to_end(flags, tmp_path, capsys):
 
 
 def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flags, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     assert mc.main(flags + ["--tensorboard_subfolder", "sub"]) == 0
     (run,) = (tmp_path / "logdir" / "sub").iterdir()
     events = EventAccumulator(str(run))
@@ -385,6 +469,18 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     assert events.Scalars("loss/sum")[3].value == pytest.approx(total)
     assert events.Tags()["images"] == ["dev/sst_confusion"]
     assert any("hparams" in name for name in events.summary_metadata)
+
+
+@pytest.mark.parametrize("name", ["sophiah", "sophiag"])
+def test_a_run_with_sophia(flags, tmp_path, capsys, name):
+    assert mc.main(flags + ["--optimizer", name, "--hess_interval", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"clipped share of coordinates [01]\.\d+, 0 estimates skipped", printed)
+    (run,) = (tmp_path / "logdir").iterdir()
+    log = EventAccumulator(str(run)).Reload()
+    shares = [event.value for event in log.Scalars("sophia/clipped")]
+    assert shares and all(0 <= share <= 1 for share in shares)
+    assert all(event.value > 0 for event in log.Scalars("sophia/hessian_norm"))
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers(flags, tmp_path):
@@ -611,6 +707,10 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         (["--seed", "-1"], "must be a whole number from 0 to 2**32 - 1"),
         (["--cache_dir", ""], "--cache_dir must not be empty"),
         (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--optimizer", "sophiah", "--hess_interval", "0"], "must be a whole number above 0"),
+        (["--optimizer", "sophiag", "--rho", "-1"], "--rho: must be a number above 0, not '-1'"),
+        (["--hess_interval", "50"], "--hess_interval: only for --optimizer sophiah and sophiag"),
+        (["--rho", "1", "--hess_interval", "9"], "--rho, --hess_interval: only for"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, message, capsys):

@@ -1,10 +1,16 @@
 import copy
+import gc
+import resource
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from optimizer import CPU_BLOCK, AdamW
+from datasets import draw_class, draw_value
+from optimizer import CPU_BLOCK, AdamW, SophiaG, SophiaH
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 
 SETTINGS = dict(lr=3e-3, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.1)
 
@@ -141,3 +147,320 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         AdamW(embedding.parameters()).step()
+
+
+# ------------------------------------------------------------------------------------------ Sophia
+
+
+def relative_l2(estimate, truth):
+    return float((estimate - truth).norm() / truth.norm())
+
+
+class Network(torch.nn.Module):
+    """4 -> 5 -> (3 classes, 1 value), smooth, in float64: small enough for an exact Hessian."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.nn.Linear(4, 5)
+        self.classes = torch.nn.Linear(5, 3)
+        self.value = torch.nn.Linear(5, 1)
+        self.double()
+
+    def forward(self, x):
+        states = torch.tanh(self.hidden(x))
+        return self.classes(states), self.value(states).squeeze(1)
+
+
+@pytest.fixture
+def network():
+    return Network()
+
+
+ROWS = 7, 3  # of the classification and of the regression: not the same, so a mix-up shows
+GENERATOR = torch.Generator().manual_seed(5)
+X1, X2 = (torch.randn(n, 4, generator=GENERATOR, dtype=torch.float64) for n in ROWS)
+CLASSES = torch.randint(3, (ROWS[0],), generator=GENERATOR)
+VALUES = torch.randn(ROWS[1], generator=GENERATOR, dtype=torch.float64)
+
+
+def total_loss(network):
+    return F.cross_entropy(network(X1)[0], CLASSES) + F.mse_loss(network(X2)[1], VALUES)
+
+
+def exact_diagonals(network):
+    """Of the Hessian and of the Gauss-Newton matrix of `total_loss`, from whole matrices."""
+    names, start = zip(*network.named_parameters())
+    flat = torch.cat([p.detach().flatten() for p in start])
+
+    def outputs(flat):
+        pieces = flat.split([p.numel() for p in start])
+        parameters = {n: f.view_as(p) for n, f, p in zip(names, pieces, start)}
+        call = torch.func.functional_call
+        return call(network, parameters, X1)[0], call(network, parameters, X2)[1]
+
+    def loss(flat):
+        logits, values = outputs(flat)
+        return F.cross_entropy(logits, CLASSES) + F.mse_loss(values, VALUES)
+
+    hessian = torch.func.hessian(loss)(flat).diagonal()
+    logits_by_weight, values_by_weight = torch.func.jacrev(outputs)(flat)
+    probabilities = outputs(flat)[0].softmax(-1)
+    curvature = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
+    of_classes = torch.einsum("bcp,bcd,bdp->p", logits_by_weight, curvature, logits_by_weight)
+    of_values = 2 * values_by_weight.square().sum(0)
+    return hessian, of_classes / ROWS[0] + of_values / ROWS[1]
+
+
+def mean_estimate(optimizer, params, draw, n_draws):
+    """`draw` refreshes; with betas[1] = 0 the moving average is the last estimate alone."""
+    total = 0.0
+    for _ in range(n_draws):
+        optimizer.zero_grad()
+        draw()
+        total = total + torch.cat([optimizer.state[p]["hessian"].flatten() for p in params])
+    return total / n_draws
+
+
+def test_hutchinson_estimate_of_a_quadratic_is_unbiased():
+    a = torch.randn(9, 9, dtype=torch.float64)
+    matrix = a @ a.T + torch.diag(torch.arange(9.0))
+    x = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    optimizer = SophiaH([x], lr=0.0, betas=(0.9, 0.0), update_period=1)
+
+    def draw():
+        (x @ matrix @ x / 2).backward(create_graph=True)
+        optimizer.step()
+
+    assert relative_l2(mean_estimate(optimizer, [x], draw, 8000), matrix.diagonal()) < 0.05
+
+
+def test_hutchinson_estimate_of_a_network_is_unbiased(network):
+    params = list(network.parameters())
+    optimizer = SophiaH(params, lr=0.0, betas=(0.9, 0.0), update_period=1)
+
+    def draw():
+        total_loss(network).backward(create_graph=True)
+        torch.nn.utils.clip_grad_norm_(params, 1e-3)  # the curvature is that before clipping
+        optimizer.step()
+
+    estimate = mean_estimate(optimizer, params, draw, 12_000)
+    assert relative_l2(estimate, exact_diagonals(network)[0]) < 0.05
+
+
+def test_gauss_newton_bartlett_estimate_of_two_tasks_is_unbiased(network):
+    params = list(network.parameters())
+    optimizer = SophiaG(params, lr=0.0, betas=(0.9, 0.0))
+
+    def draw():
+        logits, values = network(X1)[0], network(X2)[1]
+        first = F.cross_entropy(logits, draw_class(logits.detach()))
+        second = F.mse_loss(values, draw_value(values.detach()))
+        (ROWS[0] ** 0.5 * first + ROWS[1] ** 0.5 * second).backward()
+        optimizer.update_hessian()
+
+    estimate = mean_estimate(optimizer, params, draw, 8000)
+    assert relative_l2(estimate, exact_diagonals(network)[1]) < 0.05
+
+
+def test_gauss_newton_bartlett_estimate_of_a_quadratic_is_unbiased():
+    """mean (x_i w - y_i)^2: its Gauss-Newton matrix is its Hessian, 2 X^T X / bs."""
+    inputs = torch.randn(6, 5, dtype=torch.float64)
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    optimizer = SophiaG([w], lr=0.0, betas=(0.9, 0.0))
+
+    def draw():
+        outputs = inputs @ w
+        F.mse_loss(outputs, draw_value(outputs.detach())).backward()
+        optimizer.update_hessian(bs=6)
+
+    truth = 2 * inputs.square().sum(0) / 6
+    assert relative_l2(mean_estimate(optimizer, [w], draw, 8000), truth) < 0.05
+
+
+def test_sophiah_equals_pytorch_optimizer_step_for_step(network):
+    """Given the same noise, which both draw with randn_like for each parameter in order."""
+    from pytorch_optimizer import SophiaH as TheirSophiaH
+
+    twin = copy.deepcopy(network)
+    settings = dict(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-9, update_period=3)
+    ours = SophiaH(network.parameters(), rho=0.3, **settings)
+    theirs = TheirSophiaH(twin.parameters(), p=0.3, **settings)
+    for step in range(20):
+        for model, optimizer in ((network, ours), (twin, theirs)):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            total_loss(model).backward(create_graph=True)
+            optimizer.step()
+        for mine, expected in zip(network.parameters(), twin.parameters()):
+            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+            averages = ours.state[mine]["hessian"], theirs.state[expected]["hessian_moment"]
+            torch.testing.assert_close(*averages, rtol=1e-9, atol=1e-12)
+
+
+def test_sophiag_equals_the_published_rule():
+    """Algorithms 2 and 3 of Liu et al. 2023 in NumPy, with lr and rho as our docstring maps them."""
+    rng = np.random.default_rng(0)
+    theta = rng.standard_normal(11)
+    param = torch.tensor(theta, requires_grad=True)
+    lr, (beta1, beta2), rho, decay, eps, bs = 0.02, (0.9, 0.95), 0.3, 0.1, 1e-9, 5
+    optimizer = SophiaG([param], lr, (beta1, beta2), rho, decay, eps)
+    m = h = np.zeros(11)
+    clipped = 0
+    for t in range(1, 40):
+        if t % 4 == 1:
+            drawn = rng.standard_normal(11)
+            param.grad = torch.tensor(drawn)
+            optimizer.update_hessian(bs)
+            h = beta2 * h + (1 - beta2) * bs * drawn * drawn
+        g = rng.standard_normal(11)
+        param.grad = torch.tensor(g)
+        optimizer.step()
+        m = beta1 * m + (1 - beta1) * g
+        theta = theta - lr * decay * theta
+        ratio = m / np.maximum(rho * h, rho * eps)
+        theta = theta - lr * rho * np.clip(ratio, -1, 1)
+        clipped += (np.abs(ratio) > 1).sum()
+        np.testing.assert_allclose(param.detach().numpy(), theta, rtol=1e-10)
+    assert 0 < clipped < 39 * 11
+    share = (np.abs(m / np.maximum(h, eps)) > rho).mean()
+    assert float(optimizer.statistics()["clipped"]) == pytest.approx(share)
+    assert float(optimizer.statistics()["hessian_norm"]) == pytest.approx(np.linalg.norm(h))
+
+
+def test_estimates_are_made_at_steps_1_4_7():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = SophiaH([param], update_period=3)
+    refreshed = []
+    for step in range(1, 9):
+        before = optimizer.state[param].get("hessian", torch.zeros(3)).clone()
+        optimizer.zero_grad()
+        (param**4).sum().backward(create_graph=optimizer.refreshes)
+        optimizer.step()
+        if not torch.equal(before, optimizer.state[param]["hessian"]):
+            refreshed.append(step)
+    assert refreshed == [1, 4, 7]
+
+
+def test_a_refresh_without_a_graph_is_a_clear_error():
+    param = torch.ones(3, requires_grad=True)
+    (param**2).sum().backward()
+    with pytest.raises(RuntimeError, match=r"step 1 .* loss.backward\(create_graph=True\)"):
+        SophiaH([param]).step()
+
+
+def test_gradients_from_autograd_grad_serve_too(network):
+    params = list(network.parameters())
+    gradients = torch.autograd.grad(total_loss(network), params, create_graph=True)
+    for param, gradient in zip(params, gradients):
+        param.grad = gradient
+    optimizer = SophiaH(params, lr=0.0)
+    optimizer.step()
+    assert all(optimizer.state[param]["hessian"].any() for param in params)
+    assert not any(param.grad.requires_grad for param in params)
+
+
+def test_sophiah_does_not_touch_a_parameter_without_gradient():
+    still, moving, linear = (torch.ones(2, requires_grad=True) for _ in range(3))
+    optimizer = SophiaH([still, moving, linear], weight_decay=0.5)
+    ((moving**4).sum() + linear.sum()).backward(create_graph=True)
+    optimizer.step()
+    assert torch.equal(still, torch.ones(2)) and still not in optimizer.state
+    assert (moving < 1).all() and (linear < 1).all()
+    assert not optimizer.state[linear]["hessian"].any()  # no curvature there
+
+
+@pytest.mark.parametrize("optimizer_class", [SophiaH, SophiaG])
+def test_sophia_state_dict_round_trip(network, optimizer_class):
+    """Resumed in the middle between two estimates."""
+
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            if optimizer_class is SophiaG and number % 4 == 0:
+                total_loss(model).backward()
+                optimizer.update_hessian()
+                optimizer.zero_grad()
+            total_loss(model).backward(create_graph=True)
+            optimizer.step()
+
+    extra = dict(update_period=4) if optimizer_class is SophiaH else {}
+    first = optimizer_class(network.parameters(), lr=0.1, **extra)
+    steps(network, first, range(6))
+    twin = copy.deepcopy(network)
+    second = optimizer_class(twin.parameters(), lr=9.0, **extra)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(network, first, range(6, 12))
+    steps(twin, second, range(6, 12))
+    assert second.n_steps == 12
+    for mine, expected in zip(network.parameters(), twin.parameters()):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_estimate_that_is_not_finite_is_skipped_and_counted(bad):
+    param = torch.ones(3, requires_grad=True)
+    optimizer = SophiaG([param])
+    param.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.update_hessian()
+    good = optimizer.state[param]["hessian"].clone()
+    param.grad = torch.tensor([1.0, bad, 3.0])
+    optimizer.update_hessian()
+    assert optimizer.skipped_refreshes == 1
+    assert torch.equal(optimizer.state[param]["hessian"], good)
+
+    other = torch.zeros(2, requires_grad=True)
+    optimizer = SophiaH([other])
+    (other**1.5).sum().backward(create_graph=True)  # its second derivative at 0 is infinite
+    optimizer.step()
+    assert optimizer.skipped_refreshes == 1
+    assert not optimizer.state[other]["hessian"].any() and other.isfinite().all()
+
+
+def test_memory_is_flat_over_200_refreshes():
+    """A graph that stayed behind would hold its 400 kB of activations, 80 MB in all. The collector
+    of reference cycles is off meanwhile: none may be left for it."""
+    layer = torch.nn.Linear(100, 100)
+    optimizer = SophiaH(layer.parameters(), update_period=1)
+    inputs = torch.randn(1000, 100)
+
+    def refresh(times):
+        for _ in range(times):
+            optimizer.zero_grad()
+            layer(inputs).tanh().square().mean().backward(create_graph=True)
+            optimizer.step()
+
+    def tensors():
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    refresh(3)
+    gc.collect()
+    gc.disable()
+    try:
+        before, memory = tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        refresh(200)
+        assert tensors() == before
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    finally:
+        gc.enable()
+    assert grown < 20_000  # kB, on macOS bytes
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rho=0.0), "rho must be above 0"),
+        (dict(rho=-1.0), "rho must be at least 0"),
+        (dict(eps=0.0), "eps must be above 0"),
+        (dict(betas=(0.9, 1.0)), r"betas\[1\]"),
+    ],
+)
+@pytest.mark.parametrize("optimizer_class", [SophiaH, SophiaG])
+def test_sophia_refuses_settings_out_of_range(optimizer_class, settings, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer_class([torch.ones(1)], **settings)
+
+
+def test_an_update_period_of_zero_is_refused():
+    with pytest.raises(ValueError, match="update_period must be at least 1"):
+        SophiaH([torch.ones(1)], update_period=0)

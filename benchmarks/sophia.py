@@ -1,0 +1,104 @@
+"""Train with AdamW, SophiaH and SophiaG on the same short budget, and print the table.
+
+    python benchmarks/sophia.py --data_dir data
+
+Each run is `multitask_classifier.py` in a process of its own. What it gave is kept in
+`results/sophia.json`, under its flags; a run that is there is not made again, so the command can be
+interrupted, and goes on where it stopped.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "sophia.json"
+SEEDS = 11711, 1, 2
+METRICS = "sst_accuracy", "para_accuracy", "sts_pearson"
+BUDGET = "--epochs 2 --samples_per_epoch 4000"
+SETTINGS = {  # -> seeds
+    "--optimizer adamw": SEEDS,
+    "--optimizer sophiah --hess_interval 10": SEEDS,
+    "--optimizer sophiah --hess_interval 50": SEEDS,
+    "--optimizer sophiag --hess_interval 10": SEEDS,
+    "--optimizer sophiag --hess_interval 50": SEEDS,
+    "--optimizer sophiah --hess_interval 10 --lr 1e-4": SEEDS[:1],
+    "--optimizer sophiah --hess_interval 10 --lr 1.6e-3": SEEDS[:1],
+    "--optimizer sophiag --hess_interval 10 --lr 1e-4": SEEDS[:1],
+    "--optimizer sophiag --hess_interval 10 --lr 1.6e-3": SEEDS[:1],
+}
+
+
+def train(setting: str, seed: int, args) -> dict:
+    """One run: its final dev metrics, seconds of its epochs, clipped shares of each epoch."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-u", str(ROOT / "multitask_classifier.py")]
+        command += f"--bert_model minilm {BUDGET} {setting} --seed {seed}".split()
+        command += ["--data_dir", str(Path(args.data_dir).resolve()), "--models_dir", "."]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: failed, see above")
+        (run,) = Path(folder, "logdir").iterdir()
+        log = EventAccumulator(str(run)).Reload()
+        result = {name: log.Scalars(f"final/{name}")[-1].value for name in METRICS}
+    result["seconds"] = time.perf_counter() - start
+    result["epoch_seconds"] = [
+        int(each) for each in re.findall(r"^epoch \d+: (\d+) s", done.stdout, re.M)
+    ]
+    result["clipped"] = [float(each) for each in re.findall(r"coordinates (\d\S*),", done.stdout)]
+    return result
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(results: dict[str, dict]) -> None:
+    heads = ("settings", "seeds", "sentiment", "paraphrase", "similarity", "mean")
+    print(f"| {' | '.join(heads)} | seconds an epoch | clipped, epoch 1, 2 |")
+    print("| --- " * 8 + "|")
+    for setting in SETTINGS:
+        runs = [
+            results[f"{setting} --seed {s}"] for s in SEEDS if f"{setting} --seed {s}" in results
+        ]
+        if not runs:
+            continue
+        cells = [f"`{setting}`", str(len(runs))]
+        cells += [spread([run[name] for run in runs], 3) for name in METRICS]
+        cells += [spread([statistics.mean(run[name] for name in METRICS) for run in runs], 3)]
+        cells += [f"{statistics.mean(s for run in runs for s in run['epoch_seconds']):.0f}"]
+        shares = [statistics.mean(epoch) for epoch in zip(*(run["clipped"] for run in runs))]
+        cells += [", ".join(f"{share:.2f}" for share in shares)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, help="folder of the real CSVs")
+    parser.add_argument("--only_table", action="store_true", help="print what there is, train not")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for seed, (setting, seeds) in itertools.product(SEEDS, SETTINGS.items()):
+        name = f"{setting} --seed {seed}"
+        if seed in seeds and name not in results and not args.only_table:
+            results[name] = train(setting, seed, args)
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{name}: {results[name]}", file=sys.stderr)
+    table(results)
+
+
+if __name__ == "__main__":
+    main()
