@@ -37,7 +37,8 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, plain: bool = False) -> "Sequences":
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+        pinned = device.type == "cuda"  # which makes the copy asynchronous
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], pin_memory=pinned)
         runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
         sizes = [count * length for count, length in runs]
         return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes, plain)
@@ -200,8 +201,7 @@ class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         size = config.hidden_size
-        padding = config.pad_token_id
-        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=padding)
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)

@@ -74,7 +74,8 @@ class Task:
 
 def draw_class(logits: Tensor) -> Tensor:
     """From the softmax: cross-entropy is its negative log-likelihood. [B, classes] to [B]."""
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)
+    # The Gumbel-max trick. torch.multinomial would wait for the GPU, and refuse what is not finite.
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=-1)
 
 
 def draw_value(outputs: Tensor) -> Tensor:

@@ -350,9 +350,8 @@ def training_step(
     weights = dict(zip(TASKS, options.loss_weights, strict=True))
     window = [batch.to(device) for batch in window]
     window_rows = sum(len(batch) for batch in window)
-    refresh = isinstance(optimizer, Sophia) and optimizer.n_steps % options.hess_interval == 0
-    with_graph = refresh and isinstance(optimizer, SophiaH)
-    if refresh and isinstance(optimizer, SophiaG):
+    with_graph = isinstance(optimizer, SophiaH) and optimizer.refreshes
+    if isinstance(optimizer, SophiaG) and optimizer.n_steps % options.hess_interval == 0:
         gauss_newton_gradients(model, window, weights)
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)
@@ -730,7 +729,8 @@ def add_training_flags(group) -> None:
         "--batch_size",
         type=positive_int,
         default=64,
-        help="rows of each task that go through the model at once; default: 64",
+        help="rows of each task that go through the model at once (in an evaluation: of the longest; "
+        "later as many as have no more tokens); default: 64",
     )
     flag(
         "--grad_accumulation",
@@ -948,6 +948,8 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
     with warnings.catch_warnings():
+        # The jagged layout, which we use, is the part of them that PyTorch recommends.
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             if options.evaluate:

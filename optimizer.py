@@ -101,9 +101,10 @@ class Sophia(torch.optim.Optimizer):
     Hessian's diagonal. Neither has Adam's bias correction: while `hessian` is still small, nearly
     every coordinate is clipped and moves by `lr * rho`.
 
-    The paper's algorithm 3 writes the same with `gamma = rho` and its own `lr = lr * rho`, that is
-    `p - lr_paper * clip(exp_avg / max(gamma * hessian, eps), -1, 1)`. The authors' code adds eps to
-    the denominator instead of taking the maximum.
+    The paper's algorithm 3, `p - lr_3 * clip(exp_avg / max(gamma * hessian, eps_3), -1, 1)` after
+    `p - lr_3 * decay_3 * p`, is the same with gamma = rho, lr_3 = lr * rho, eps_3 = rho * eps and
+    decay_3 = weight_decay / rho. The authors' code adds eps to the denominator instead of taking
+    the maximum.
     """
 
     def __init__(self, params, lr, betas, rho, weight_decay, eps):
@@ -247,10 +248,9 @@ class SophiaH(Sophia):
                 "graph: call loss.backward(create_graph=True) before it"
             )
         gradients, vectors = zip(*pairs)
-        with torch.enable_grad():  # zeros for parameters that no gradient depends on
-            products = torch.autograd.grad(
-                gradients, params, vectors, allow_unused=True, materialize_grads=True
-            )
+        products = torch.autograd.grad(  # zeros for parameters that no gradient depends on
+            gradients, params, vectors, allow_unused=True, materialize_grads=True
+        )
         return {param: u * product for param, u, product in zip(params, noise, products)}
 
 
@@ -260,7 +260,7 @@ class SophiaG(Sophia):
 
     Every few steps, before `step`:
 
-        loss with drawn labels, meaned over bs rows -> backward -> update_hessian(bs)
+        loss with drawn labels, meaned over bs rows -> backward -> update_hessian(bs) -> zero_grad
 
     For classes, a label is drawn from the softmax. For a regression with the squared error
     `(s - y)^2`, which the paper does not treat, the same argument needs the distribution whose
@@ -274,7 +274,7 @@ class SophiaG(Sophia):
     Several tasks at once: sum each task's mean loss times the square root of its number of rows
     (and of its weight); cross terms between tasks vanish likewise; then `update_hessian(1)`.
 
-    Args: as for SophiaH.
+    Args: as for SophiaH, without `update_period`.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, eps=1e-12):
@@ -282,7 +282,8 @@ class SophiaG(Sophia):
 
     @torch.no_grad()
     def update_hessian(self, bs: int = 1) -> None:
-        """Average in `bs` times the square of the gradients that stand in `.grad`."""
+        """Average in `bs` times the square of the gradients that stand in `.grad`, which are to be
+        those of a loss with drawn labels, not clipped, meaned over `bs` rows."""
         self._average_in(
             {
                 param: bs * param.grad.square()

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 
+import torch
 from throughput import ROOT, WARM_UP, Inputs, mc, resident_peak, seconds
 
 INTERVALS = 10, 50
@@ -62,7 +63,7 @@ def naive_step(model, window, optimizer, options) -> None:
     total = sum(mc.TASKS[name].loss(each, batch.labels[name]) for name, each in outputs.items())
     total.backward(create_graph=True)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    mc.torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+    torch.nn.utils.clip_grad_norm_(parameters, options.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -93,7 +94,7 @@ def main() -> None:
         return print(resident_peak())
 
     medians = {kind: statistics.median(each[WARM_UP:]) for kind, each in times.items()}
-    print(f"{args.steps} steps of each kind, {mc.torch.get_num_threads()} threads")
+    print(f"{args.steps} steps of each kind, {torch.get_num_threads()} threads")
     print("| step | median, s | / AdamW | peak memory, MB |")
     print("| --- | --- | --- | --- |")
     for kind, median in medians.items():

@@ -176,10 +176,14 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_no_training_step_waits_for_the_device(model, data):
-    optimizer = mc.build_optimizer(model.train(), options())
+@pytest.mark.parametrize("name", ["adamw", "sophiah", "sophiag"])
+def test_no_training_step_waits_for_the_device(model, data, name):
+    """Of Sophia one between two estimates: an estimate is looked at, whether it is finite."""
+    chosen = options("--optimizer", name)
+    optimizer = mc.build_optimizer(model.train(), chosen)
+    mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
     with NoWaiting():
-        mc.training_step(model, windows(data, 5, 2), optimizer, options())
+        mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
     with NoWaiting(), pytest.raises(AssertionError, match="waits"):
         float(torch.ones(1))
 
@@ -349,6 +353,36 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
     together = torch.cat([each.flatten() for each in expected])
     error = torch.cat([each.flatten() for each in estimates]) - together
     assert error.norm() < 1e-4 * together.norm()
+
+
+@pytest.mark.parametrize("name", ["sophiah", "sophiag"])
+def test_estimates_in_bfloat16_are_finite_and_close(model, data, name, monkeypatch):
+    """As on a GPU: the passes in bfloat16, weights and estimates in float32."""
+    chosen = options("--optimizer", name, "--lr", "0")
+    estimates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        half = dtype is torch.bfloat16
+        monkeypatch.setattr(mc, "autocast", lambda _: torch.autocast("cpu", dtype, enabled=half))
+        optimizer = mc.build_optimizer(model.eval(), chosen)
+        torch.manual_seed(4)
+        mc.training_step(model, windows(data, 10, 1), optimizer, chosen)
+        assert optimizer.skipped_refreshes == 0
+        averages = [state["hessian"] for state in optimizer.state.values()]
+        assert {each.dtype for each in averages} == {torch.float32}
+        estimates.append(torch.cat([each.flatten() for each in averages]))
+    exact, rounded = estimates
+    assert rounded.isfinite().all() and rounded.any()
+    assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.9
+
+
+def test_labels_drawn_from_outputs_that_are_not_finite_give_a_skipped_estimate(model, data):
+    chosen = options("--optimizer", "sophiag")
+    optimizer = mc.build_optimizer(model.train(), chosen)
+    with torch.no_grad():
+        model.heads["sst"].out.bias.fill_(torch.nan)
+    mc.gauss_newton_gradients(model, windows(data, 10, 1), dict(sst=1.0, para=1.0, sts=1.0))
+    optimizer.update_hessian()
+    assert optimizer.skipped_refreshes == 1
 
 
 def test_gauss_newton_gradients_over_a_window(model, data, monkeypatch):
