@@ -34,10 +34,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for step, tensors in self._by_step(group["params"]).items():
@@ -128,10 +125,7 @@ class Sophia(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._before_update()
         for group in self.param_groups:
             names = ("lr", "betas", "rho", "weight_decay", "eps")
@@ -313,6 +307,14 @@ def sophia_update(
     torch._foreach_clamp_min_(updates, -rho)
     torch._foreach_clamp_max_(updates, rho)
     torch._foreach_add_(params, updates, alpha=-lr)
+
+
+def loss_of(closure) -> Tensor | None:
+    """What a step's closure returns; None where there is no closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def cache_sized_blocks(tensors: list[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
