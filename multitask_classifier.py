@@ -62,9 +62,12 @@ CHECKPOINT_FORMAT = 1
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
 SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
+DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
-LOG_EVERY = 10  # optimizer steps between two writes to TensorBoard: each one waits for the GPU
+# Optimizer steps between two writes to TensorBoard: each one waits for the GPU. A prime, so that
+# what is looked at is now sooner, now later after an estimate of the Hessian.
+LOG_EVERY = 7
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
 SMOKETEST_ROWS = 32  # read of each file
 ROOT = Path(__file__).resolve().parent
@@ -480,11 +483,12 @@ class RunLog:
         self.waiting.clear()
 
     def curvature(self, optimizer: Sophia) -> str:
-        """What to know of an epoch with Sophia, in one line."""
+        """What to know of an epoch with Sophia, in one line; starts the next epoch's account."""
         share = f"{sum(self.clipped) / len(self.clipped):.3f}" if self.clipped else "not looked at"
         self.clipped.clear()
         return (
-            f"clipped share of coordinates {share}, {optimizer.skipped_refreshes} estimates skipped"
+            f"clipped share of coordinates {share}, "
+            f"{optimizer.skipped_refreshes} estimates skipped so far"
         )
 
     def epoch(
@@ -761,8 +765,8 @@ def add_training_flags(group) -> None:
     flag(
         "--weight_decay",
         type=non_negative_float,
-        default=0.05,
-        help="decoupled; biases and LayerNorm go without; default: 0.05",
+        help="decoupled; biases and LayerNorm go without; default: "
+        f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
     )
     flag(
         "--clip",
@@ -888,6 +892,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     else:
         options.rho = options.rho or DEFAULT_RHO
         options.hess_interval = options.hess_interval or DEFAULT_HESS_INTERVAL
+    if options.weight_decay is None:
+        options.weight_decay = DEFAULT_WEIGHT_DECAY * (options.rho or 1)
     predictions = "predictions/smoketest" if options.smoketest else "predictions"
     for name, task in TASKS.items():
         for split in SPLITS:

@@ -167,7 +167,7 @@ class Sophia(torch.optim.Optimizer):
                     hessian.lerp_(estimates[param], 1 - group["betas"][1])
 
     @torch.no_grad()
-    def statistics(self) -> dict[str, Tensor]:
+    def statistics(self) -> dict[str, Tensor | float]:
         """For tuning `rho`: `clipped`, the share of coordinates that the last step clipped, among
         those that moved at all, and `hessian_norm`, the norm of all averages together."""
         clipped, moved, squares = 0, 0, 0
@@ -177,7 +177,7 @@ class Sophia(torch.optim.Optimizer):
                 clipped = clipped + (state["exp_avg"].abs() > limit).sum()
                 moved = moved + state["exp_avg"].count_nonzero()
                 squares = squares + state["hessian"].square().sum()
-        return {"clipped": clipped / moved, "hessian_norm": squares**0.5}
+        return {"clipped": clipped / max(moved, 1), "hessian_norm": squares**0.5}
 
 
 class SophiaH(Sophia):

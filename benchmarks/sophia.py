@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,9 +31,9 @@ SETTINGS = {  # -> seeds; rates written out, so that a changed default makes no 
         for interval, lr, seeds in (
             (10, "4e-4", SEEDS),
             (50, "4e-4", SEEDS),
+            (10, "8e-4", SEEDS[:1]),
             (10, "1.6e-3", SEEDS[:1]),
             (10, "4e-3", SEEDS[:1]),
-            (10, "8e-3", SEEDS[:1]),
         )
     },
 }
@@ -46,7 +47,9 @@ def train(setting: str, seed: int, args) -> dict:
         command = [sys.executable, "-u", str(ROOT / "multitask_classifier.py")]
         command += f"--bert_model minilm {BUDGET} {setting} --seed {seed}".split()
         command += ["--data_dir", str(Path(args.data_dir).resolve()), "--models_dir", "."]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: failed, see above")
         (run,) = Path(folder, "logdir").iterdir()
@@ -55,6 +58,8 @@ def train(setting: str, seed: int, args) -> dict:
     result["epoch_seconds"] = [
         int(each) for each in re.findall(r"^epoch \d+: (\d+) s", done.stdout, re.M)
     ]
+    result["cpu_seconds"] = sum(after[:2]) - sum(before[:2])  # user and system
+    result["commit"] = re.search(r"'commit': '(.*?)'", done.stdout)[1]
     result["clipped"] = [float(each) for each in re.findall(r"coordinates (\d\S*),", done.stdout)]
     return result
 
