@@ -15,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from activations import ACTIVATION_FUNCTIONS
 from base_bert import BertConfig, BertPreTrainedModel
-
-ACTIVATION_FUNCTIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 class Sequences(NamedTuple):

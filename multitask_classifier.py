@@ -52,6 +52,7 @@ from utils import (
     atomic_write,
     autocast,
     check_writable,
+    keep_freed_memory,
     load_torch_file,
     one_line,
     pick_device,
@@ -552,6 +553,8 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions}")
     describe_run(options, data["train"], tokenizer)
     freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
+    if options.optimizer == "sophiah":
+        keep_freed_memory()
     optimizer = build_optimizer(model, options)
     scheduler = build_scheduler(optimizer, options)
     log = RunLog(log_directory, options.tasks)
