@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,30 @@ import torch
 from conftest import ROOT
 
 from utils import UserError, atomic_write, find_pretrained, one_line, pick_device
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+@pytest.mark.parametrize("keep, share", [(False, (0, 0.1)), (True, (0.9, 1.1))])
+def test_freed_memory_is_kept_only_when_asked(keep, share):
+    program = f"""
+        import resource, torch, utils
+        def resident():
+            with open("/proc/self/statm") as statm:
+                return int(statm.read().split()[1]) * resource.getpagesize()
+        if {keep}:
+            utils.keep_freed_memory()
+        before = resident()
+        tensors = [torch.ones(1 << 20) for _ in range(100)]
+        full = resident()
+        del tensors
+        print((resident() - before) / (full - before))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert share[0] <= float(done.stdout) <= share[1]
+
 
 # ---------------------------------------------------------------------------------- atomic files
 
