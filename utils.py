@@ -7,9 +7,13 @@ import importlib.util
 import os
 import pickle
 import random
+import signal
 import tempfile
+import threading
+import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 
@@ -36,6 +40,55 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def random_states() -> dict:
+    """The states of all that `seed_everything` seeds, for `torch.save`."""
+    kind, keys, *rest = np.random.get_state()  # an array would not load under weights_only
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict) -> None:
+    """Go on drawing where `random_states` was called."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C and SIGTERM back until the block is done; a second one ends the process at once.
+
+    For what must not be left half done, such as an optimizer step.
+    """
+    waiting = []
+
+    def note(number, _):
+        if waiting:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        waiting.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def pick_device(use_gpu: bool) -> torch.device:
@@ -88,10 +141,40 @@ def atomic_write(path: str | os.PathLike):
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name on the disk too, so that it outlives a power cut."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def hold(paths: list[Path], what: str):
+    """Keep these paths from other runs that hold theirs, until the block or the process ends.
+
+    A path that another process holds is a UserError, which says `what` that process does. The
+    locks are flock's, on hidden files beside the paths.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                raise UserError(f"{path}: {what}") from None
+            except OSError as error:
+                raise UserError(f"cannot write {lock.lock_file}: {error.strerror}") from error
+        yield
 
 
 def load_torch_file(path: str | os.PathLike):
@@ -101,6 +184,10 @@ def load_torch_file(path: str | os.PathLike):
     protection off.
     """
     try:
+        if zipfile.is_zipfile(path):  # what PyTorch writes today; it would not notice a changed bit
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

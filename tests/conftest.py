@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
+from datasets import TASKS  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import minilm_directory, seed_everything  # noqa: E402
 
@@ -82,6 +83,18 @@ def tiny_directory(tmp_path_factory):
     BertModel(config).save_pretrained(directory)
     BertTokenizer(word_piece_backend(vocabulary, {}), 128).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def flags(tiny_directory, tmp_path):
+    """Flags of a run of seconds on the sample, with all that it writes under tmp_path."""
+    flags = ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE)]
+    for name in ("models_dir", "logdir", "cache_dir"):
+        flags += [f"--{name}", str(tmp_path / name)]
+    for name in TASKS:
+        for split in ("dev", "test"):
+            flags += [f"--{name}_{split}_out", str(tmp_path / f"{name}-{split}.csv")]
+    return flags + ["--epochs", "2", "--samples_per_epoch", "64", "--batch_size", "16"]
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import dataclasses
 import json
@@ -24,6 +23,7 @@ from bert import BertModel, Dropout
 from datasets import TASKS, EpochSampler, TaskDataset, collate, training_windows
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
+from options import SMOKETEST
 from tokenizer import BertTokenizer
 from utils import UserError
 
@@ -41,18 +41,6 @@ def data(tiny_directory):
         name: TaskDataset(SAMPLE / task.filename("train"), task, "train", tokenizer, 128)
         for name, task in TASKS.items()
     }
-
-
-@pytest.fixture
-def flags(tiny_directory, tmp_path):
-    """Flags of a run of seconds on the sample, with all that it writes under tmp_path."""
-    flags = ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE)]
-    for name in ("models_dir", "logdir", "cache_dir"):
-        flags += [f"--{name}", str(tmp_path / name)]
-    for name in TASKS:
-        for split in ("dev", "test"):
-            flags += [f"--{name}_{split}_out", str(tmp_path / f"{name}-{split}.csv")]
-    return flags + ["--epochs", "2", "--samples_per_epoch", "64", "--batch_size", "16"]
 
 
 def options(*flags):
@@ -166,26 +154,30 @@ def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what reads a tensor's value on the host, for which a GPU would be waited for."""
+class Waits(TorchDispatchMode):
+    """Notes what reads a tensor's value on the host, for which a GPU would be waited for."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
+        if (name := func.overloadpacket.__name__) in self.WAITS:
+            self.seen.append(name)
         return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("name", ["adamw", "sophiah", "sophiag"])
-def test_no_training_step_waits_for_the_device(model, data, name):
-    """Of Sophia one between two estimates: an estimate is looked at, whether it is finite."""
+def test_a_training_step_waits_for_the_device_once(model, data, name):
+    """For whether it is finite; of Sophia one between two estimates, which are looked at too."""
     chosen = options("--optimizer", name)
     optimizer = mc.build_optimizer(model.train(), chosen)
     mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
-    with NoWaiting():
+    with Waits() as waits:
         mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
-    with NoWaiting(), pytest.raises(AssertionError, match="waits"):
-        float(torch.ones(1))
+    assert waits.seen == ["_local_scalar_dense"]
 
 
 # --------------------------------------------------------------------------- what trains, and how
@@ -442,7 +434,7 @@ def read_predictions(directory):
 def test_a_run_end_to_end(flags, tmp_path, capsys):
     assert mc.main(flags) == 0
     text = capsys.readouterr().out
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     for shown in (str(checkpoint), "mean dev score", "TensorBoard log", "[CLS]", "weight decay"):
         assert shown in text
 
@@ -522,7 +514,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(flags, tmp_path):
     for seed in ("1", "1", "2"):
         models = tmp_path / f"models-{len(weights)}"
         assert mc.main(flags + ["--seed", seed, "--models_dir", str(models)]) == 0
-        (checkpoint,) = models.iterdir()
+        (checkpoint,) = models.glob("*.pt")
         weights.append(torch.load(checkpoint, weights_only=True)["model"])
     first, again, other = weights
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -535,16 +527,16 @@ def test_the_best_epoch_is_kept_and_a_score_that_is_no_number_still_saves(
     means = iter([0.3, 0.9, 0.5, 0.1])
     monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(means, 0.0))
     assert mc.main(flags + ["--epochs", "4", "--scheduler", "none"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
     means = iter([float("nan"), 0.2, 0.1, float("nan")])
     nan_first = ["--epochs", "4", "--scheduler", "none", "--models_dir", str(tmp_path / "first")]
     assert mc.main(flags + nan_first) == 0
-    (checkpoint,) = (tmp_path / "first").iterdir()
+    (checkpoint,) = (tmp_path / "first").glob("*.pt")
     assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
     monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: float("nan"))
     assert mc.main(flags + ["--models_dir", str(tmp_path / "nan")]) == 0
-    assert len(list((tmp_path / "nan").iterdir())) == 1
+    assert len(list((tmp_path / "nan").glob("*.pt"))) == 1
 
 
 @pytest.mark.parametrize("chosen", [["sst"], ["para", "sts"]])
@@ -556,7 +548,7 @@ def test_only_the_named_tasks_are_read_trained_and_written(flags, tmp_path, chos
     assert mc.main(flags + [f"--{name}" for name in chosen]) == 0
     written = {name.split("-")[0] for name in read_predictions(tmp_path)}
     assert written == set(chosen)
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     assert set(mc.load_checkpoint(checkpoint)[2]["dev_scores"]) == set(chosen)
 
 
@@ -564,16 +556,16 @@ def test_smoketest_is_short(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keep = [part for part in flags if not part.endswith(".csv") and not part.endswith("_out")]
     assert mc.main(keep + ["--smoketest"]) == 0
-    files = list((tmp_path / "predictions" / "smoketest").iterdir())
+    files = list((tmp_path / "predictions" / "smoketest").glob("*.csv"))
     assert len(files) == 6
     assert {len(path.read_text().splitlines()) for path in files} == {mc.SMOKETEST_ROWS + 1}
-    assert options("--smoketest").epochs == mc.SMOKETEST["epochs"]
+    assert options("--smoketest").epochs == SMOKETEST["epochs"]
     assert options("--smoketest", "--epochs", "3").epochs == 3
 
 
 def test_pretrain_leaves_the_encoder_as_it_was(flags, tmp_path, tiny_directory):
     assert mc.main(flags + ["--option", "pretrain"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     trained = mc.load_checkpoint(checkpoint)[0]
     start = BertModel.from_pretrained(tiny_directory).state_dict()
     for name, tensor in trained.bert.state_dict().items():
@@ -583,7 +575,7 @@ def test_pretrain_leaves_the_encoder_as_it_was(flags, tmp_path, tiny_directory):
 def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
     assert mc.main(flags + ["--max_length", "12"]) == 0
     before = read_predictions(tmp_path)
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
     assert read_predictions(tmp_path) == before
     assert mc.main(flags + ["--evaluate", str(checkpoint), "--max_length", "40"]) == 0
@@ -592,7 +584,7 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
 
 def test_dropout_flag_reaches_the_encoder(flags, tmp_path):
     assert mc.main(flags + ["--hidden_dropout_prob", "0.45"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     model = mc.load_checkpoint(checkpoint)[0]
     assert model.bert.config.hidden_dropout_prob == 0.45
     assert {m.p for m in model.bert.modules() if isinstance(m, Dropout)} == {0.45}
@@ -608,9 +600,12 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
-    (checkpoint,) = models.iterdir()  # and no temporary file beside it
+    (checkpoint,) = models.glob("*.pt")  # and no temporary file beside it
     assert run.returncode == 130
-    assert f"interrupted; saved: the best model so far is {checkpoint};" in errors
+    state = checkpoint.with_suffix(".resume")
+    assert f"interrupted; saved: the best model so far is {checkpoint}; go on with" in errors
+    assert f"--resume {state};" in errors and state.exists()
+    assert not list(models.glob(".*.tmp"))
     assert "Traceback" not in errors
     mc.load_checkpoint(checkpoint)
     assert not read_predictions(tmp_path)
@@ -623,8 +618,8 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
 def checkpoint(model, tiny_directory, tmp_path):
     path = tmp_path / "model.pt"
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
-    versions = mc.current_versions()
-    mc.save_checkpoint(path, model, tokenizer, options(), 3, {"sst": {"accuracy": 0.5}}, versions)
+    scores = {"sst": {"accuracy": 0.5}}
+    mc.write_checkpoint(path, mc.checkpoint_content(model, tokenizer, options(), 3, scores))
     return path
 
 
@@ -670,87 +665,7 @@ def test_checkpoint_cannot_run_code(checkpoint, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
-# ---------------------------------------------------------------------------------------- options
-
-
-DEFAULTS = dict(
-    option="finetune",
-    epochs=10,
-    lr=8e-5,
-    optimizer="adamw",
-    clip=0.25,
-    seed=11711,
-    bert_model="bert-base-uncased",
-    logdir="logdir",
-    models_dir="models",
-    local_files_only=False,
-    grad_accumulation=1,
-    evaluate=None,
-    batch_size=64,
-    samples_per_epoch=10000,
-    weight_decay=0.05,
-    scheduler="plateau",
-    hidden_dropout_prob=None,
-    use_gpu=False,
-    data_dir="data",
-    tensorboard_subfolder=None,
-    smoketest=False,
-    max_length=None,
-    loss_weights=(1.0, 1.0, 1.0),
-    cache_dir=str(ROOT / ".cache"),
-    sst_train="data/ids-sst-train.csv",
-    para_test="data/quora-test-student.csv",
-    sts_dev_out="predictions/sts-dev-output.csv",
-)
-
-
-def test_defaults():
-    parsed = vars(options())
-    assert {name: parsed[name] for name in DEFAULTS} == DEFAULTS
-    assert options("--option", "pretrain").lr == 1e-3
-    assert options("--option", "pretrain", "--lr", "0.3").lr == 0.3
-
-
-def test_every_flag_is_explained_in_help_and_in_the_readme():
-    """And where the README names a default, it is the parser's."""
-    readme = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*?) \|", readme, flags=re.MULTILINE))
-    for action in mc.build_parser()._actions:
-        assert action.help, action.option_strings
-        flag, default = action.option_strings[-1], action.default
-        if flag == "--help" or re.match(r"--(sst|para|sts)_(train|dev|test)(_out)?$", flag):
-            continue
-        assert flag in rows, flag
-        if flag == "--cache_dir":
-            assert rows[flag] == "`.cache` of the checkout"
-        elif isinstance(default, tuple):
-            assert rows[flag] == ",".join(f"{value:g}" for value in default)
-        elif default and default is not argparse.SUPPRESS:
-            assert rows[flag] == str(default), flag
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--epochs", "0"], "argument --epochs: must be a whole number above 0, not '0'"),
-        (["--lr", "nan"], "--lr: must be a number of at least 0"),
-        (["--hidden_dropout_prob", "1.5"], "must be a number from 0 to below 1"),
-        (["--loss_weights", "1,2"], "must be 3 numbers, not '1,2'"),
-        (["--loss_weights", "1,2,x"], "must be a number of at least 0, not 'x'"),
-        (["--unfreeze_interval", "1", "--option", "pretrain"], "--option pretrain does not"),
-        (["--seed", "-1"], "must be a whole number from 0 to 2**32 - 1"),
-        (["--cache_dir", ""], "--cache_dir must not be empty"),
-        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
-        (["--optimizer", "sophiah", "--hess_interval", "0"], "must be a whole number above 0"),
-        (["--optimizer", "sophiag", "--rho", "-1"], "--rho: must be a number above 0, not '-1'"),
-        (["--hess_interval", "50"], "--hess_interval: only for --optimizer sophiah and sophiag"),
-        (["--rho", "1", "--hess_interval", "9"], "--rho, --hess_interval: only for"),
-    ],
-)
-def test_flags_that_cannot_work_are_refused(flags, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        options(*flags)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+# -------------------------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize(
@@ -794,7 +709,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model, tokenizer, saved = mc.load_checkpoint({str(checkpoint)!r})
 try:
-    mc.save_checkpoint(mc.Path({str(checkpoint)!r}), model, tokenizer, mc.parse_options([]), 4, {{}}, {{}})
+    content = mc.checkpoint_content(model, tokenizer, mc.parse_options([]), 4, {{}})
+    mc.write_checkpoint(mc.Path({str(checkpoint)!r}), content)
 except mc.UserError as error:
     print(error)
 """
@@ -826,7 +742,7 @@ def test_two_runs_that_start_together_have_two_names(tmp_path):
 
 def test_a_task_that_was_not_trained_is_not_evaluated(flags, tmp_path, capsys):
     assert mc.main(flags + ["--sts"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").iterdir()
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
     assert {name.split("-")[0] for name in read_predictions(tmp_path)} == {"sts"}
     assert mc.main(flags + ["--evaluate", str(checkpoint), "--para"]) == 1
@@ -844,12 +760,6 @@ def test_importing_does_nothing_heavy():
     code = f"import json, sys, multitask_classifier; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout) == []
-
-
-def test_weights_of_losses_are_numbers():
-    assert mc.loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
-    with pytest.raises(argparse.ArgumentTypeError):
-        mc.loss_weights("1,-1,1")
 
 
 def test_two_runs_on_the_same_cores_share_them():

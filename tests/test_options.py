@@ -1,0 +1,103 @@
+import argparse
+import re
+
+import pytest
+from conftest import ROOT
+
+from options import build_parser, loss_weights, parse_options
+
+
+def parse(*flags):
+    return parse_options(list(flags))
+
+
+DEFAULTS = dict(
+    option="finetune",
+    epochs=10,
+    lr=8e-5,
+    optimizer="adamw",
+    clip=0.25,
+    seed=11711,
+    bert_model="bert-base-uncased",
+    logdir="logdir",
+    models_dir="models",
+    local_files_only=False,
+    grad_accumulation=1,
+    evaluate=None,
+    resume=None,
+    save_interval=10.0,
+    max_bad_steps=10,
+    predictions_dir="predictions",
+    batch_size=64,
+    samples_per_epoch=10000,
+    weight_decay=0.05,
+    scheduler="plateau",
+    hidden_dropout_prob=None,
+    use_gpu=False,
+    data_dir="data",
+    tensorboard_subfolder=None,
+    smoketest=False,
+    max_length=None,
+    loss_weights=(1.0, 1.0, 1.0),
+    cache_dir=str(ROOT / ".cache"),
+    sst_train="data/ids-sst-train.csv",
+    para_test="data/quora-test-student.csv",
+    sts_dev_out="predictions/sts-dev-output.csv",
+)
+
+
+def test_defaults():
+    parsed = vars(parse())
+    assert {name: parsed[name] for name in DEFAULTS} == DEFAULTS
+    assert parse("--option", "pretrain").lr == 1e-3
+    assert parse("--option", "pretrain", "--lr", "0.3").lr == 0.3
+
+
+def test_every_flag_is_explained_in_help_and_in_the_readme():
+    """And where the README names a default, it is the parser's."""
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*?) \|", readme, flags=re.MULTILINE))
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+        flag, default = action.option_strings[-1], action.default
+        if flag == "--help" or re.match(r"--(sst|para|sts)_(train|dev|test)(_out)?$", flag):
+            continue
+        assert flag in rows, flag
+        if flag == "--cache_dir":
+            assert rows[flag] == "`.cache` of the checkout"
+        elif isinstance(default, tuple):
+            assert rows[flag] == ",".join(f"{value:g}" for value in default)
+        elif default and default is not argparse.SUPPRESS:
+            assert rows[flag] == str(default), flag
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--epochs", "0"], "argument --epochs: must be a whole number above 0, not '0'"),
+        (["--lr", "nan"], "--lr: must be a number of at least 0"),
+        (["--hidden_dropout_prob", "1.5"], "must be a number from 0 to below 1"),
+        (["--loss_weights", "1,2"], "must be 3 numbers, not '1,2'"),
+        (["--loss_weights", "1,2,x"], "must be a number of at least 0, not 'x'"),
+        (["--unfreeze_interval", "1", "--option", "pretrain"], "--option pretrain does not"),
+        (["--seed", "-1"], "must be a whole number from 0 to 2**32 - 1"),
+        (["--cache_dir", ""], "--cache_dir must not be empty"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--optimizer", "sophiah", "--hess_interval", "0"], "must be a whole number above 0"),
+        (["--optimizer", "sophiag", "--rho", "-1"], "--rho: must be a number above 0, not '-1'"),
+        (["--hess_interval", "50"], "--hess_interval: only for --optimizer sophiah and sophiag"),
+        (["--resume", "auto", "--evaluate", "x.pt"], "--evaluate does not train"),
+        (["--save_interval", "0"], "--save_interval: must be a number above 0"),
+        (["--rho", "1", "--hess_interval", "9"], "--rho, --hess_interval: only for"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*flags)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_weights_of_losses_are_numbers():
+    assert loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
+    with pytest.raises(argparse.ArgumentTypeError):
+        loss_weights("1,-1,1")
