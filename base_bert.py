@@ -148,11 +148,11 @@ class BertPreTrainedModel(nn.Module):
 
     def save_pretrained(self, directory: str) -> None:
         """Write `config.json` and `model.safetensors`; `transformers` opens the directory."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(Path(directory) / "model.safetensors") as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+            temporary.write_bytes(save(weights, metadata={"format": "pt"}))
         with atomic_write(Path(directory) / "config.json") as temporary:
             temporary.write_text(self.config.to_json(), encoding="utf-8")
 

@@ -367,11 +367,11 @@ def _read_token_cache(path: Path, n_sentences: int) -> tuple[np.ndarray, np.ndar
 
 
 def _write_token_cache(path: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
+    content = save({"ids": ids, "lengths": lengths}, metadata={"digest": _digest(ids, lengths)})
     with atomic_write(path) as temporary:
-        tensors = {"ids": ids, "lengths": lengths}
-        save_file(tensors, temporary, metadata={"digest": _digest(ids, lengths)})
+        temporary.write_bytes(content)  # save_file would have its own error for a full disk
 
 
 # ------------------------------------------------------------------------------------- batches

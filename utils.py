@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import importlib.util
 import os
@@ -163,7 +164,8 @@ def hold(paths: list[Path], what: str):
     """Keep these paths from other runs that hold theirs, until the block or the process ends.
 
     A path that another process holds is a UserError, which says `what` that process does. The
-    locks are flock's, on hidden files beside the paths.
+    locks are flock's, on hidden files beside the paths, so that a killed process holds nothing;
+    what it had half written is removed.
     """
     with contextlib.ExitStack() as stack:
         for path in paths:
@@ -174,6 +176,8 @@ def hold(paths: list[Path], what: str):
                 raise UserError(f"{path}: {what}") from None
             except OSError as error:
                 raise UserError(f"cannot write {lock.lock_file}: {error.strerror}") from error
+            for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):
+                leftover.unlink(missing_ok=True)
         yield
 
 

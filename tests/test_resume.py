@@ -1,0 +1,383 @@
+"""Runs that are stopped, in all the ways they can be, and go on."""
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import multitask_classifier as mc
+from utils import UserError
+
+OPTIMIZERS = {
+    "adamw": ["--scheduler", "cosine"],
+    "sophiah": ["--optimizer", "sophiah", "--hess_interval", "3"],
+    "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--unfreeze_interval", "1"],
+}
+OFTEN = ["--save_interval", "1e-9"]  # after each step
+
+
+class Killed(BaseException):
+    """Ends a run like `kill -9`: nothing in the run answers it."""
+
+
+def outcome(folder):
+    """(weights of the best model, predictions, TensorBoard's scalars)"""
+    (checkpoint,) = (folder / "models_dir").glob("*.pt")
+    predictions = {path.name: path.read_bytes() for path in folder.glob("*-*.csv")}
+    assert len(predictions) == 6
+    log = EventAccumulator(str(folder / "logdir" / checkpoint.stem)).Reload()
+    scalars = {
+        tag: sorted({(event.step, event.value) for event in log.Scalars(tag)})
+        for tag in log.Tags()["scalars"]
+    }
+    return torch.load(checkpoint, weights_only=True)["model"], predictions, scalars
+
+
+def assert_same(one, other):
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0] | other[0])
+    assert one[1] == other[1]
+    assert one[2] == other[2]
+
+
+@pytest.fixture
+def uninterrupted(flags, tmp_path):
+    """What a run with these flags gives that nothing interrupts."""
+
+    def run(*more):
+        folder = tmp_path / "uninterrupted"
+        elsewhere = [flag.replace(str(tmp_path), str(folder)) for flag in (*flags, *more)]
+        assert mc.main(elsewhere) == 0
+        return outcome(folder)
+
+    return run
+
+
+def nth_call(n, function, before):
+    """`function`, but its nth call is killed, before or after it does its work."""
+    count = itertools.count(1)
+
+    def call(*args, **kwargs):
+        killed = next(count) == n
+        if killed and before:
+            raise Killed
+        result = function(*args, **kwargs)
+        if killed:
+            raise Killed
+        return result
+
+    return call
+
+
+PLACES = {
+    "in a step": (mc, "training_step", 6, False),
+    "while saving": (mc.torch, "save", 5, False),
+    "in the evaluation": (mc.evaluation, "predict", 2, True),
+    "in the second evaluation": (mc.evaluation, "predict", 5, False),
+    "while predicting": (mc.evaluation, "write_predictions", 2, False),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_killed_run_resumes_to_the_same_numbers(
+    flags, tmp_path, uninterrupted, optimizer, monkeypatch, capsys
+):
+    chosen = flags + OPTIMIZERS[optimizer]
+    expected = uninterrupted(*OPTIMIZERS[optimizer])
+    for module, name, call, before in PLACES.values():
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(module, name, nth_call(call, getattr(module, name), before))
+            mc.main(chosen + OFTEN + ["--resume", "auto"])
+        torch.rand(3)  # another process would not have this one's random state either
+    assert mc.main(chosen + ["--resume", "auto"]) == 0
+    assert_same(outcome(tmp_path), expected)
+    shown = capsys.readouterr().out
+    assert shown.count("has no run with these options; this is a new one") == 1
+    assert shown.count("resumed after") == len(PLACES)
+
+
+def start(flags, *more):
+    command = [sys.executable, "-u", ROOT / "multitask_classifier.py", *flags, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_training(run):
+    while line := run.stdout.readline():
+        if line.startswith("heads:"):
+            return
+    raise AssertionError(run.stderr.read())
+
+
+def kill_often(flags, times, longest):
+    """Kill a run that many times at random moments of its training, and let it finish then."""
+    moments = random.Random(4)
+    killed = 0
+    while killed < times:
+        run = start(flags, *OFTEN, "--resume", "auto")
+        wait_for_training(run)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(moments.uniform(0, longest))
+        assert run.poll() in (None, 0), run.stderr.read()
+        killed += run.poll() is None
+        run.kill()
+        run.communicate()
+        if run.returncode == 0:  # it had finished before; the rest of the moments come too late
+            break
+    assert mc.main(flags + ["--resume", "auto"]) == 0
+    return killed
+
+
+def test_kill_9(flags, tmp_path, uninterrupted):
+    assert kill_often(flags, 2, 0.5) == 2
+    assert_same(outcome(tmp_path), uninterrupted())
+    assert not list((tmp_path / "models_dir").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_where_it_stands(flags, tmp_path, uninterrupted, number, code):
+    more = ["--epochs", "40"]
+    run = start(flags, *more)
+    wait_for_training(run)
+    time.sleep(0.7)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code and "Traceback" not in errors
+    resume = re.search(r"go on with --resume (\S+);", errors)[1]
+    free = flags[flags.index("--models_dir") :][:8] + flags[-18:-6]  # where outputs go
+    assert mc.main(["--resume", resume, *free]) == 0
+    assert_same(outcome(tmp_path), uninterrupted(*more))
+
+
+@pytest.fixture
+def stopped(flags, monkeypatch, tmp_path):
+    """The state of a run that was killed in its sixth step."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mc, "training_step", nth_call(6, mc.training_step, True))
+        mc.main(flags + OFTEN)
+    (path,) = (tmp_path / "models_dir").glob("*.resume")
+    return path
+
+
+def test_flags_that_change_the_numbers_are_refused(flags, stopped, capsys):
+    assert mc.main(flags + ["--resume", str(stopped), "--lr", "0.1", "--seed", "3"]) == 1
+    assert f"error: {stopped}: this run has other values of --lr, --seed" in capsys.readouterr().err
+
+
+def test_auto_starts_anew_with_other_flags_and_passes_over_damaged_states(
+    flags, stopped, capsys, tmp_path
+):
+    assert mc.main(flags + ["--resume", "auto", "--lr", "0.1", "--epochs", "1"]) == 0
+    assert "no run with these options" in capsys.readouterr().out
+    damaged = stopped.with_name("newer.resume")
+    damaged.write_bytes(stopped.read_bytes()[:-100])
+    assert mc.main(flags + ["--resume", "auto"]) == 0
+    shown = capsys.readouterr()
+    assert f"warning: --resume auto passes over {damaged}: damaged" in shown.err
+    assert "resumed after 1 epochs and 1 steps" in shown.out
+
+
+def test_a_finished_run_writes_its_predictions_again(flags, tmp_path, capsys):
+    assert mc.main(flags) == 0
+    expected = outcome(tmp_path)
+    for path in tmp_path.glob("*-*.csv"):
+        path.unlink()
+    assert mc.main(flags + ["--resume", "auto"]) == 0
+    assert "is finished; its predictions are written again" in capsys.readouterr().out
+    assert outcome(tmp_path)[1] == expected[1]
+    (state,) = (tmp_path / "models_dir").glob("*.resume")
+    assert mc.main(flags + ["--evaluate", str(state)]) == 1
+    assert f"its model is {state.with_suffix('.pt')}" in capsys.readouterr().err
+
+
+def test_states_of_no_use_are_one_clear_line(flags, stopped, tmp_path, capsys):
+    whole = stopped.read_bytes()
+    content = torch.load(stopped, weights_only=True)
+    training = dict(content["training"])
+    del training["samplers"]
+    changed = bytearray(whole)
+    changed[whole.index(b"/data/3") + 2000] ^= 4  # one bit of the weights
+
+    def write(data):
+        stopped.write_bytes(data)
+
+    def save(changes):
+        torch.save(content | changes, stopped)
+
+    cases = {
+        "damaged, or not a file that torch.save wrote": lambda: write(whole[:9000]),
+        "damaged, or": lambda: write(b""),
+        "damaged, or not": lambda: write(bytes(changed)),
+        "not a checkpoint of multitask_classifier.py": lambda: torch.save([1], stopped),
+        "has checkpoint format 2, this version reads": lambda: save({"format": 2}),
+        "a damaged state of a run": lambda: save({"training": training}),
+        "no such file": lambda: stopped.unlink(),
+    }
+    for message, damage in cases.items():
+        damage()
+        assert mc.main(flags + ["--resume", str(stopped)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {stopped}: ") and message in error
+    model = tmp_path / "model.pt"
+    torch.save({key: each for key, each in content.items() if key != "training"}, model)
+    assert mc.main(flags + ["--resume", str(model)]) == 1
+    assert "holds no state of a run to go on with; give a models/RUN.resume" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_changed_training_file_is_noticed(flags, tmp_path, monkeypatch, capsys, stopped):
+    state = torch.load(stopped, weights_only=True)
+    state["training"]["data"]["para_train"] = "0" * 64
+    torch.save(state, stopped)
+    assert mc.main(flags + ["--resume", str(stopped)]) == 1
+    assert "the files of --para_train have changed since this run began" in capsys.readouterr().err
+
+
+def test_a_live_run_holds_its_predictions_and_its_state(flags, tmp_path, capsys):
+    flags += ["--epochs", "1000"]
+    run = start(flags, *OFTEN)
+    wait_for_training(run)
+    models = tmp_path / "models_dir"
+    while not list(models.glob("*.resume")):
+        time.sleep(0.05)
+    (state,) = models.glob("*.resume")
+    assert mc.main(flags) == 1
+    assert "sst-dev.csv: a run that is still going will write it" in capsys.readouterr().err
+    assert mc.main(flags + ["--resume", str(state)]) == 1
+    assert f"error: {state}: is the state of a run that is still going" in capsys.readouterr().err
+    run.kill()
+    run.communicate()
+    assert mc.main(flags + ["--epochs", "1"]) == 0
+
+
+# --------------------------------------------------------------------------------- bad numbers
+
+
+def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, tmp_path):
+    """Of eight steps, the third and the fourth."""
+    calls = itertools.count(1)
+    steps = []
+
+    def loss(outputs, labels):
+        poison = torch.inf if next(calls) in (3, 4) else 1.0
+        return torch.nn.functional.mse_loss(outputs, labels) * poison
+
+    def note(model, window, optimizer, chosen):
+        before = [each.clone() for each in model.parameters()]
+        try:
+            return training_step(model, window, optimizer, chosen)
+        finally:
+            pairs = zip(before, model.parameters())
+            steps.append(any(not torch.equal(old, new) for old, new in pairs))
+            assert all(each.grad is None for each in model.parameters())
+
+    training_step = mc.training_step
+    monkeypatch.setattr(mc, "training_step", note)
+    task = mc.dataclasses.replace(mc.TASKS["sts"], loss=loss)
+    monkeypatch.setitem(mc.TASKS, "sts", task)
+    assert mc.main(flags + ["--sts"]) == 0
+    assert steps == [True, True, False, False, True, True, True, True]
+    assert "steps skipped so far, since not finite: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_too_many_of_them_end_the_run(flags, optimizer, monkeypatch, capsys, tmp_path):
+    task = mc.dataclasses.replace(
+        mc.TASKS["sts"], loss=lambda outputs, _: outputs.sum() * torch.nan
+    )
+    monkeypatch.setitem(mc.TASKS, "sts", task)
+    more = ["--max_bad_steps", "2", *OPTIMIZERS[optimizer]]
+    assert mc.main(flags + more) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    (state,) = (tmp_path / "models_dir").glob("*.resume")
+    assert error.startswith("error: 2 steps in a row were not finite (loss nan, norm of the")
+    assert f"--resume {state}" in error
+    ids = error.split("by id: ")[1]
+    named = {part.split()[0]: part.split()[1:] for part in ids.split("; ")}
+    assert {name: len(each) for name, each in named.items()} == dict(sst=16, para=16, sts=16)
+    model, _, _ = mc.load_checkpoint(state)
+    assert all(each.isfinite().all() for each in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_flags_that_help(flags, error, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(mc, "training_step", fail)
+    assert mc.main(flags) == 1
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith("error: out of memory; ")
+    assert all(flag in shown for flag in ("--batch_size", "--grad_accumulation", "--max_length"))
+
+
+def test_other_errors_are_not_called_out_of_memory(flags, monkeypatch):
+    monkeypatch.setattr(mc, "training_step", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size|size mismatch"):
+        mc.main(flags)
+
+
+# --------------------------------------------------------------------------------- full disks
+
+
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import multitask_classifier as mc
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(mc.main(sys.argv[1:]))
+"""
+
+
+def run_with_limit(limit, flags):
+    """As on a full disk: no file can grow beyond `limit` bytes."""
+    code = LIMITED.format(root=str(ROOT), limit=limit)
+    command = [sys.executable, "-c", code, *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "agg"}
+    )
+
+
+def test_a_full_disk_does_not_end_the_run(flags, tmp_path, uninterrupted):
+    """There is room for the model, not for the state."""
+    done = run_with_limit(200_000, flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: cannot write") == 2 and "the run goes on" in done.stderr
+    assert_same(outcome(tmp_path), uninterrupted())
+    assert not list((tmp_path / "models_dir").glob(".*.tmp"))
+
+
+def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
+    done = run_with_limit(90_000, flags)
+    assert done.returncode == 1
+    assert re.search(r"epoch 1: .*, not saved: cannot write .*\.pt", done.stdout)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "could not be written" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_hold_is_let_go(tmp_path):
+    path = Path(tmp_path / "file")
+    with mc.hold([path], "is held"):
+        with pytest.raises(UserError, match="file: is held"), mc.hold([path], "is held"):
+            pass
+    with mc.hold([path], "is held"):
+        pass
