@@ -147,7 +147,8 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
     Raises:
         UserError: no such file, not tab-separated, a column missing, or no usable row.
     """
-    examples, unusable, unscored = [], [], []
+    examples, unusable, unscored, repeated = [], [], [], []
+    ids = set()
     needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
     rows = _csv_rows(Path(path))
     header = next(rows, (1, []))[1]
@@ -156,12 +157,17 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
         try:
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} cells instead of {len(header)}")
+            _check_quotes(cells)
             examples.append(_to_example(cells, columns, task, split))
         except _Unscored as problem:
             examples.append(problem.example)
             unscored.append((line, str(problem)))
         except ValueError as problem:
             unusable.append((line, str(problem)))
+            continue
+        if (id := examples[-1].id) in ids:
+            repeated.append((line, f"id {id[:20]!r}"))
+        ids.add(id)
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
         what = "row to predict" if split == "test" else "row with a label"
         reasons = "; ".join(f"line {line}: {reason}" for line, reason in (unusable + unscored)[:3])
@@ -170,6 +176,7 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
             f"expected tab-separated columns {', '.join(needed)}"
         )
     kinds = {"unusable": unusable, "predicted but not scored": unscored}
+    kinds["used although the id stands in an earlier row"] = repeated
     if found := [_describe(kind, problems) for kind, problems in kinds.items() if problems]:
         warnings.warn(f"{path}: {'; '.join(found)}", stacklevel=2)
     return examples
@@ -200,7 +207,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             "or give --data_dir data/sample for the sample"
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        line = _first_line_not_utf8(path)
+        raise UserError(
+            f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error
     except csv.Error as error:
         raise UserError(
             f"{path}: the row that starts in line {start}: {error}; is a quote missing?"
@@ -209,18 +219,39 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def _first_line_not_utf8(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError("the file has changed since")
+
+
 def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
     missing = [name for name in needed if name not in header]
     if missing and len(header) < 2:
         raise UserError(
-            f"{path}: the first line has no tab in it, so this is no tab-separated file; "
+            f"{path}: line 1 has no tab in it, so this is no tab-separated file; "
             f"expected columns {', '.join(needed)}"
         )
     if missing:
         raise UserError(
-            f"{path}: no column named {', '.join(missing)}; its columns are {', '.join(header)}"
+            f"{path}: line 1 has no column named {', '.join(missing)}; "
+            f"its columns are {one_line(', '.join(header))[:200]}"
         )
+    if repeated := [name for name in needed if header.count(name) > 1]:
+        raise UserError(f"{path}: line 1 has more than one column named {', '.join(repeated)}")
     return {name: header.index(name) for name in needed}
+
+
+def _check_quotes(cells: list[str]) -> None:
+    """ValueError for a cell that has swallowed whole rows, since a quote is missing."""
+    for cell in cells:
+        if "\t" in cell and ("\n" in cell or "\r" in cell):
+            n_lines = len(cell.splitlines())
+            raise ValueError(f"a cell of {n_lines} lines with tabs in it; is a quote missing?")
 
 
 def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: str) -> Example:
