@@ -151,26 +151,26 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
     ids = set()
     needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
     rows = _csv_rows(Path(path))
-    header = next(rows, (1, []))[1]
+    header = next(rows, ("line 1", []))[1]
     columns = _find_columns(path, header, needed)
-    for line, cells in rows:
+    for place, cells in rows:
         try:
+            _check_quotes(cells)
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} cells instead of {len(header)}")
-            _check_quotes(cells)
             examples.append(_to_example(cells, columns, task, split))
         except _Unscored as problem:
             examples.append(problem.example)
-            unscored.append((line, str(problem)))
+            unscored.append((place, str(problem)))
         except ValueError as problem:
-            unusable.append((line, str(problem)))
+            unusable.append((place, str(problem)))
             continue
         if (id := examples[-1].id) in ids:
-            repeated.append((line, f"id {id[:20]!r}"))
+            repeated.append((place, f"id {id[:20]!r}"))
         ids.add(id)
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
         what = "row to predict" if split == "test" else "row with a label"
-        reasons = "; ".join(f"line {line}: {reason}" for line, reason in (unusable + unscored)[:3])
+        reasons = "; ".join(f"{place}: {reason}" for place, reason in (unusable + unscored)[:3])
         raise UserError(
             f"{path}: not one usable {what}{' (' + reasons + ')' if reasons else ''}; "
             f"expected tab-separated columns {', '.join(needed)}"
@@ -190,17 +190,18 @@ class _Unscored(ValueError):
         self.example = example
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where the row starts, cells) of a tab-separated file; blank lines are passed over."""
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(the row's line or lines, cells) of a tab-separated file; blank lines are passed over."""
     csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
             start = 1
             for cells in reader:
+                end = reader.line_num
                 if cells:
-                    yield start, cells
-                start = reader.line_num + 1
+                    yield f"line {start}" if start == end else f"lines {start} to {end}", cells
+                start = end + 1
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; run 'python datasets.py download' for the real data, "
@@ -230,6 +231,10 @@ def _first_line_not_utf8(path: Path) -> int:
 
 
 def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
+    try:
+        _check_quotes(header)
+    except ValueError as problem:
+        raise UserError(f"{path}: in the header, line 1: {problem}") from None
     missing = [name for name in needed if name not in header]
     if missing and len(header) < 2:
         raise UserError(
@@ -248,10 +253,8 @@ def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dic
 
 def _check_quotes(cells: list[str]) -> None:
     """ValueError for a cell that has swallowed whole rows, since a quote is missing."""
-    for cell in cells:
-        if "\t" in cell and ("\n" in cell or "\r" in cell):
-            n_lines = len(cell.splitlines())
-            raise ValueError(f"a cell of {n_lines} lines with tabs in it; is a quote missing?")
+    if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
+        raise ValueError("one cell over several lines, with tabs in it; is a quote missing?")
 
 
 def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: str) -> Example:
@@ -272,8 +275,8 @@ def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: st
     return Example(sentences, label, id)
 
 
-def _describe(kind: str, problems: list[tuple[int, str]]) -> str:
-    named = ", ".join(f"line {line} ({reason})" for line, reason in problems[:NAMED_ROWS])
+def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
+    named = ", ".join(f"{place} ({reason})" for place, reason in problems[:NAMED_ROWS])
     rest = Counter(reason for _, reason in problems[NAMED_ROWS:])
     others = "".join(f", and {count} more ({reason})" for reason, count in rest.items())
     rows = "row" if len(problems) == 1 else "rows"

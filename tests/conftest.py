@@ -18,12 +18,15 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
 from datasets import TASKS  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import minilm_directory, seed_everything  # noqa: E402
+
+settings.register_profile("thorough", max_examples=2000)  # for pytest --hypothesis-profile
 
 # Models of a few thousand weights: more threads only wait for each other.
 torch.set_num_threads(1)

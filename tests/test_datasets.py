@@ -1,9 +1,11 @@
 import csv
 import hashlib
 import math
+import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import mutated
 
 import datasets
 from datasets import (
@@ -159,11 +164,13 @@ def test_similarities_out_of_range_are_refused(label):
 ERRORS = {
     "no such file; run 'python datasets.py download'": None,
     "no tab in it": b"id,sentence,sentiment\n1,good,3\n",
-    "no column named sentiment; its columns are id, sentence": b"id\tsentence\n1\tgood\n",
+    "line 1 has no column named sentiment; its columns are id, sentence": b"id\tsentence\n1\tgood\n",
     r"not one usable row with a label \(line 2: no label\)": b"id\tsentence\tsentiment\n1\tgood\t\n",
     "not one usable row with a label; expected": b"id\tsentence\tsentiment\n",
-    "the first line has no tab": b"",
-    "not UTF-8 text": b"id\tsentence\tsentiment\n1\tg\xe9\t3\n",
+    "line 1 has no tab": b"",
+    "line 1 has more than one column named id": b"id\tsentence\tsentiment\tid\n1\tgood\t3\t1\n",
+    "line 3 is not UTF-8 text": b"id\tsentence\tsentiment\n1\tgood\t3\n1\tg\xe9\t3\n",
+    "line 1 is not UTF-8 text": "id\tsentence\tsentiment\n1\tgood\t3\n".encode("utf-16"),
     "the row that starts in line 2: .*; is a quote missing": b'id\tsentence\tsentiment\n1\t"good\t3\n2\tbad\t1\n',
 }
 
@@ -176,6 +183,61 @@ def test_a_file_of_no_use_is_one_clear_line(write, tmp_path, message, split):
     with pytest.raises(UserError, match=message) as caught:
         read_examples(path, SST, split)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_quote_that_swallows_rows_is_named(write):
+    """The quote of line 3 ends before that of line 5, and what is between is one cell."""
+    rows = ["1\tgood\t3\n", '2\t"bad\t1\n', "3\tfine\t2\n", '4\t"bad"\t0\n']
+    path = write("id\tsentence\tsentiment\n" + rows[0] + rows[1] + rows[2] + '4"\tx\t0\n')
+    with pytest.raises(UserError, match="line 3"):
+        read_examples(write("id\tsentence\tsentiment\n" + "".join(rows)), SST, "train")
+    path = write("id\tsentence\tsentiment\n" + rows[0] + rows[1] + rows[2] + '4"\t0\n')
+    with pytest.warns(UserWarning, match=r"lines 3 to 5 \(one cell over several lines, with tabs"):
+        assert [each.id for each in read_examples(path, SST, "train")] == ["1"]
+
+
+def test_a_repeated_id_is_named(write):
+    path = write("id\tsentence\tsentiment\n1\tgood\t3\n2\tbad\t0\n1\tfine\t2\n")
+    with pytest.warns(UserWarning, match="1 row used although the id .* row: line 4 \\(id '1'\\)"):
+        assert len(read_examples(path, SST, "train")) == 3
+
+
+def sample_head(task, split):
+    """The header and the first 15 rows, so that a warning has room to name each."""
+    return b"".join((SAMPLE / task.filename(split)).read_bytes().splitlines(keepends=True)[:16])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_mutated_file_is_read_with_its_bad_rows_named_or_refused(tmp_path, task, split, data):
+    """Each row that is in the file as it was is among the examples or in a named line."""
+    original = sample_head(task, split)
+    rows = {line: line.split(b"\t")[1].decode() for line in original.splitlines()[1:]}
+    content = data.draw(mutated(original))
+    path = tmp_path / "file.csv"
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            examples = read_examples(path, task, split)
+        except UserError as error:
+            text = str(error)
+            assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < 1000
+            assert re.search(r"lines? \d|not one usable", text)
+            return
+    named = set()
+    for warning in caught:
+        assert str(warning.message).startswith(f"{path}: ") and "\n" not in str(warning.message)
+        for start, end in re.findall(r"lines? (\d+)(?: to (\d+))? \(", str(warning.message)):
+            named |= set(range(int(start), int(end or start) + 1))
+    ids = {example.id for example in examples}
+    for number, line in enumerate(re.split(rb"\r\n|\n|\r", content), start=1):
+        assert rows.get(line) in ids | {None} or number in named
+    for example in examples:
+        assert example.id and math.isnan(example.label) or task.parse_label(str(example.label)) >= 0
 
 
 # ------------------------------------------------------------------------------------- tokenizing
