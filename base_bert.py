@@ -43,6 +43,8 @@ class BertConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if not problems and self.pad_token_id >= self.vocab_size:
+            problems.append(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -81,7 +83,8 @@ class BertConfig:
 
 def _whole(name: str, value) -> bool:
     smallest = 0 if name == "pad_token_id" else 1
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    largest = 1000 if name == "num_hidden_layers" else 10**7  # to build more would take for ever
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
 def _rate(name: str, value) -> bool:
@@ -91,7 +94,7 @@ def _rate(name: str, value) -> bool:
 
 
 _EXPECTED = {  # a default's type -> what to say, how to check
-    int: ("a positive whole number", _whole),
+    int: ("a positive whole number of a size in use", _whole),
     float: ("a number in its range", _rate),
     str: (f"one of {', '.join(ACTIVATIONS)}", lambda name, value: value in ACTIVATIONS),
 }

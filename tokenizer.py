@@ -30,7 +30,11 @@ class BertTokenizer:
             raise UserError(f"this vocabulary has no {', '.join(missing)}; not one of a BERT")
         self.backend = backend
         self.max_length = max_length
+        self.vocab_size = max(backend.get_vocab().values()) + 1  # there may be gaps in the ids
         self._set_limits(None, padding=False)
+        ends = [backend.token_to_id(token) for token in ("[CLS]", "[SEP]")]
+        if backend.encode("").ids != ends:
+            raise UserError("this vocabulary does not put [CLS] and [SEP] around a text")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, local_files_only: bool = False) -> "BertTokenizer":
@@ -65,10 +69,6 @@ class BertTokenizer:
         """The whole tokenizer as the text of a `tokenizer.json`."""
         self._set_limits(None, padding=False)
         return self.backend.to_str()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
 
     def __call__(
         self,

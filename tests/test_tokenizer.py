@@ -6,6 +6,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import mutated
 
 from tokenizer import BertTokenizer
 from utils import UserError
@@ -130,3 +131,23 @@ def test_a_vocabulary_of_no_use_is_one_clear_line(tmp_path, filename, content, m
     with pytest.raises(UserError, match=message) as caught:
         BertTokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("filename", ["tokenizer.json", "vocab.txt", "tokenizer_config.json"])
+def test_mutated_files_work_or_are_refused(tiny_directory, tmp_path, filename, data):
+    """What is taken gives ids within the vocabulary, between [CLS] and [SEP]."""
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(tiny_directory / name, tmp_path)
+    (tmp_path / filename).write_bytes(data.draw(mutated((tiny_directory / filename).read_bytes())))
+    try:
+        tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    except UserError as error:
+        assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+        assert len(str(error)) < 1000
+        return
+    ids, lengths = tokenizer.packed_ids(["abc, def?", "", "\u6f22 \u00e9"], max_length=7)
+    assert len(ids) == lengths.sum() and 0 <= ids.min() and ids.max() < tokenizer.vocab_size
+    special = [tokenizer.backend.token_to_id(token) for token in ("[CLS]", "[SEP]")]
+    assert ids[[0, lengths[0] - 1]].tolist() == special
