@@ -1,0 +1,66 @@
+"""The long half of the tests of reliability; `./run_tests.sh --slow` runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_resume import OPTIMIZERS, assert_same, kill_often, outcome, uninterrupted  # noqa: F401
+
+STEPS_PER_EPOCH = 200
+SOAK = f"""
+import json, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import multitask_classifier as mc
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+seen, step = [], mc.training_step
+def training_step(*arguments):
+    if not seen or len(seen[-1]["times"]) == {STEPS_PER_EPOCH}:
+        seen.append(dict(memory=resident(), files=len(os.listdir("/proc/self/fd")), times=[]))
+    start = time.perf_counter()
+    result = step(*arguments)
+    seen[-1]["times"].append(time.perf_counter() - start)
+    return result
+
+mc.training_step = training_step
+code = mc.main(sys.argv[1:])
+print(json.dumps(seen))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiah"])
+def test_kill_9_at_20_random_moments(flags, tmp_path, uninterrupted, optimizer):  # noqa: F811
+    chosen = ["--epochs", "6", *OPTIMIZERS[optimizer]]
+    assert kill_often(flags + chosen, 20, 0.7) == 20
+    assert_same(outcome(tmp_path), uninterrupted(*chosen))
+    assert not list((tmp_path / "models_dir").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiah", "sophiag"])
+def test_soak(flags, optimizer, capsys):
+    """2,000 steps in 10 epochs, with all that an epoch does. What the first two epochs took is not
+    counted: caches fill."""
+    chosen = ["--epochs", "10", "--batch_size", "8", "--save_interval", "0.01"]
+    chosen += ["--samples_per_epoch", str(8 * STEPS_PER_EPOCH), *OPTIMIZERS[optimizer]]
+    done = subprocess.run(
+        [sys.executable, "-c", SOAK, *flags, *chosen], stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0
+    epochs = json.loads(done.stdout.splitlines()[-1])
+    assert len(epochs) == 10
+    rates = [STEPS_PER_EPOCH / sum(epoch["times"]) for epoch in epochs]
+    memory = [epoch["memory"] / 2**20 for epoch in epochs]
+    with capsys.disabled():
+        print(
+            f"\n{optimizer}: {rates[0]:.1f} steps/s in the first epoch, {rates[-1]:.1f} in the last;",
+            end=" ",
+        )
+        print(f"{memory[2]:.1f} MB before the third, {memory[-1]:.1f} MB before the last")
+    assert memory[-1] < 1.02 * memory[2]
+    assert epochs[-1]["files"] == epochs[2]["files"]
