@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import platform
@@ -525,6 +526,8 @@ class RunLog:
         if "sst" in dev:
             figure = evaluation.confusion_figure(dev["sst"])
             self.writer.add_figure("dev/sst_confusion", figure, epoch)
+            del figure
+            gc.collect()  # a figure is full of reference cycles, which would lie about for epochs
 
     def hyper_parameters(self, options: argparse.Namespace, scores: dict[str, dict]) -> None:
         simple = (bool, int, float, str)
