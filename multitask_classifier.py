@@ -466,7 +466,7 @@ class RunLog:
 
         self.directory = directory
         # What a killed run wrote after its last saved state is hidden.
-        purge = state["n_steps"] + 1 if state else None
+        purge = state and min([step for step, _ in state["waiting"]] + [state["n_steps"] + 1])
         self.writer = SummaryWriter(str(directory), purge_step=purge)
         state = state or dict(n_steps=0, waiting=[], clipped=[])
         self.n_steps = state["n_steps"]
