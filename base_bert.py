@@ -61,7 +61,7 @@ class BertConfig:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a readable config.json ({one_line(error)})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a config.json: it holds no table of settings")
@@ -170,7 +170,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         except Exception as error:  # SafetensorError, OSError, and what headers make of NumPy
             raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from error
     weights = load_torch_file(path)
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()
+    ):
         raise UserError(f"{path}: not a weights file: it holds no table of tensors")
     return weights
 

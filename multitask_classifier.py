@@ -464,7 +464,7 @@ class RunLog:
     def __init__(self, directory: Path, state: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        self.directory = directory
+        self.directory, self.broken = directory, False
         # What a killed run wrote after its last saved state is hidden.
         purge = state and min([step for step, _ in state["waiting"]] + [state["n_steps"] + 1])
         self.writer = SummaryWriter(str(directory), purge_step=purge)
@@ -474,7 +474,8 @@ class RunLog:
         self.clipped = list(state["clipped"])  # Sophia's shares of clipped coordinates, this epoch
 
     def state(self) -> dict:
-        self.writer.flush()
+        with self._going_on():
+            self.writer.flush()
         directory = str(self.directory)
         return dict(
             directory=directory, n_steps=self.n_steps, waiting=self.waiting, clipped=self.clipped
@@ -494,8 +495,9 @@ class RunLog:
             self.waiting[-1][1].update(statistics)
         for step, values in self.waiting:
             values = {tag: float(value) for tag, value in values.items()}
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+            with self._going_on():
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, step)
             losses = {t.removeprefix("loss/"): v for t, v in values.items() if t.startswith("loss")}
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
             self.clipped += [v for tag, v in values.items() if tag == "sophia/clipped"]
@@ -517,17 +519,18 @@ class RunLog:
         dev: dict[str, evaluation.Evaluation],
         mean: float,
     ) -> None:
-        dev_scores = {name: each.scores for name, each in dev.items()}
-        for split, scores in {"train": train, "dev": dev_scores}.items():
-            for name, metrics in scores.items():
-                for metric, value in metrics.items():
-                    self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
-        self.writer.add_scalar("dev/mean", mean, epoch)
-        if "sst" in dev:
-            figure = evaluation.confusion_figure(dev["sst"])
-            self.writer.add_figure("dev/sst_confusion", figure, epoch)
-            del figure
-            gc.collect()  # a figure is full of reference cycles, which would lie about for epochs
+        with self._going_on():
+            dev_scores = {name: each.scores for name, each in dev.items()}
+            for split, scores in {"train": train, "dev": dev_scores}.items():
+                for name, metrics in scores.items():
+                    for metric, value in metrics.items():
+                        self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
+            self.writer.add_scalar("dev/mean", mean, epoch)
+            if "sst" in dev:
+                figure = evaluation.confusion_figure(dev["sst"])
+                self.writer.add_figure("dev/sst_confusion", figure, epoch)
+                del figure
+                gc.collect()  # a figure is full of reference cycles, which would lie about for epochs
 
     def hyper_parameters(self, options: argparse.Namespace, scores: dict[str, dict]) -> None:
         simple = (bool, int, float, str)
@@ -540,10 +543,23 @@ class RunLog:
             for name, metrics in scores.items()
             for metric, value in metrics.items()
         }
-        self.writer.add_hparams(values, metrics, run_name=".")
+        with self._going_on():
+            self.writer.add_hparams(values, metrics, run_name=".")
 
     def close(self) -> None:
-        self.writer.close()
+        with self._going_on():
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def _going_on(self):
+        """A log that cannot be written (a full disk) is a warning, once; the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self.broken:
+                text = f"{self.directory}: TensorBoard's log ends here ({error}); the run goes on"
+                tqdm.write(f"warning: {text}", file=sys.stderr)
+            self.broken = True
 
 
 class Training:
@@ -589,6 +605,7 @@ class Training:
                 "n_windows": self.n_windows,
                 "answers": answers_by_task(self.answers),
                 "n_skipped": self.n_skipped,
+                "bad_steps": self.bad_steps,
                 "seconds": time.perf_counter() - self.began,
                 "log": self.log.state(),
                 "data": digests(self.data),
@@ -608,19 +625,27 @@ class Training:
         self._start_epoch()
         self.n_windows, self.best = saved["n_windows"], saved["best"]
         self.answers = [(name, *pair) for name, pair in saved["answers"].items()]
-        self.n_skipped = saved["n_skipped"]
+        self.n_skipped, self.bad_steps = saved["n_skipped"], saved["bad_steps"]
         self.began -= saved["seconds"]
         restore_random_states(saved["random"])
 
     def save(self) -> None:
         """Write the state; a full disk costs no more than this."""
         start = time.perf_counter()
-        try:
-            write_checkpoint(self.path, self.state())
-        except UserError as error:
-            tqdm.write(f"warning: {error}; the run goes on", file=sys.stderr)
+        self._write(self.state())
         self.saved_at = time.monotonic()
         self.saving_seconds += time.perf_counter() - start
+
+    def save_finished(self) -> None:
+        """All that is left of the state of a run that needs none any more."""
+        options = vars(self.options)
+        self._write({"format": CHECKPOINT_FORMAT, "options": options, "training": "finished"})
+
+    def _write(self, content: dict) -> None:
+        try:
+            write_checkpoint(self.path, content)
+        except UserError as error:
+            tqdm.write(f"warning: {error}; the run goes on", file=sys.stderr)
 
     def fit(self) -> None:
         """The epochs that are left: train, evaluate on dev, save the model if it is the best."""
@@ -660,25 +685,25 @@ class Training:
                 self.log.flush(self.optimizer, bar)
 
     def _take_step(self, model: MultitaskBERT, window: list[Batch], bar: tqdm) -> None:
+        problem = None
         try:
             losses, answers = training_step(model, window, self.optimizer, self.options)
-        except NotFinite as problem:
-            self._skip(window, problem)
-        else:
             self.bad_steps = 0
             self.answers.extend(answers)
             self.log.step(losses, self.optimizer, bar)
+        except NotFinite as error:
+            problem = error
+            self.n_skipped += 1
+            self.bad_steps += 1
         if self.options.scheduler == "cosine":
             self.scheduler.step()
         self.n_windows += 1
         bar.update(sum(len(batch.lengths) for batch in window))
+        if self.bad_steps >= self.options.max_bad_steps:
+            self._give_up(window, problem)
 
-    def _skip(self, window: list[Batch], problem: NotFinite) -> None:
-        """Count a step that was not taken; UserError if there were too many in a row."""
-        self.n_skipped += 1
-        self.bad_steps += 1
-        if self.bad_steps < self.options.max_bad_steps:
-            return
+    def _give_up(self, window: list[Batch], problem: NotFinite) -> None:
+        """Save, and name the rows of the last step in a UserError."""
         self.save()
         ids = {
             name: [dataset.examples[row].id for batch in window for row in batch.rows[name]]
@@ -786,6 +811,7 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             keep_freed_memory()
         if state:
             training = restored_training(model.to(device), tokenizer, data, options, path, state)
+            state = None  # on a GPU, it would hold a second copy of all on the host
         else:
             log = RunLog(log_directory)
             training = Training(model.to(device), tokenizer, data, options, path, log)
@@ -801,13 +827,15 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
         seconds = time.perf_counter() - start
         print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
         if training.best is None:
-            raise UserError(f"{checkpoint} could not be written, see above; the last state is kept")
+            raise UserError(
+                f"{checkpoint} could not be written; saved: {training.describe_saved()}"
+            )
         scores = evaluate_checkpoint(checkpoint, training.data, options, device)
         log.hyper_parameters(options, scores)
-        finished = {"format": CHECKPOINT_FORMAT, "options": vars(options), "training": "finished"}
-        write_checkpoint(training.path, finished)
+        training.save_finished()
     except KeyboardInterrupt as interrupt:
-        training.save()
+        with uninterrupted():
+            training.save()
         message = f"saved: {training.describe_saved()}; TensorBoard log: {log.directory}"
         raise type(interrupt)(message) from None
     finally:
@@ -827,7 +855,7 @@ def find_state(options: argparse.Namespace) -> Path | None:
     if options.resume != "auto":
         return Path(options.resume) if options.resume else None
     wanted = decisive(vars(options))
-    paths = Path(options.models_dir).glob("*.resume")
+    paths = [path for path in Path(options.models_dir).glob("*.resume") if path.exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             state = read_state(path)
@@ -843,24 +871,33 @@ def find_state(options: argparse.Namespace) -> Path | None:
 def read_state(path: str | Path) -> dict:
     """The state of a run; UserError says why a file holds none."""
     state = read_checkpoint(path)
-    if "training" not in state or not isinstance(state.get("options"), dict):
+    training = state.get("training")
+    if not training or not isinstance(state.get("options"), dict):
         raise UserError(f"{path}: holds no state of a run to go on with; give a models/RUN.resume")
+    if training != "finished" and not {"data", "threads", "log"} <= set(training):
+        raise UserError(f"{path}: a damaged state of a run")
     return state
 
 
 def decisive(options: dict) -> dict:
     """The options that a run's numbers depend on."""
     free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
-    free |= {"tensorboard_subfolder", "local_files_only", "evaluate"}
+    free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
     return {key: each for key, each in options.items() if key not in free and key[-4:] != "_out"}
 
 
 def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
     """The options of the saved run; what `argv` gives besides must not change its numbers."""
     saved = read_state(path)["options"]
-    options = parse_options(argv, saved)
+    named = {  # the other predictions follow --predictions_dir, which may be another one now
+        key: value
+        for key, value in saved.items()
+        if key[-4:] != "_out" or os.path.dirname(value) != saved["predictions_dir"]
+    }
+    options = parse_options(argv, named)
     options.models_dir = str(Path(path).parent)
     given, wanted = decisive(vars(options)), decisive(saved)
+    wanted.pop("tasks")  # follow from the flags of the tasks
     if differing := [key for key in wanted if given.get(key) != wanted[key]]:
         raise UserError(
             f"{path}: this run has other values of --{', --'.join(differing)}; "
@@ -889,7 +926,7 @@ def restored_training(model, tokenizer, data, options, path: Path, state: dict) 
         log = RunLog(Path(state["training"]["log"]["directory"]), state["training"]["log"])
         training = Training(model, tokenizer, data, options, path, log)
         training.restore(state)
-    except Exception as error:  # whatever a missing or damaged entry makes of these lines
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries missing, or others
         raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
     print(f"resumed after {training.epoch} epochs and {training.n_windows} steps")
     return training
@@ -1030,7 +1067,10 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     trained = checkpoint["options"]["tasks"]
     options.tasks = [name for name in options.tasks if name in trained]
     if untrained := [name for name in TASKS if getattr(options, name) and name not in trained]:
-        raise UserError(f"{options.evaluate}: was not trained on {', '.join(untrained)}")
+        raise UserError(
+            f"{options.evaluate}: was not trained on {', '.join(untrained)}, "
+            f"only on {', '.join(trained)}"
+        )
     check_outputs(options)
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
@@ -1051,7 +1091,8 @@ def terminate(*_):
 def is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "allocate memory" in str(error) or "out of memory" in str(error)
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return known or any(sign in str(error) for sign in signs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1079,7 +1120,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: out of memory; {advice} ({one_line(error)})", file=sys.stderr)
             return 1
         except KeyboardInterrupt as interrupt:
-            print(f"\ninterrupted; {interrupt or 'nothing was saved'}", file=sys.stderr)
+            print(f"\ninterrupted; {interrupt or 'nothing new was saved'}", file=sys.stderr)
             return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
 

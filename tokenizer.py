@@ -197,7 +197,7 @@ def _read_settings(path: Path | None) -> dict:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({one_line(error)})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds no table of settings")

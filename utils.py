@@ -44,15 +44,17 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states() -> dict:
-    """The states of all that `seed_everything` seeds, for `torch.save`."""
+    """The states of Python, NumPy, PyTorch and the GPU in use, for `torch.save`."""
     kind, keys, *rest = np.random.get_state()  # an array would not load under weights_only
     states = {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -62,7 +64,9 @@ def restore_random_states(states: dict) -> None:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])
+    if torch.backends.mps.is_available() and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 @contextlib.contextmanager
@@ -195,6 +199,10 @@ def load_torch_file(path: str | os.PathLike):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except MemoryError:
+        raise
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: not a file of tensors and plain values, so it was not loaded"

@@ -755,6 +755,22 @@ def test_gpu_asked_for_without_one(capsys):
     assert "--use_gpu: PyTorch sees no GPU here" in capsys.readouterr().err
 
 
+def test_a_run_talks_to_nobody(flags):
+    """With a model on this disk, no address is looked up and no connection made."""
+    code = """
+import os, sys
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os._exit(99)  # which nothing catches
+sys.addaudithook(refuse)
+import multitask_classifier as mc
+sys.exit(mc.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, *flags, "--smoketest"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_does_nothing_heavy():
     heavy = ["sklearn", "matplotlib", "tensorboard", "huggingface_hub", "transformers", "pandas"]
     code = f"import json, sys, multitask_classifier; print(json.dumps([m for m in {heavy} if m in sys.modules]))"

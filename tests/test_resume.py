@@ -119,20 +119,22 @@ def wait_for_training(run):
 
 
 def kill_often(flags, times, longest):
-    """Kill a run that many times at random moments of its training, and let it finish then."""
+    """Kill a run that many times at random moments of its training, and let it finish then. The
+    epochs in which it was killed."""
     moments = random.Random(4)
-    killed = 0
-    while killed < times:
+    killed = []
+    while len(killed) < times:
         run = start(flags, *OFTEN, "--resume", "auto")
         wait_for_training(run)
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(moments.uniform(0, longest))
         assert run.poll() in (None, 0), run.stderr.read()
-        killed += run.poll() is None
         run.kill()
         run.communicate()
         if run.returncode == 0:  # it had finished before; the rest of the moments come too late
             break
+        states = Path(flags[flags.index("--models_dir") + 1]).glob("*.resume")
+        killed += [mc.read_state(path)["epoch"] for path in states] or [0]
     last = start(flags, "--resume", "auto")  # TensorBoard's files are ordered by the second
     _, errors = last.communicate()
     assert last.returncode == 0, errors
@@ -140,7 +142,7 @@ def kill_often(flags, times, longest):
 
 
 def test_kill_9(flags, tmp_path, uninterrupted):
-    assert kill_often(flags, 2, 0.5) == 2
+    assert len(kill_often(flags, 2, 0.5)) == 2
     assert_same(outcome(tmp_path), uninterrupted())
     assert not list((tmp_path / "models_dir").glob(".*.tmp"))
 
@@ -168,6 +170,31 @@ def stopped(flags, monkeypatch, tmp_path):
         mc.main(flags + OFTEN)
     (path,) = (tmp_path / "models_dir").glob("*.resume")
     return path
+
+
+def test_how_often_a_run_saves(flags, monkeypatch):
+    saves = []
+    save = mc.Training.save
+    monkeypatch.setattr(
+        mc.Training, "save", lambda self: saves.append(self.n_windows) or save(self)
+    )
+    assert mc.main(flags) == 0
+    assert saves == [0, 0]  # after each of the two epochs
+    saves.clear()
+    assert mc.main(flags + OFTEN) == 0
+    assert saves == [1, 2, 3, 4, 0] * 2
+
+
+def test_a_resumed_run_may_write_elsewhere(flags, stopped, tmp_path):
+    outputs = [f"--{name}_{split}_out" for name in mc.TASKS for split in ("dev", "test")]
+    assert all(output in flags for output in outputs)
+    state = torch.load(stopped, weights_only=True)
+    for output in outputs:
+        state["options"][output[2:]] = f"predictions/{output[2:-4].replace('_', '-')}-output.csv"
+    torch.save(state, stopped)
+    target = tmp_path / "other"
+    assert mc.main(["--resume", str(stopped), "--predictions_dir", str(target)]) == 0
+    assert len(list(target.glob("*-output.csv"))) == 6
 
 
 def test_flags_that_change_the_numbers_are_refused(flags, stopped, capsys):
@@ -222,6 +249,8 @@ def test_states_of_no_use_are_one_clear_line(flags, stopped, tmp_path, capsys):
         "not a checkpoint of multitask_classifier.py": lambda: torch.save([1], stopped),
         "has checkpoint format 2, this version reads": lambda: save({"format": 2}),
         "a damaged state of a run": lambda: save({"training": training}),
+        "a damaged state of a": lambda: save({"training": {"data": {}}}),
+        "holds no state of a run to go on with": lambda: save({"training": None}),
         "no such file": lambda: stopped.unlink(),
     }
     for message, damage in cases.items():
@@ -365,6 +394,22 @@ def test_a_full_disk_does_not_end_the_run(flags, tmp_path, uninterrupted):
     assert done.stderr.count("warning: cannot write") == 2 and "the run goes on" in done.stderr
     assert_same(outcome(tmp_path), uninterrupted())
     assert not list((tmp_path / "models_dir").glob(".*.tmp"))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    flags, tmp_path, uninterrupted, monkeypatch, capsys
+):
+    expected = uninterrupted()
+    import torch.utils.tensorboard as tensorboard
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_scalar", "add_figure", "add_hparams", "flush"):
+        monkeypatch.setattr(tensorboard.SummaryWriter, name, fail)
+    assert mc.main(flags) == 0
+    assert capsys.readouterr().err.count("TensorBoard's log ends here") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*-*.csv")} == expected[1]
 
 
 def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
