@@ -929,6 +929,7 @@ def restored_training(model, tokenizer, data, options, path: Path, state: dict) 
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries missing, or others
         raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
     print(f"resumed after {training.epoch} epochs and {training.n_windows} steps")
+    print(f"TensorBoard log goes on in {log.directory}")
     return training
 
 

@@ -7,4 +7,4 @@ if [[ ${1:-} == --slow ]]; then
   shift
   set -- tests/test_*.py tests/slow --hypothesis-profile thorough "$@"
 fi
-exec ./setup.sh --dev -- pytest "$@"
+exec ./setup.sh --dev -- pytest --numprocesses 2 --dist worksteal "$@"

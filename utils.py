@@ -105,8 +105,8 @@ def pick_device(use_gpu: bool) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     raise UserError(
-        "--use_gpu: PyTorch sees no GPU here; leave the flag out to run on the CPU, "
-        f"or install a PyTorch build for your GPU (this one is {torch.__version__})"
+        "--use_gpu: PyTorch sees no GPU here; go where there is one, install a PyTorch build for "
+        f"yours (this one is {torch.__version__}), or start a run without the flag, on the CPU"
     )
 
 

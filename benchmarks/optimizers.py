@@ -69,7 +69,7 @@ def naive_step(model, window, optimizer, options) -> None:
 
 
 def memory_of(kind: str, args) -> float:
-    command = [sys.executable, __file__, "--memory_of", kind, "--steps", "4"]
+    command = [sys.executable, __file__, "--memory_of", kind, "--steps", str(min(args.steps, 4))]
     command += ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
