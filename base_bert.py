@@ -10,6 +10,7 @@ from torch import nn
 
 from utils import UserError, atomic_write, find_pretrained, load_torch_file, one_line
 
+TAG_TABLES = "pos_tag_embeddings.weight", "ner_tag_embeddings.weight"
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
@@ -30,6 +31,8 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    num_pos_tags: int = 0  # sizes of the tables of tag embeddings, id 0 included; 0: a plain BERT
+    num_ner_tags: int = 0
 
     def __post_init__(self):
         problems = [
@@ -45,6 +48,8 @@ class BertConfig:
             )
         if not problems and self.pad_token_id >= self.vocab_size:
             problems.append(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
+        if not problems and bool(self.num_pos_tags) != bool(self.num_ner_tags):
+            problems.append("num_pos_tags and num_ner_tags must both be 0, or neither")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -78,11 +83,16 @@ class BertConfig:
     def to_json(self) -> str:
         """The text of a `config.json` that `transformers` reads too."""
         fixed = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
-        return json.dumps(fixed | dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value or not name.endswith("_tags")
+        }
+        return json.dumps(fixed | values, indent=2, sort_keys=True) + "\n"
 
 
 def _whole(name: str, value) -> bool:
-    smallest = 0 if name == "pad_token_id" else 1
+    smallest = 0 if name in ("pad_token_id", "num_pos_tags", "num_ner_tags") else 1
     largest = 1000 if name == "num_hidden_layers" else 10**7  # to build more would take for ever
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
@@ -114,7 +124,8 @@ class BertPreTrainedModel(nn.Module):
         self.config = config
 
     def init_weights(self) -> None:
-        """Fresh weights as in BERT: normal with `initializer_range`, biases 0, LayerNorm 1."""
+        """Fresh weights as in BERT: normal with `initializer_range`, biases 0, LayerNorm 1. Tag
+        embeddings start at 0, so that they leave what a BERT has learned as it is."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -122,6 +133,9 @@ class BertPreTrainedModel(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 nn.init.zeros_(module.weight.data[module.padding_idx])
+        for name, parameter in self.named_parameters():
+            if name.endswith(TAG_TABLES):
+                nn.init.zeros_(parameter)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, local_files_only: bool = False, **overrides):
@@ -145,6 +159,10 @@ class BertPreTrainedModel(nn.Module):
         weights = with_our_names(read_weights(weights_path), str(weights_path))
         with torch.device("meta"):  # no time and no random numbers for weights to be replaced
             model = cls(config)
+        if not any(name.endswith(TAG_TABLES) for name in weights):  # new to this BERT
+            for name, table in model.state_dict().items():
+                if name.endswith(TAG_TABLES):
+                    weights[name] = torch.zeros(table.shape)
         _check_fit(model, weights, str(weights_path))
         model.load_state_dict(weights, assign=True)
         return model

@@ -44,16 +44,20 @@ class PackedBatch(NamedTuple):
     input_ids: Tensor  # [N]
     position_ids: Tensor  # [N] the token's column in the padded batch
     token_type_ids: Tensor  # [N]
+    tags: Tensor | None  # [2, N]
     rows: Tensor  # [N] the token's row in the padded batch
     sequences: Sequences
     places: Tensor  # [B] where each row of the padded batch stands in packed order
 
 
 def pack(
-    input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_type_ids: Tensor | None = None,
+    tags: Tensor | None = None,
 ) -> PackedBatch:
-    """Take the padding out of a batch; all arguments are [B, S], 1 in the mask is a real token.
-    A row without a single real token is a ValueError."""
+    """Take the padding out of a batch; all arguments are [B, S], but `tags` [2, B, S]; 1 in the
+    mask is a real token. A row without a single real token is a ValueError."""
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1)
     if not lengths.all():
@@ -67,6 +71,7 @@ def pack(
         input_ids=input_ids[rows, columns],
         position_ids=columns,
         token_type_ids=token_type_ids[rows, columns],
+        tags=None if tags is None else tags[:, rows, columns],
         rows=rows,
         sequences=Sequences.of(lengths[order].tolist(), input_ids.device),
         places=torch.argsort(order),
@@ -190,7 +195,7 @@ ATTENTION = {"cpu": FusedAttention.apply, "cuda": jagged_attention}  # elsewhere
 
 
 class BertEmbeddings(nn.Module):
-    """Sum of word, position and token type embeddings, normalised."""
+    """Sum of word, position, token type and tag embeddings, normalised."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -198,12 +203,29 @@ class BertEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, size, config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.tagged = config.num_pos_tags > 0
+        if self.tagged:  # id 0, no tag, adds nothing
+            self.pos_tag_embeddings = nn.Embedding(config.num_pos_tags, size, padding_idx=0)
+            self.ner_tag_embeddings = nn.Embedding(config.num_ner_tags, size, padding_idx=0)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        tags: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D]; `tags` [2, N] are part-of-speech and named-entity ids, all else [N]."""
+        if self.tagged != (tags is not None):
+            raise ValueError(f"this BERT {'needs' if self.tagged else 'has no embeddings of'} tags")
         embeddings = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        if self.tagged:
+            pos_ids, ner_ids = tags
+            embeddings = embeddings + self.pos_tag_embeddings(pos_ids)
+            embeddings = embeddings + self.ner_tag_embeddings(ner_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
 
@@ -316,25 +338,35 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor,
         sequences: Sequences,
         token_type_ids: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [N, D] of the last layer; the other arguments [N], packed."""
+        """Hidden states [N, D] of the last layer; `tags` [2, N] (part-of-speech and named-entity
+        ids) for a BERT with embeddings of them, the other arguments [N], packed."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        embeddings = self.embeddings(input_ids, position_ids, token_type_ids)
+        embeddings = self.embeddings(input_ids, position_ids, token_type_ids, tags)
         return self.encoder(embeddings, sequences)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Encode a padded batch; all arguments are [B, S].
+        """Encode a padded batch; `tags` are [2, B, S], all other arguments [B, S].
 
         Returns:
             last_hidden_state: [B, S, D], zero at padded positions.
             pooler_output: [B, D], from each sequence's first real token.
         """
-        packed = pack(input_ids, attention_mask, token_type_ids)
+        packed = pack(input_ids, attention_mask, token_type_ids, tags)
         hidden_states = self.encode(
-            packed.input_ids, packed.position_ids, packed.sequences, packed.token_type_ids
+            packed.input_ids,
+            packed.position_ids,
+            packed.sequences,
+            packed.token_type_ids,
+            packed.tags,
         )
         padded = hidden_states.new_zeros(*input_ids.shape, hidden_states.shape[-1])  # [B, S, D]
         padded = padded.index_put((packed.rows, packed.position_ids), hidden_states)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from tagging import Tagger
 from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
@@ -287,17 +288,18 @@ def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
 
 
 class TokenColumn(NamedTuple):
-    """The word-piece ids of one sentence column, one sentence after the other."""
+    """The word pieces of one sentence column, one sentence after the other."""
 
-    ids: np.ndarray  # [n_tokens] int32
-    offsets: np.ndarray  # [n_rows + 1] int64: row i is ids[offsets[i]:offsets[i + 1]]
+    pieces: np.ndarray  # [1 or 3, n_tokens]: ids; with tags also part-of-speech and entity ids
+    offsets: np.ndarray  # [n_rows + 1] int64: row i is pieces[:, offsets[i]:offsets[i + 1]]
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
     def row(self, index: int) -> np.ndarray:
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+        """[1 or 3, n_tokens of the row]"""
+        return self.pieces[:, self.offsets[index] : self.offsets[index + 1]]
 
 
 class TaskDataset:
@@ -309,6 +311,7 @@ class TaskDataset:
         max_length: sequences are cut there, special tokens included.
         cache_dir: where the ids are kept for the next run; None keeps them nowhere.
         limit: keep no more than this many examples.
+        tagger: gives the word pieces their tags; None: they have none.
     """
 
     def __init__(
@@ -320,6 +323,7 @@ class TaskDataset:
         max_length: int,
         cache_dir: str | Path | None = None,
         limit: int | None = None,
+        tagger: Tagger | None = None,
     ):
         self.path, self.task, self.split = Path(path), task, split
         self.examples = read_examples(path, task, split)
@@ -331,11 +335,11 @@ class TaskDataset:
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         sentences = [text for column in zip(*self._sentences()) for text in column]
         name = f"{task.name}-{split}"
-        ids, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name)
+        pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         rows = len(self.examples)
         self.columns = [
-            TokenColumn(ids, offsets[start : start + rows + 1])
+            TokenColumn(pieces, offsets[start : start + rows + 1])
             for start in range(0, len(sentences), rows)
         ]
 
@@ -356,20 +360,30 @@ def tokenize_cached(
     max_length: int,
     cache_dir: str | Path | None,
     name: str,
+    tagger: Tagger | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`tokenizer.packed_ids`, kept in `cache_dir` under a digest of all that decides the result.
+    """`tokenizer.packed_ids` [1, n_tokens], with a tagger [3, n_tokens] ids and tags; and the
+    lengths. Kept in `cache_dir` under a digest of all that decides the result.
 
     A cache file that is damaged, or whose content does not have the digest noted in it, is made
     anew. A cache that cannot be written is a warning.
     """
 
     def tokenize():
+        if tagger:
+            tagger.tag(sentences, name)
         chunks = dict(desc=f"tokenizing {name}", unit="chunk", leave=False, delay=1)
-        return tokenizer.packed_ids(sentences, max_length, lambda it: tqdm(it, **chunks))
+        ids, lengths = tokenizer.packed_ids(sentences, max_length, lambda it: tqdm(it, **chunks))
+        if tagger is None:
+            return ids[None], lengths
+        starts = tokenizer.packed_starts(sentences, max_length)
+        tags = tagger.tags_of_pieces(sentences, lengths, starts)
+        return np.concatenate([ids[None], tags]), lengths
 
     if cache_dir is None:
         return tokenize()
-    key = hashlib.sha256(f"{max_length}\n{tokenizer.to_json()}\n".encode())
+    identity = tagger.pipeline.to_dict() if tagger else None
+    key = hashlib.sha256(f"{max_length}\n{tokenizer.to_json()}\n{identity}\n".encode())
     for sentence in sentences:
         text = sentence.encode("utf-8", "surrogatepass")
         key.update(b"%d:" % len(text) + text)
@@ -377,12 +391,12 @@ def tokenize_cached(
     try:
         return _read_token_cache(path, len(sentences))
     except Exception:  # absent, truncated, garbled, ...: whatever it is, it is made anew
-        ids, lengths = tokenize()
+        pieces, lengths = tokenize()
     try:
-        _write_token_cache(path, ids, lengths)
+        _write_token_cache(path, pieces, lengths)
     except UserError:
         warnings.warn(f"{cache_dir}: cannot be written, so word-piece ids are not cached")
-    return ids, lengths
+    return pieces, lengths
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -393,17 +407,18 @@ def _read_token_cache(path: Path, n_sentences: int) -> tuple[np.ndarray, np.ndar
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        ids, lengths = file.get_tensor("ids"), file.get_tensor("lengths")
+        pieces, lengths = file.get_tensor("pieces"), file.get_tensor("lengths")
         digest = file.metadata()["digest"]
-    if digest != _digest(ids, lengths) or len(lengths) != n_sentences:
+    if digest != _digest(pieces, lengths) or len(lengths) != n_sentences:
         raise ValueError("damaged")
-    return ids, lengths
+    return pieces, lengths
 
 
-def _write_token_cache(path: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
+def _write_token_cache(path: Path, pieces: np.ndarray, lengths: np.ndarray) -> None:
     from safetensors.numpy import save
 
-    content = save({"ids": ids, "lengths": lengths}, metadata={"digest": _digest(ids, lengths)})
+    arrays = {"pieces": pieces, "lengths": lengths}
+    content = save(arrays, metadata={"digest": _digest(pieces, lengths)})
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)  # save_file would have its own error for a full disk
 
@@ -421,6 +436,7 @@ class Batch:
     """
 
     input_ids: Tensor  # [n_tokens]
+    tags: Tensor | None  # [2, n_tokens] part-of-speech and named-entity ids, where there are any
     position_ids: Tensor  # [n_tokens]
     lengths: list[int]  # [n_sequences]; stays on the host, so reading it never waits for a GPU
     places: Tensor  # [n_sequences]
@@ -441,6 +457,7 @@ class Batch:
         return dataclasses.replace(
             self,
             input_ids=move(self.input_ids),
+            tags=None if self.tags is None else move(self.tags),
             position_ids=move(self.position_ids),
             places=move(self.places),
             labels={name: move(labels) for name, labels in self.labels.items()},
@@ -458,12 +475,15 @@ def collate(parts: dict[str, tuple[TaskDataset, np.ndarray]]) -> Batch:
         dtype = torch.long if dataset.task.num_classes else torch.float32
         values = np.nan_to_num(dataset.labels[rows], nan=-1)  # -1: no label, never in training
         labels[name] = torch.from_numpy(values).to(dtype)
-    lengths = np.array([len(sequence) for sequence in sequences])
+    lengths = np.array([sequence.shape[1] for sequence in sequences])
     order = np.argsort(lengths, kind="stable")
     places = np.argsort(order)
     positions = [np.arange(lengths[index]) for index in order]
+    pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, n_tokens]
+    input_ids, *tags = torch.from_numpy(pieces.astype(np.int64))
     return Batch(
-        input_ids=torch.from_numpy(np.concatenate([sequences[i] for i in order]).astype(np.int64)),
+        input_ids=input_ids,
+        tags=torch.stack(tags) if tags else None,
         position_ids=torch.from_numpy(np.concatenate(positions)),
         lengths=lengths[order].tolist(),
         places=torch.from_numpy(places),

@@ -50,6 +50,7 @@ from datasets import (
 )
 from optimizer import AdamW, Sophia, SophiaG, SophiaH
 from options import PLATEAU_FACTOR, PLATEAU_PATIENCE, ROOT, SMOKETEST_ROWS, parse_options
+from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -169,36 +170,59 @@ class MultitaskBERT(nn.Module):
         pass through the encoder for all sentence columns of all tasks. With `second_derivative`
         it is slower, and the outputs can be differentiated twice."""
         sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
-        vectors = self._embed(batch.input_ids, batch.position_ids, sequences)[batch.places]
+        vectors = self._embed(batch.input_ids, batch.position_ids, sequences, batch.tags)
+        vectors = vectors[batch.places]
         return {
             name: self.heads[name](*(vectors[column] for column in columns))
             for name, columns in batch.columns.items()
         }
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One vector per sentence: padded [B, S] to [B, D]."""
-        packed = pack(input_ids, attention_mask)
-        return self._embed(packed.input_ids, packed.position_ids, packed.sequences)[packed.places]
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, tags: Tensor | None = None
+    ) -> Tensor:
+        """One vector per sentence: padded [B, S] (and `tags` [2, B, S] where the encoder has
+        embeddings of them) to [B, D]."""
+        packed = pack(input_ids, attention_mask, tags=tags)
+        vectors = self._embed(packed.input_ids, packed.position_ids, packed.sequences, packed.tags)
+        return vectors[packed.places]
 
-    def _embed(self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences) -> Tensor:
-        hidden_states = self.bert.encode(input_ids, position_ids, sequences)
+    def _embed(
+        self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences, tags: Tensor | None
+    ) -> Tensor:
+        hidden_states = self.bert.encode(input_ids, position_ids, sequences, tags=tags)
         return self.attention_layer(hidden_states, sequences)  # [B, D]
 
-    def predict_sentiment(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def predict_sentiment(
+        self, input_ids: Tensor, attention_mask: Tensor, tags: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, 5] of the classes 0 (negative) to 4 (positive)."""
-        return self.heads["sst"](self.embed(input_ids, attention_mask))
+        return self.heads["sst"](self.embed(input_ids, attention_mask, tags))
 
     def predict_paraphrase(
-        self, input_ids_1: Tensor, mask_1: Tensor, input_ids_2: Tensor, mask_2: Tensor
+        self,
+        input_ids_1: Tensor,
+        mask_1: Tensor,
+        input_ids_2: Tensor,
+        mask_2: Tensor,
+        tags_1: Tensor | None = None,
+        tags_2: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, 2]: no paraphrase, paraphrase."""
-        return self.heads["para"](self.embed(input_ids_1, mask_1), self.embed(input_ids_2, mask_2))
+        first = self.embed(input_ids_1, mask_1, tags_1)
+        return self.heads["para"](first, self.embed(input_ids_2, mask_2, tags_2))
 
     def predict_similarity(
-        self, input_ids_1: Tensor, mask_1: Tensor, input_ids_2: Tensor, mask_2: Tensor
+        self,
+        input_ids_1: Tensor,
+        mask_1: Tensor,
+        input_ids_2: Tensor,
+        mask_2: Tensor,
+        tags_1: Tensor | None = None,
+        tags_2: Tensor | None = None,
     ) -> Tensor:
         """Similarities [B], -5 to 5; clamp to 0..5 to show or score them."""
-        return self.heads["sts"](self.embed(input_ids_1, mask_1), self.embed(input_ids_2, mask_2))
+        first = self.embed(input_ids_1, mask_1, tags_1)
+        return self.heads["sts"](first, self.embed(input_ids_2, mask_2, tags_2))
 
 
 def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch: int) -> None:
@@ -275,6 +299,7 @@ def checkpoint_content(
     options: argparse.Namespace,
     epoch: int,
     scores: dict[str, dict[str, float]],
+    tagger: Tagger | None = None,
 ) -> dict:
     """All that a later load needs. `epoch` counts those that are over, `scores` are on dev."""
     return {
@@ -282,6 +307,7 @@ def checkpoint_content(
         "model": model.state_dict(),
         "bert_config": dataclasses.asdict(model.bert.config),
         "tokenizer": tokenizer.to_json(),
+        "tags": tagger.pipeline.to_dict() if tagger else None,
         "options": vars(options),
         "epoch": epoch,
         "dev_scores": scores,
@@ -322,10 +348,38 @@ def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTok
             model = MultitaskBERT(BertModel(config))
         model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
+        check_tags(checkpoint.get("tags"), config)
         checkpoint["epoch"], checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return model, tokenizer
+
+
+def check_tags(tags: dict | None, config: BertConfig) -> None:
+    """ValueError unless a checkpoint's pipeline has as many labels as its model has embeddings."""
+    labels = [tags["pos_labels"], tags["ner_labels"]] if tags else [[], []]
+    strings = (
+        [tags["name"], tags["version"], tags["digest"], *labels[0], *labels[1]] if tags else []
+    )
+    sizes = [config.num_pos_tags, config.num_ner_tags]
+    if [len(each) for each in labels] != sizes or not all(isinstance(x, str) for x in strings):
+        raise ValueError("its tags are not those of its model")
+
+
+def tagger_like(tags: dict | None, path: str | Path, options) -> Tagger | None:
+    """What tags sentences for a model that was trained with these tags; UserError if the pipeline
+    that `--spacy_model` names is another one."""
+    if tags is None:
+        if options.additional_input or options.spacy_model:
+            raise UserError(f"{path}: was trained without --additional_input; leave it out")
+        return None
+    pipeline = Pipeline.find(options.spacy_model)
+    if pipeline.to_dict() != tags:
+        raise UserError(
+            f"{path}: was trained with tags of {tags['name']} {tags['version']} "
+            f"({tags['digest'][:8]}), not of {pipeline}; name that one with --spacy_model"
+        )
+    return Tagger(pipeline, options.cache_dir)
 
 
 def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
@@ -569,9 +623,9 @@ class Training:
     process needs to `restore` it there and to come to the same numbers.
     """
 
-    def __init__(self, model, tokenizer, data, options, path: Path, log: "RunLog"):
-        self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
-        self.path, self.log = path, log
+    def __init__(self, model, tokenizer, tagger, data, options, path: Path, log: "RunLog"):
+        self.model, self.tokenizer, self.tagger = model, tokenizer, tagger
+        self.data, self.options, self.path, self.log = data, options, path, log
         freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
         self.optimizer = build_optimizer(model, options)
         self.scheduler = build_scheduler(self.optimizer, options)
@@ -593,7 +647,7 @@ class Training:
 
     def state(self) -> dict:
         content = checkpoint_content(
-            self.model, self.tokenizer, self.options, self.epoch, self.scores
+            self.model, self.tokenizer, self.options, self.epoch, self.scores, self.tagger
         )
         return content | {
             "training": {
@@ -741,7 +795,7 @@ class Training:
             return ""  # a model
         checkpoint = self.path.with_suffix(".pt")
         content = checkpoint_content(
-            self.model, self.tokenizer, self.options, self.epoch, self.scores
+            self.model, self.tokenizer, self.options, self.epoch, self.scores, self.tagger
         )
         start = time.perf_counter()
         try:
@@ -798,23 +852,23 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 return evaluate_only(options)
         held.enter_context(hold_predictions(options))
         seed_everything(options.seed)
-        model, tokenizer, source = load_model(options, path, state)
+        model, tokenizer, tagger, source = load_model(options, path, state)
         max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-        data = load_data(options, tokenizer, max_length, SPLITS)
+        data = load_data(options, tokenizer, max_length, SPLITS, tagger)
         if state:
             check_unchanged(data, state, path)
         else:
             path, log_directory = claim_run(options)
             held.enter_context(hold([path], STILL_GOING))
-        describe_run(options, path.stem, device, data["train"], tokenizer)
+        describe_run(options, path.stem, device, data["train"], tokenizer, tagger)
         if options.optimizer == "sophiah":
             keep_freed_memory()
+        parts = model.to(device), tokenizer, tagger, data, options
         if state:
-            training = restored_training(model.to(device), tokenizer, data, options, path, state)
+            training = restored_training(*parts, path=path, state=state)
             state = None  # on a GPU, it would hold a second copy of all on the host
         else:
-            log = RunLog(log_directory)
-            training = Training(model.to(device), tokenizer, data, options, path, log)
+            training = Training(*parts, path, RunLog(log_directory))
         return complete(training, device)
 
 
@@ -883,6 +937,7 @@ def decisive(options: dict) -> dict:
     """The options that a run's numbers depend on."""
     free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
     free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
+    free |= {"spacy_model"}  # the state knows the pipeline by its content
     return {key: each for key, each in options.items() if key not in free and key[-4:] != "_out"}
 
 
@@ -920,11 +975,11 @@ def check_unchanged(data: dict[str, dict[str, TaskDataset]], state: dict, path: 
         warnings.warn(f"{path} was saved with {'; '.join(other)}: the numbers may differ a little")
 
 
-def restored_training(model, tokenizer, data, options, path: Path, state: dict) -> Training:
+def restored_training(*parts, path: Path, state: dict) -> Training:
     """Where the saved run stood; UserError if the state is not whole."""
     try:
         log = RunLog(Path(state["training"]["log"]["directory"]), state["training"]["log"])
-        training = Training(model, tokenizer, data, options, path, log)
+        training = Training(*parts, path, log)
         training.restore(state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries missing, or others
         raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
@@ -957,7 +1012,9 @@ def evaluate_checkpoint(
     return scores
 
 
-def load_data(options, tokenizer, max_length, splits) -> dict[str, dict[str, TaskDataset]]:
+def load_data(
+    options, tokenizer, max_length, splits, tagger: Tagger | None = None
+) -> dict[str, dict[str, TaskDataset]]:
     """split -> task -> dataset, for the chosen tasks."""
     return {
         split: {
@@ -969,6 +1026,7 @@ def load_data(options, tokenizer, max_length, splits) -> dict[str, dict[str, Tas
                 max_length,
                 options.cache_dir,
                 SMOKETEST_ROWS if options.smoketest else None,
+                tagger,
             )
             for name in options.tasks
         }
@@ -992,15 +1050,20 @@ def checked_max_length(options, source: str, config: BertConfig, tokenizer: Bert
 
 
 def load_model(options, path: Path | None, state: dict | None) -> tuple:
-    """The model, its tokenizer and where they are from: the saved state, or `--bert_model`."""
+    """The model, its tokenizer, its tagger or None, and where they are from: the saved state, or
+    `--bert_model`."""
     if state:
-        return *model_of(state, path), str(path)
+        return *model_of(state, path), tagger_like(state.get("tags"), path, options), str(path)
     source, local = options.bert_model, options.local_files_only
-    overrides = {}
+    overrides, tagger = {}, None
     if options.hidden_dropout_prob is not None:
         overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
+    if options.additional_input:
+        tagger = Tagger(Pipeline.find(options.spacy_model), options.cache_dir)
+        overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
+        overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
-    return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), source
+    return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), tagger, source
 
 
 def claim_run(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -1044,7 +1107,9 @@ def check_outputs(options: argparse.Namespace) -> None:
                 raise UserError(f"{path}: is given for {flag} and for {other}")
 
 
-def describe_run(options, run: str, device, train: dict[str, TaskDataset], tokenizer) -> None:
+def describe_run(
+    options, run: str, device, train: dict[str, TaskDataset], tokenizer, tagger: Tagger | None
+) -> None:
     """Show all options, and one example per task as the model will see it."""
     threads = torch.get_num_threads()
     print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
@@ -1052,10 +1117,13 @@ def describe_run(options, run: str, device, train: dict[str, TaskDataset], token
     whole = dict(break_on_hyphens=False, break_long_words=False)
     print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
     for name, dataset in train.items():
-        example = dataset.examples[0]
-        print(f"{name}: {len(dataset)} training rows; the first: label {example.label:g}")
-        for sentence in example.sentences:
-            print(f"    {' '.join(tokenizer.pieces(sentence))}")
+        print(f"{name}: {len(dataset)} training rows; the first: label {dataset.labels[0]:g}")
+        for column in dataset.columns:
+            ids, *tags = column.row(0)
+            pieces = tokenizer.pieces_of(ids)
+            if tagger:
+                pieces = [f"{piece}{tagger.describe(*each)}" for piece, *each in zip(pieces, *tags)]
+            print(f"    {' '.join(pieces)}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1065,6 +1133,9 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`--evaluate`: the checkpoint's dev scores and predictions."""
     device = pick_device(options.use_gpu)
     model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
+    if checkpoint.get("tags"):
+        options.spacy_model = options.spacy_model or checkpoint["options"]["spacy_model"]
+    tagger = tagger_like(checkpoint.get("tags"), options.evaluate, options)
     trained = checkpoint["options"]["tasks"]
     options.tasks = [name for name in options.tasks if name in trained]
     if untrained := [name for name in TASKS if getattr(options, name) and name not in trained]:
@@ -1076,7 +1147,7 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
     length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
-    data = load_data(options, tokenizer, length, ("dev", "test"))
+    data = load_data(options, tokenizer, length, ("dev", "test"), tagger)
     with hold_predictions(options):
         return evaluate_checkpoint(options.evaluate, data, options, device)
 

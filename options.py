@@ -10,6 +10,7 @@ from datasets import SPLITS, TASKS
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
+DEFAULT_SPACY_MODEL = "en_core_web_sm"
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
@@ -142,6 +143,18 @@ def add_model_flags(group) -> None:
         help="cut sentences after this many word pieces; default: the encoder's own (512)",
     )
     flag(
+        "--additional_input",
+        action="store_true",
+        help="add embeddings of each word piece's part-of-speech and named-entity tag, by spaCy; they "
+        "start at 0 and train with the encoder's embeddings",
+    )
+    flag(
+        "--spacy_model",
+        metavar="NAME_OR_PATH",
+        help="the spaCy pipeline of --additional_input, installed or a directory; default: "
+        f"{DEFAULT_SPACY_MODEL}",
+    )
+    flag(
         "--unfreeze_interval",
         type=positive_int,
         default=0,
@@ -225,6 +238,14 @@ def parse_options(
         parser.error("--resume goes on with training, --evaluate does not train")
     if options.unfreeze_interval and options.option == "pretrain":
         parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
+    if options.additional_input and options.option == "pretrain":
+        parser.error(
+            "--additional_input adds to the encoder, which --option pretrain does not train"
+        )
+    if options.additional_input:
+        options.spacy_model = options.spacy_model or DEFAULT_SPACY_MODEL
+    elif options.spacy_model and not options.evaluate:
+        parser.error("--spacy_model: only for --additional_input")
     options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:
         options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])

@@ -122,10 +122,23 @@ class BertTokenizer:
             lengths.extend(len(each) for each in encodings)
         return np.concatenate(ids), np.array(lengths, np.int64)
 
-    def pieces(self, text: str) -> list[str]:
-        """The word pieces of one text, special tokens included, for people to read."""
-        self._set_limits(None, padding=False)
-        return self.backend.encode(text).tokens
+    def packed_starts(self, texts: list[str], max_length: int) -> np.ndarray:
+        """[n_tokens] int64, for the ids that `packed_ids` gives: where each piece's first character
+        stands in its text, -1 for special tokens."""
+        self._set_limits(max_length, padding=False)
+        special = [
+            self.backend.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+        ]
+        starts = [np.empty(0, np.int64)]
+        for start in range(0, len(texts), CHUNK):
+            for encoding in self.backend.encode_batch(texts[start : start + CHUNK]):
+                first = np.array([first for first, _ in encoding.offsets], np.int64)
+                starts.append(np.where(np.isin(encoding.ids, special), -1, first))
+        return np.concatenate(starts)
+
+    def pieces_of(self, ids) -> list[str]:
+        """The word pieces that these ids mean, for people to read."""
+        return [self.backend.id_to_token(int(id)) for id in ids]
 
     def save_pretrained(self, directory: str) -> None:
         """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json` for `transformers`."""

@@ -1,0 +1,706 @@
+"""Tags of word pieces, with a pipeline of a few labels that is trained here."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spacy
+import torch
+from conftest import ROOT, SAMPLE, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spacy.tokens import Doc
+from spacy.training import Example
+
+import multitask_classifier as mc
+import tagging
+from base_bert import BertConfig
+from bert import BertModel
+from datasets import SPLITS, TASKS, read_examples
+from tagging import Pipeline, Tagger
+from utils import UserError
+
+WORDS = {  # word -> its tags in the training sentences of the tiny pipeline
+    "the": ("DT", "O"),
+    "a": ("DT", "O"),
+    "film": ("NN", "O"),
+    "dog": ("NN", "O"),
+    "is": ("VBZ", "O"),
+    "seems": ("VBZ", "O"),
+    "good": ("JJ", "O"),
+    "Anna": ("NNP", "B-PERSON"),
+    "Obama": ("NNP", "B-PERSON"),
+    "Paris": ("NNP", "B-GPE"),
+    "in": ("IN", "O"),
+    ".": (".", "O"),
+}
+
+
+@pytest.fixture(scope="session")
+def pipeline_directory(tmp_path_factory):
+    """A spaCy pipeline with a tagger and an entity recogniser, of a few seconds of training."""
+    random.seed(0)
+    spacy.util.fix_random_seed(0)
+    nlp = spacy.blank("en", meta={"name": "tiny", "version": "1.2.3"})
+    width = {"width": 16, "depth": 1, "embed_size": 200}
+    model = {"@architectures": "spacy.HashEmbedCNN.v2", "pretrained_vectors": None} | width
+    model |= {"window_size": 1, "maxout_pieces": 2, "subword_features": True}
+    for name in ("tagger", "ner"):
+        nlp.add_pipe(name, config={"model": {"tok2vec": model}})
+    examples = []
+    for _ in range(60):
+        words = random.choices(list(WORDS), k=random.randint(3, 8))
+        tags, entities = zip(*(WORDS[word] for word in words))
+        doc = Doc(nlp.vocab, words=words, tags=tags, ents=list(entities))
+        examples.append(Example(nlp.make_doc(doc.text), doc))
+    optimizer = nlp.initialize(lambda: examples)
+    for _ in range(60):
+        nlp.update(examples, sgd=optimizer)
+    directory = tmp_path_factory.mktemp("spacy") / "tiny"
+    nlp.to_disk(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pipeline(pipeline_directory):
+    return Pipeline.find(str(pipeline_directory))
+
+
+@pytest.fixture(scope="session")
+def tagger(pipeline):
+    return Tagger(pipeline)
+
+
+@pytest.fixture(scope="session")
+def nlp(pipeline_directory):
+    return spacy.load(pipeline_directory)
+
+
+@pytest.fixture(scope="session")
+def sample_sentences():
+    return list(
+        dict.fromkeys(
+            sentence
+            for task in TASKS.values()
+            for split in SPLITS
+            for example in read_examples(SAMPLE / task.filename(split), task, split)
+            for sentence in example.sentences
+        )
+    )
+
+
+def tags_of(tagger, tokenizer, sentences, max_length=512):
+    """A list of (pieces, their tags as label pairs), one for each sentence."""
+    tagger.tag(sentences)
+    ids, lengths = tokenizer.packed_ids(sentences, max_length)
+    starts = tokenizer.packed_starts(sentences, max_length)
+    tags = tagger.tags_of_pieces(sentences, lengths, starts)
+    pos, ner = tagger.pipeline.pos_labels, tagger.pipeline.ner_labels
+    labels = [(pos[a], ner[b]) for a, b in tags.T]
+    pieces, ends = tokenizer.pieces_of(ids), np.cumsum(lengths)
+    return [
+        (pieces[end - n : end], labels[end - n : end]) for n, end in zip(lengths, ends, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------------- the reference
+
+
+def basic_tokens(text):
+    """BERT's basic tokenization (Devlin et al. 2018), one character after the other: words as
+    lists of (character, where it comes from in the text)."""
+    words, word = [], []
+
+    def end_word():
+        if word:
+            words.append(list(word))
+        word.clear()
+
+    for place, character in enumerate(text):
+        category = unicodedata.category(character)
+        if character in "\t\n\r" or character.isspace() and category[0] == "Z":
+            end_word()
+        elif category[0] == "C" or character == "\ufffd":
+            continue
+        else:
+            code = ord(character)
+            chinese = any(first <= code <= last for first, last in CHINESE)
+            for part in unicodedata.normalize("NFD", character):
+                for lower in part.lower() if unicodedata.category(part) != "Mn" else "":
+                    ascii_mark = lower.isascii() and not lower.isalnum()
+                    if chinese or ascii_mark or unicodedata.category(lower)[0] == "P":
+                        end_word()
+                        words.append([(lower, place)])
+                    else:
+                        word.append((lower, place))
+    end_word()
+    return words
+
+
+CHINESE = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)]
+CHINESE += [(0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]
+
+
+def word_pieces(text, vocabulary):
+    """Greedy longest match: (piece, where its first character comes from)."""
+    for word in basic_tokens(text):
+        pieces, start = [], 0
+        while start < len(word) and len(word) <= 100:
+            for end in range(len(word), start, -1):
+                piece = "##" * (start > 0) + "".join(character for character, _ in word[start:end])
+                if piece in vocabulary:
+                    pieces.append((piece, word[start][1]))
+                    start = end
+                    break
+            else:
+                break
+        yield from pieces if start == len(word) else [("[UNK]", word[0][1])]
+
+
+def reference(doc, vocabulary):
+    pieces, tags = ["[CLS]"], [("none", "none")]
+    for piece, place in word_pieces(doc.text, vocabulary):
+        covering = [
+            (token.tag_ or "none", token.ent_type_ or "none")
+            for token in doc
+            if token.idx <= place < token.idx + len(token.text)
+        ]
+        assert len(covering) == 1
+        pieces.append(piece)
+        tags += covering
+    return pieces + ["[SEP]"], tags + [("none", "none")]
+
+
+def test_tags_of_the_sample_agree_with_the_reference(
+    pipeline, nlp, minilm_tokenizer, sample_sentences
+):
+    vocabulary = minilm_tokenizer.backend.get_vocab()
+    found = tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences)
+    for doc, each in zip(nlp.pipe(sample_sentences), found, strict=True):
+        assert each == reference(doc, vocabulary)
+    seen = {labels for _, tags in found for labels in tags}
+    assert len(seen) > 5  # it is no pipeline that calls everything the same
+
+
+def is_old(character):
+    """Whether Unicode 3.2 knows it as today's does: there all programs agree."""
+    category = unicodedata.ucd_3_2_0.category(character)
+    return category == unicodedata.category(character) not in ("Cn", "Cs")
+
+
+TEXTS = st.lists(
+    st.one_of(
+        st.characters(min_codepoint=32, max_codepoint=0xFFFF).filter(is_old),
+        st.sampled_from(
+            [" ", "  ", " ", "\t", "\n", ".", "'", "Anna", "Obama", "the film", "Paris's"]
+        ),
+        st.sampled_from(
+            ["é", "e\u0301", "İ", "ß", "Å", "ﬁ", "한", "東京", "😀", "\u200b", "don't", "\x00"]
+        ),
+    ),
+    max_size=30,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(TEXTS, min_size=10, max_size=10))
+def test_tags_of_any_text_agree_with_the_reference(tagger, nlp, minilm_tokenizer, texts):
+    """2,000 of them, or more."""
+    vocabulary = minilm_tokenizer.backend.get_vocab()
+    found = tags_of(tagger, minilm_tokenizer, texts)
+    assert found == [reference(doc, vocabulary) for doc in nlp.pipe(texts)]
+
+
+def test_special_sentences(pipeline, nlp, minilm_tokenizer):
+    long = "Anna " * 600
+    sentences = ["", "   ", "\n", "😀 😀", "Anna", long, "a [SEP] b [MASK]", "x" * 200]
+    found = tags_of(Tagger(pipeline), minilm_tokenizer, sentences)
+    none = ("none", "none")
+    for pieces, tags in found[:3]:
+        assert (pieces, tags) == (["[CLS]", "[SEP]"], [none] * 2)
+    assert found[3][0] == ["[CLS]", "[UNK]", "[UNK]", "[SEP]"] and found[3][1][1] != none
+    assert found[4][1] == [none, ("NNP", "PERSON"), none]
+    assert len(found[5][0]) == 512
+    expected = [none] + [(token.tag_, token.ent_type_ or "none") for token in nlp(long)[:510]]
+    assert found[5][1] == expected + [none]
+    special = [tag for piece, tag in zip(*found[6]) if piece in ("[CLS]", "[SEP]", "[MASK]")]
+    assert special == [none] * 4
+    assert found[7][0] == ["[CLS]", "[UNK]", "[SEP]"] and found[7][1][1] != none
+
+
+def test_what_spacy_does_not_read_has_no_tags(pipeline, minilm_tokenizer, monkeypatch):
+    monkeypatch.setattr(tagging, "MAX_CHARACTERS", 10)
+    ((pieces, tags),) = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna Anna Anna Anna"])
+    assert [tag[0] != "none" for tag in tags] == [False, True, True, False, False, False]
+
+
+def test_several_processes_give_what_one_gives(
+    pipeline, minilm_tokenizer, sample_sentences, monkeypatch
+):
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(tagging, "_cores", lambda: cores)
+        found.append(tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences))
+    assert found[0] == found[1]
+
+
+# ----------------------------------------------------------------------------------- the pipeline
+
+
+def test_labels_are_spacys_own(pipeline, nlp):
+    assert pipeline.pos_labels == ("none", *nlp.get_pipe("tagger").labels)
+    assert pipeline.ner_labels == ("none", *nlp.get_pipe("ner").labels)
+    assert (pipeline.name, pipeline.version) == ("en_tiny", "1.2.3")
+
+
+@pytest.fixture
+def copied(pipeline_directory, tmp_path):
+    return Path(shutil.copytree(pipeline_directory, tmp_path / "copy"))
+
+
+def test_a_pipeline_is_its_content_not_its_place(pipeline, copied):
+    assert Pipeline.find(str(copied)) == pipeline
+    model = copied / "tagger" / "model"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    assert Pipeline.find(str(copied)) != pipeline
+
+
+def test_an_installed_pipeline_is_found_by_name(pipeline, copied, monkeypatch):
+    """The layout of spaCy's packages: the pipeline in a folder of its own."""
+    package = copied.parent / "en_tiny"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('need not be imported')")
+    (package / "meta.json").write_text((copied / "meta.json").read_text())
+    copied.rename(package / "en_tiny-1.2.3")
+    monkeypatch.syspath_prepend(str(copied.parent))
+    assert Pipeline.find("en_tiny") == pipeline
+    assert Pipeline.find(str(package)) == pipeline
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def disable(copied, name):
+    config = copied / "config.cfg"
+    text = config.read_text()
+    config.write_text(text.replace("disabled = []", f'disabled = ["{name}"]'))
+    assert config.read_text() != text
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda copied: disable(copied, "ner"), "this spaCy pipeline has no entity recogniser"),
+        (lambda copied: disable(copied, "tagger"), "this spaCy pipeline has no tagger"),
+        (
+            lambda copied: (copied / "meta.json").unlink(),
+            "not a spaCy pipeline, it has no meta.json",
+        ),
+        (lambda copied: (copied / "config.cfg").unlink(), "not a spaCy pipeline, it has no config"),
+        (lambda copied: (copied / "meta.json").write_text("{"), "meta.json: damaged"),
+        (lambda copied: (copied / "meta.json").write_text("[]"), "meta.json: damaged"),
+        (lambda copied: (copied / "config.cfg").write_text("[nlp"), "config.cfg: damaged"),
+        (lambda copied: edit_json(copied / "meta.json", lambda v: v.pop("labels")), "damaged"),
+        (lambda copied: shutil.rmtree(copied), "no such directory, and no spaCy pipeline of this"),
+    ],
+)
+def test_a_pipeline_of_no_use_is_one_clear_line(copied, damage, message):
+    damage(copied)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        Pipeline.find(str(copied))
+    assert "\n" not in str(error.value) and str(copied) in str(error.value)
+
+
+def test_a_missing_pipeline_names_the_command_that_installs_it(flags, capsys):
+    with pytest.raises(ImportError):
+        import en_core_web_sm  # noqa: F401
+    assert mc.main(flags + ["--additional_input"]) == 1
+    assert "run: python -m spacy download en_core_web_sm" in capsys.readouterr().err
+
+
+def test_a_damaged_component_is_one_clear_line(copied):
+    (copied / "ner" / "model").write_bytes(b"x")
+    with pytest.raises(UserError, match="spaCy cannot load it"):
+        Tagger(Pipeline.find(str(copied))).tag(["Anna"])
+
+
+def test_labels_that_are_not_listed_are_named(copied, minilm_tokenizer):
+    edit_json(copied / "meta.json", lambda values: values["labels"]["ner"].remove("PERSON"))
+    tagger = Tagger(Pipeline.find(str(copied)))
+    with pytest.warns(UserWarning, match=r"does not list PERSON \(2 times\): taken as none"):
+        ((_, tags),) = tags_of(tagger, minilm_tokenizer, ["Anna Obama"])
+    assert tags[1:-1] == [("NNP", "none")] * 2
+
+
+# -------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def spacy_runs(monkeypatch):
+    """How many sentences spaCy has read, call by call."""
+    runs = []
+
+    def run(nlp, pipeline, sentences):
+        runs.append(len(sentences))
+        return run_spacy(nlp, pipeline, sentences)
+
+    run_spacy = tagging.run_spacy
+    monkeypatch.setattr(tagging, "run_spacy", run)
+    return runs
+
+
+def test_each_sentence_is_read_once(
+    pipeline, minilm_tokenizer, sample_sentences, tmp_path, spacy_runs
+):
+    some = sample_sentences[:700]
+    first = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some + some[:50])
+    tagger = Tagger(pipeline, tmp_path)
+    assert tags_of(tagger, minilm_tokenizer, some) == first[:700]
+    assert tagger._nlp is None
+    tags_of(tagger, minilm_tokenizer, sample_sentences[600:800])
+    assert spacy_runs == [700, 100]
+
+
+def test_another_pipeline_has_a_cache_of_its_own(pipeline, copied, tmp_path, spacy_runs):
+    edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
+    for each in (pipeline, Pipeline.find(str(copied)), pipeline):
+        Tagger(each, tmp_path / "cache").tag(["Anna", "Paris"])
+    assert spacy_runs == [2, 2]
+
+
+def flip(path, places):
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place % len(content)] ^= 0x55
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"x" * 5000),
+        lambda path: path.write_bytes(path.read_bytes()[:-3000]),
+        lambda path: path.write_bytes(path.read_bytes()[:2000]),
+        lambda path: flip(path, [5]),
+        lambda path: flip(path, range(4096, 4200)),
+        lambda path: flip(path, range(100, 10**6, 997)),
+        lambda path: flip(path, range(6000, 10**6, 30_011)),
+    ],
+)
+def test_a_damaged_cache_is_mended(pipeline, minilm_tokenizer, sample_sentences, tmp_path, damage):
+    some = sample_sentences[:300]
+    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some)
+    (path,) = tmp_path.glob("tags-*.sqlite")
+    damage(path)
+    for _ in range(2):
+        assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some) == expected
+    tagger = Tagger(pipeline, tmp_path)
+    tagger.tag(some)
+    assert tagger._nlp is None  # it is whole again
+
+
+def test_a_damaged_value_is_read_again(pipeline, minilm_tokenizer, tmp_path, spacy_runs):
+    sentences = ["Anna is good", "the film", "Paris"]
+    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
+    (path,) = tmp_path.glob("tags-*.sqlite")
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE tags SET tokens = substr(tokens, 1, 40) WHERE rowid = 2")
+    assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
+    assert spacy_runs == [3, 1]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(pipeline, minilm_tokenizer, tmp_path):
+    expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
+    (tmp_path / "file").touch()
+    tagger = Tagger(pipeline, tmp_path / "file")
+    with pytest.warns(UserWarning, match="so tags are not kept there"):
+        assert tags_of(tagger, minilm_tokenizer, ["Anna is good"]) == expected
+
+
+def test_a_full_disk_is_a_warning(pipeline, minilm_tokenizer, tmp_path, monkeypatch):
+    expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
+    connect = tagging.TagStore._connect
+
+    def small(store):
+        connection = connect(store)
+        if store.path:
+            connection.execute("PRAGMA max_page_count = 3")
+        return connection
+
+    monkeypatch.setattr(tagging.TagStore, "_connect", small)
+    sentences = ["Anna is good"] + [f"the film {number}" for number in range(1000)]
+    with pytest.warns(UserWarning, match="disk is full, so tags are not kept"):
+        found = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
+    assert found[:1] == expected
+
+
+TAG_SAMPLE = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import tagging
+tagging.CHUNK = 50
+run_spacy = tagging.run_spacy
+def run(nlp, pipeline, sentences):
+    print(len(sentences), flush=True)
+    return run_spacy(nlp, pipeline, sentences)
+tagging.run_spacy = run
+sentences = open(sys.argv[3], encoding="utf-8").read().split(chr(0))
+tagging.Tagger(tagging.Pipeline.find(sys.argv[1]), sys.argv[2]).tag(sentences)
+"""
+
+
+@pytest.fixture
+def tag_elsewhere(pipeline_directory, sample_sentences, tmp_path):
+    """Start a process that tags the sample and prints how many sentences spaCy has to read."""
+    listed = tmp_path / "sentences"
+    listed.write_text("\0".join(sample_sentences), encoding="utf-8", newline="")
+    command = [sys.executable, "-c", TAG_SAMPLE, pipeline_directory, tmp_path / "cache", listed]
+    return lambda: subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_runs_that_start_together_read_each_sentence_once(
+    pipeline, tag_elsewhere, sample_sentences, tmp_path
+):
+    runs = [tag_elsewhere() for _ in range(3)]
+    printed = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    numbers = [int(line) for text in printed for line in text.splitlines() if line.isdigit()]
+    assert numbers == [len(sample_sentences)]
+
+
+def test_a_killed_run_keeps_what_it_has_and_blocks_nobody(
+    pipeline, minilm_tokenizer, tag_elsewhere, sample_sentences, tmp_path, spacy_runs
+):
+    run = tag_elsewhere()
+    run.stdout.readline()
+    paths = []
+    while not paths or kept(paths[0]) < 200:
+        paths = list((tmp_path / "cache").glob("tags-*.sqlite"))
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    found = tags_of(Tagger(pipeline, tmp_path / "cache"), minilm_tokenizer, sample_sentences)
+    assert len(spacy_runs) == 1 and spacy_runs[0] <= len(sample_sentences) - 200
+    assert found == tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences)
+
+
+def kept(path):
+    try:
+        with sqlite3.connect(path, timeout=60) as connection:
+            return connection.execute("SELECT count(*) FROM tags").fetchone()[0]
+    except sqlite3.OperationalError:  # no table yet
+        return 0
+
+
+# ------------------------------------------------------------------------------------- the encoder
+
+
+TAGGED = BertConfig(**TINY, num_pos_tags=11, num_ner_tags=7)
+
+
+@pytest.fixture
+def tagged_batch(padded_batch):
+    input_ids, mask = padded_batch
+    tags = torch.stack([torch.randint(size, input_ids.shape) for size in (11, 7)])
+    return input_ids, mask, tags * mask
+
+
+def test_without_tags_it_is_exactly_bert(tiny_config):
+    assert not any("tag" in name for name in BertModel(tiny_config).state_dict())
+    assert not any("tag" in name for name in json.loads(tiny_config.to_json()))
+
+
+def test_new_tag_embeddings_change_nothing(tagged_batch, tmp_path):
+    plain = BertModel(BertConfig(**TINY)).eval()
+    plain.save_pretrained(tmp_path)
+    tagged = BertModel.from_pretrained(tmp_path, num_pos_tags=11, num_ner_tags=7).eval()
+    input_ids, mask, tags = tagged_batch
+    before, after = plain(input_ids, mask), tagged(input_ids, mask, tags=tags)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(
+        not tensor.any()
+        for tensor in BertModel(TAGGED).embeddings.state_dict().values()
+        if len(tensor) in (11, 7)
+    )
+
+
+def test_tag_embeddings_are_added_to_those_of_words(tagged_batch, twins):
+    """transformers' BERT has none, but takes the sum in place of ids."""
+    ours, theirs = twins(BertConfig(**TINY))
+    tagged = BertModel(TAGGED).eval()
+    tagged.load_state_dict(ours.state_dict(), strict=False)
+    tables = [tagged.embeddings.pos_tag_embeddings, tagged.embeddings.ner_tag_embeddings]
+    for table in tables:
+        torch.nn.init.normal_(table.weight)
+    input_ids, mask, tags = tagged_batch
+    words = theirs.embeddings.word_embeddings(input_ids)
+    for table, ids in zip(tables, tags):
+        words = words + table.weight[ids]
+    expected = theirs(inputs_embeds=words, attention_mask=mask).last_hidden_state
+    found = tagged(input_ids, mask, tags=tags)["last_hidden_state"]
+    torch.testing.assert_close(found, expected * mask[..., None], atol=1e-5, rtol=1e-5)
+
+
+def test_tags_and_tables_come_together(tagged_batch):
+    input_ids, mask, tags = tagged_batch
+    with pytest.raises(ValueError, match="this BERT needs tags"):
+        BertModel(TAGGED)(input_ids, mask)
+    with pytest.raises(ValueError, match="this BERT has no embeddings of tags"):
+        BertModel(BertConfig(**TINY))(input_ids, mask, tags=tags)
+    with pytest.raises(UserError, match="must both be 0, or neither"):
+        BertConfig(**TINY, num_pos_tags=3)
+
+
+def test_tagged_weights_come_back(tmp_path):
+    model = BertModel(TAGGED)
+    torch.nn.init.normal_(model.embeddings.pos_tag_embeddings.weight)
+    model.save_pretrained(tmp_path)
+    again = BertModel.from_pretrained(tmp_path)
+    assert again.config == TAGGED
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    with pytest.raises(UserError, match="of the wrong shape: embeddings.pos_tag_embeddings"):
+        BertModel.from_pretrained(tmp_path, num_pos_tags=12)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def tagged_flags(flags, pipeline_directory):
+    return flags + ["--additional_input", "--spacy_model", str(pipeline_directory)]
+
+
+def predictions(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*-*.csv")}
+
+
+@pytest.fixture
+def trained(tagged_flags, tmp_path):
+    assert mc.main(tagged_flags) == 0
+    (path,) = (tmp_path / "models_dir").glob("*.pt")
+    return path
+
+
+def test_a_run_with_tags(trained, flags, pipeline, tmp_path, capsys):
+    model, _, checkpoint = mc.load_checkpoint(trained)
+    assert checkpoint["tags"] == pipeline.to_dict()
+    for table in (
+        model.bert.embeddings.pos_tag_embeddings,
+        model.bert.embeddings.ner_tag_embeddings,
+    ):
+        assert table.weight[1:].any() and not table.weight[0].any()
+    expected = predictions(tmp_path)
+    for path in tmp_path.glob("*-*.csv"):
+        path.unlink()
+    assert mc.main(flags + ["--evaluate", str(trained)]) == 0
+    assert predictions(tmp_path) == expected
+
+
+def test_the_next_run_needs_no_spacy(tagged_flags, trained):
+    code = """
+import sys, multitask_classifier as mc
+assert mc.main(sys.argv[1:]) == 0
+assert "spacy" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *tagged_flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[CLS\] \w+/[A-Z]+", done.stdout)
+
+
+def test_tags_are_learned_from(flags, tagged_flags, tmp_path):
+    """The same seed: the losses of the first step are the same to the last bit, later ones not."""
+    logs = []
+    for name, chosen in {"plain": flags, "tagged": tagged_flags}.items():
+        outputs = [each.replace(str(tmp_path), str(tmp_path / name)) for each in chosen]
+        assert mc.main(outputs) == 0
+        (run,) = (tmp_path / name / "logdir").iterdir()
+        log = mc_log(run)
+        logs.append([event.value for event in log.Scalars("loss/sum")])
+    assert logs[0][0] == logs[1][0] and logs[0][1:] != logs[1][1:]
+
+
+def mc_log(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run)).Reload()
+
+
+def test_a_run_with_tags_resumes(tagged_flags, copied, tmp_path, monkeypatch, capsys):
+    elsewhere = [each.replace(str(tmp_path), str(tmp_path / "whole")) for each in tagged_flags]
+    assert mc.main(elsewhere) == 0
+    step, calls = mc.training_step, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(mc, "training_step", stop)
+    assert mc.main(tagged_flags) == 130
+    (state,) = (tmp_path / "models_dir").glob("*.resume")
+    resume = tagged_flags[:-1] + [str(copied), "--resume", str(state)]  # the same, elsewhere
+    assert mc.main(resume) == 0
+    assert predictions(tmp_path) == predictions(tmp_path / "whole")
+
+
+def test_checkpoints_that_do_not_fit_are_one_clear_line(
+    trained, flags, tagged_flags, copied, tmp_path, capsys
+):
+    def line(arguments):
+        assert mc.main(arguments) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
+    evaluate = ["--evaluate", str(trained)]
+    message = line(flags + evaluate + ["--spacy_model", str(copied)])
+    assert re.search(r"trained with tags of en_tiny 1.2.3 \(\w{8}\), not of en_tiny 1.2.4", message)
+    shutil.rmtree(copied)
+    assert "no such directory" in line(flags + evaluate + ["--spacy_model", str(copied)])
+
+    content = torch.load(trained, weights_only=True)
+    for changed in (None, {}, [], 3, content["tags"] | {"ner_labels": ["none"]}):
+        torch.save(content | {"tags": changed}, trained)
+        assert f"error: {trained}: a damaged checkpoint" in line(flags + evaluate)
+
+    assert mc.main(flags + ["--epochs", "1"]) == 0
+    plain = max((tmp_path / "models_dir").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    message = line(tagged_flags + ["--evaluate", str(plain)])
+    assert f"{plain}: was trained without --additional_input; leave it out" in message
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--option", "pretrain"], "which --option pretrain does not train"),
+        (["--spacy_model", ""], "--spacy_model must not be empty"),
+    ],
+)
+def test_flags_that_do_not_fit(tagged_flags, more, message, capsys):
+    with pytest.raises(SystemExit):
+        mc.main(tagged_flags + more)
+    assert message in capsys.readouterr().err
+
+
+def test_spacy_model_alone_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        mc.main(flags + ["--spacy_model", "x"])
+    assert "--spacy_model: only for --additional_input" in capsys.readouterr().err
