@@ -10,6 +10,8 @@ take turns on the same rows.
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import io
 import statistics
 import subprocess
@@ -111,14 +113,11 @@ def compare_steps(args, data: dict) -> None:
             models[name] = model, mc.build_optimizer(model, options)
     times = {name: [] for name in models}
     for number, window in enumerate(windows):
+        plain = [dataclasses.replace(batch, tags=None) for batch in window]
         for name in list(models)[:: 1 if number % 2 else -1]:
-            model, optimizer = models[name]
-            for batch in window:
-                batch.tags, kept = (batch.tags if name == "with tags" else None), batch.tags
-            step = lambda: mc.training_step(model, window, optimizer, options)  # noqa: E731
-            times[name].append(seconds(step, CPU))
-            for batch in window:
-                batch.tags = kept
+            given = window if name == "with tags" else plain
+            step = functools.partial(mc.training_step, models[name][0], given, models[name][1])
+            times[name].append(seconds(lambda: step(options), CPU))
     print(f"\n{args.steps} steps of each kind, {torch.get_num_threads()} threads")
     print("| training step | median, s | / without |")
     print("| --- | --- | --- |")
@@ -141,7 +140,7 @@ def main() -> None:
     if args.start_from:
         return start(args)
     with tempfile.TemporaryDirectory() as cache_dir:
-        data = load(args, None, None or cache_dir)
+        data = load(args, None, cache_dir)
         sentences = [
             sentence
             for datasets in data.values()

@@ -67,7 +67,7 @@ class PeerModel(nn.Module):
 def pad_columns(dataset, rows, device):
     columns = []
     for column in dataset.columns:
-        ids = [torch.from_numpy(column.row(row)).long() for row in rows]
+        ids = [torch.from_numpy(column.row(row)[0]).long() for row in rows]
         padded = pad_sequence(ids, batch_first=True)
         mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
         columns.append((padded.to(device), mask.to(device)))

@@ -3,6 +3,7 @@ transformers is imported, and decides that the package is not there, before our 
 """
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -85,6 +86,51 @@ def tiny_directory(tmp_path_factory):
     )
     BertModel(config).save_pretrained(directory)
     BertTokenizer(word_piece_backend(vocabulary, {}), 128).save_pretrained(directory)
+    return directory
+
+
+TAGGED_WORDS = {  # word -> its tags in the training sentences of the tiny pipeline
+    "the": ("DT", "O"),
+    "a": ("DT", "O"),
+    "film": ("NN", "O"),
+    "dog": ("NN", "O"),
+    "is": ("VBZ", "O"),
+    "seems": ("VBZ", "O"),
+    "good": ("JJ", "O"),
+    "Anna": ("NNP", "B-PERSON"),
+    "Obama": ("NNP", "B-PERSON"),
+    "Paris": ("NNP", "B-GPE"),
+    "in": ("IN", "O"),
+    ".": (".", "O"),
+}
+
+
+@pytest.fixture(scope="session")
+def pipeline_directory(tmp_path_factory):
+    """A spaCy pipeline with a tagger and an entity recogniser, of a few seconds of training."""
+    import spacy
+    from spacy.tokens import Doc
+    from spacy.training import Example
+
+    random.seed(0)
+    spacy.util.fix_random_seed(0)
+    nlp = spacy.blank("en", meta={"name": "tiny", "version": "1.2.3"})
+    width = {"width": 16, "depth": 1, "embed_size": 200}
+    model = {"@architectures": "spacy.HashEmbedCNN.v2", "pretrained_vectors": None} | width
+    model |= {"window_size": 1, "maxout_pieces": 2, "subword_features": True}
+    for name in ("tagger", "ner"):
+        nlp.add_pipe(name, config={"model": {"tok2vec": model}})
+    examples = []
+    for _ in range(60):
+        words = random.choices(list(TAGGED_WORDS), k=random.randint(3, 8))
+        tags, entities = zip(*(TAGGED_WORDS[word] for word in words))
+        doc = Doc(nlp.vocab, words=words, tags=tags, ents=list(entities))
+        examples.append(Example(nlp.make_doc(doc.text), doc))
+    optimizer = nlp.initialize(lambda: examples)
+    for _ in range(60):
+        nlp.update(examples, sgd=optimizer)
+    directory = tmp_path_factory.mktemp("spacy") / "tiny"
+    nlp.to_disk(directory)
     return directory
 
 

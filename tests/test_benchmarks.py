@@ -15,11 +15,12 @@ from conftest import ROOT
         "adamw.py --steps 1",
         "optimizers.py --steps 1 --bert_model {bert}",
         "loading.py --pairs 500 --bert_model {bert}",
+        "tagging.py --steps 1 --max_length 99 --bert_model {bert} --spacy_model {spacy}",
     ],
 )
-def test_benchmarks_run(script, tiny_directory):
+def test_benchmarks_run(script, tiny_directory, pipeline_directory):
     """That they run and print their tables; of time nothing is asserted."""
-    name, *flags = script.format(bert=tiny_directory).split()
+    name, *flags = script.format(bert=tiny_directory, spacy=pipeline_directory).split()
     command = [sys.executable, ROOT / "benchmarks" / name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,8 +19,6 @@ import torch
 from conftest import ROOT, SAMPLE, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spacy.tokens import Doc
-from spacy.training import Example
 
 import multitask_classifier as mc
 import tagging
@@ -30,46 +27,6 @@ from bert import BertModel
 from datasets import SPLITS, TASKS, read_examples
 from tagging import Pipeline, Tagger
 from utils import UserError
-
-WORDS = {  # word -> its tags in the training sentences of the tiny pipeline
-    "the": ("DT", "O"),
-    "a": ("DT", "O"),
-    "film": ("NN", "O"),
-    "dog": ("NN", "O"),
-    "is": ("VBZ", "O"),
-    "seems": ("VBZ", "O"),
-    "good": ("JJ", "O"),
-    "Anna": ("NNP", "B-PERSON"),
-    "Obama": ("NNP", "B-PERSON"),
-    "Paris": ("NNP", "B-GPE"),
-    "in": ("IN", "O"),
-    ".": (".", "O"),
-}
-
-
-@pytest.fixture(scope="session")
-def pipeline_directory(tmp_path_factory):
-    """A spaCy pipeline with a tagger and an entity recogniser, of a few seconds of training."""
-    random.seed(0)
-    spacy.util.fix_random_seed(0)
-    nlp = spacy.blank("en", meta={"name": "tiny", "version": "1.2.3"})
-    width = {"width": 16, "depth": 1, "embed_size": 200}
-    model = {"@architectures": "spacy.HashEmbedCNN.v2", "pretrained_vectors": None} | width
-    model |= {"window_size": 1, "maxout_pieces": 2, "subword_features": True}
-    for name in ("tagger", "ner"):
-        nlp.add_pipe(name, config={"model": {"tok2vec": model}})
-    examples = []
-    for _ in range(60):
-        words = random.choices(list(WORDS), k=random.randint(3, 8))
-        tags, entities = zip(*(WORDS[word] for word in words))
-        doc = Doc(nlp.vocab, words=words, tags=tags, ents=list(entities))
-        examples.append(Example(nlp.make_doc(doc.text), doc))
-    optimizer = nlp.initialize(lambda: examples)
-    for _ in range(60):
-        nlp.update(examples, sgd=optimizer)
-    directory = tmp_path_factory.mktemp("spacy") / "tiny"
-    nlp.to_disk(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
