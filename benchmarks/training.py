@@ -1,9 +1,10 @@
-"""Train with AdamW, SophiaH and SophiaG on the same short budget, and print the table.
+"""Train the same short budget with different settings and seeds, and print the table.
 
-    python benchmarks/sophia.py --data_dir data
+    python benchmarks/training.py sophia --data_dir data
+    python benchmarks/training.py tags --data_dir data --spacy_model en_core_web_sm
 
 Each run is `multitask_classifier.py` in a process of its own. What it gave is kept in
-`results/sophia.json`, under its flags; a run that is there is not made again, so the command can be
+`results/runs.json`, under its flags; a run that is there is not made again, so the command can be
 interrupted, and goes on where it stopped.
 """
 
@@ -19,28 +20,36 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "sophia.json"
+sys.path.insert(0, str(ROOT))
+
+from tagging import Pipeline  # noqa: E402
+
+RESULTS = ROOT / "results" / "runs.json"
 SEEDS = 11711, 1, 2
 METRICS = "sst_accuracy", "para_accuracy", "sts_pearson"
 BUDGET = "--epochs 2 --samples_per_epoch 4000"
-# -> seeds. Rates are written out, so that a changed default makes no old row look new. One seed is
-# for the search of the rate, the best one gets three.
-SETTINGS = {
-    "--optimizer adamw --lr 8e-5": SEEDS,
-    **{
-        f"--optimizer {name} --hess_interval {interval} --rho 0.02 --lr {lr}": seeds
-        for name, interval, lr, seeds in (
-            ("sophiah", 10, "4e-4", SEEDS[:1]),
-            ("sophiah", 10, "1.2e-3", SEEDS),
-            ("sophiah", 10, "4e-3", SEEDS[:1]),
-            ("sophiah", 50, "4e-4", SEEDS[:1]),
-            ("sophiah", 50, "1.2e-3", SEEDS),
-            ("sophiag", 10, "4e-4", SEEDS[:1]),
-            ("sophiag", 10, "1.2e-3", SEEDS),
-            ("sophiag", 10, "4e-3", SEEDS[:1]),
-            ("sophiag", 50, "1.2e-3", SEEDS),
-        )
+ADAMW = "--optimizer adamw --lr 8e-5"
+# experiment -> settings -> seeds. Rates are written out, so that a changed default makes no old row
+# look new. For Sophia one seed is for the search of the rate, the best one gets three.
+EXPERIMENTS = {
+    "sophia": {
+        ADAMW: SEEDS,
+        **{
+            f"--optimizer {name} --hess_interval {interval} --rho 0.02 --lr {lr}": seeds
+            for name, interval, lr, seeds in (
+                ("sophiah", 10, "4e-4", SEEDS[:1]),
+                ("sophiah", 10, "1.2e-3", SEEDS),
+                ("sophiah", 10, "4e-3", SEEDS[:1]),
+                ("sophiah", 50, "4e-4", SEEDS[:1]),
+                ("sophiah", 50, "1.2e-3", SEEDS),
+                ("sophiag", 10, "4e-4", SEEDS[:1]),
+                ("sophiag", 10, "1.2e-3", SEEDS),
+                ("sophiag", 10, "4e-3", SEEDS[:1]),
+                ("sophiag", 50, "1.2e-3", SEEDS),
+            )
+        },
     },
+    "tags": {ADAMW: SEEDS, f"{ADAMW} --additional_input": SEEDS},
 }
 
 
@@ -52,6 +61,8 @@ def train(setting: str, seed: int, args) -> dict:
         command = [sys.executable, "-u", str(ROOT / "multitask_classifier.py")]
         command += f"--bert_model minilm {BUDGET} {setting} --seed {seed}".split()
         command += ["--data_dir", str(Path(args.data_dir).resolve()), "--models_dir", "."]
+        if "--additional_input" in setting:
+            command += ["--spacy_model", args.spacy_model]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
         done = subprocess.run(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
@@ -65,6 +76,8 @@ def train(setting: str, seed: int, args) -> dict:
         int(each) for each in re.findall(r"^epoch \d+: (\d+) s", done.stdout, re.M)
     ]
     result["threads"] = int(re.search(r"(\d+) CPU threads", done.stdout)[1])
+    if "--additional_input" in setting:
+        result["pipeline"] = str(Pipeline.find(args.spacy_model))
     result["commit"] = re.search(r"'commit': '(.*?)'", done.stdout)[1]
     result["clipped"] = [float(each) for each in re.findall(r"coordinates (\d\S*),", done.stdout)]
     return result
@@ -80,11 +93,11 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(results: dict[str, dict]) -> None:
+def table(settings: dict[str, tuple], results: dict[str, dict]) -> None:
     heads = ("settings", "seeds", "sentiment", "paraphrase", "similarity", "mean")
     print(f"| {' | '.join(heads)} | seconds an epoch | clipped, epoch 1, 2 |")
     print("| --- " * 8 + "|")
-    for setting in SETTINGS:
+    for setting in settings:
         runs = [results[key] for seed in SEEDS if (key := run_name(setting, seed)) in results]
         if not runs:
             continue
@@ -97,8 +110,8 @@ def table(results: dict[str, dict]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def train_missing(results: dict[str, dict], args) -> None:
-    wanted = [(each, s) for s in SEEDS for each, seeds in SETTINGS.items() if s in seeds]
+def train_missing(settings: dict[str, tuple], results: dict[str, dict], args) -> None:
+    wanted = [(each, s) for s in SEEDS for each, seeds in settings.items() if s in seeds]
     pool = ThreadPoolExecutor(args.jobs)
     try:
         runs = {
@@ -118,14 +131,17 @@ def train_missing(results: dict[str, dict], args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    flag("experiment", choices=EXPERIMENTS)
     flag("--data_dir", required=True, help="folder of the real CSVs")
+    flag("--spacy_model", default="en_core_web_sm", help="of runs with --additional_input")
     flag("--jobs", type=int, default=1, help="runs at a time, on equal shares of the cores")
     flag("--only_table", action="store_true", help="print what there is, train not")
     args = parser.parse_args()
+    settings = EXPERIMENTS[args.experiment]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not args.only_table:
-        train_missing(results, args)
-    table(results)
+        train_missing(settings, results, args)
+    table(settings, results)
 
 
 if __name__ == "__main__":
