@@ -504,10 +504,10 @@ def gauss_newton_gradients(
 def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     by_task = defaultdict(list)
     for name, labels, predictions in answers:
-        by_task[name].append(torch.stack([labels.float(), predictions.float()]))
+        by_task[name].append(torch.stack([labels.float(), predictions.float()]).cpu())
     scores = {}
     for name, pairs in by_task.items():
-        labels, predictions = torch.cat(pairs, dim=1).double().cpu().numpy()
+        labels, predictions = torch.cat(pairs, dim=1).double().numpy()
         scores[name] = evaluation.score(TASKS[name], labels, predictions)
     return scores
 
@@ -814,10 +814,10 @@ class Training:
 
 
 def answers_by_task(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """task -> labels and decoded outputs, of all steps together."""
+    """task -> labels and decoded outputs, of all steps together, on the CPU."""
     by_task = defaultdict(list)
     for name, labels, decoded in answers:
-        by_task[name].append((labels, decoded))
+        by_task[name].append((labels.cpu(), decoded.cpu()))
     return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in by_task.items()}
 
 
