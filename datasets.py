@@ -370,14 +370,12 @@ def tokenize_cached(
     """
 
     def tokenize():
-        if tagger:
-            tagger.tag(sentences, name)
         chunks = dict(desc=f"tokenizing {name}", unit="chunk", leave=False, delay=1)
         ids, lengths = tokenizer.packed_ids(sentences, max_length, lambda it: tqdm(it, **chunks))
         if tagger is None:
             return ids[None], lengths
         starts = tokenizer.packed_starts(sentences, max_length)
-        tags = tagger.tags_of_pieces(sentences, lengths, starts)
+        tags = tagger.tags_of_pieces(sentences, lengths, starts, name)
         return np.concatenate([ids[None], tags]), lengths
 
     if cache_dir is None:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluation
-from base_bert import BertConfig
+from base_bert import TAG_TABLES, BertConfig
 from bert import BertModel, Sequences, pack
 from datasets import (
     MAX_SIMILARITY,
@@ -49,7 +49,14 @@ from datasets import (
     training_windows,
 )
 from optimizer import AdamW, Sophia, SophiaG, SophiaH
-from options import PLATEAU_FACTOR, PLATEAU_PATIENCE, ROOT, SMOKETEST_ROWS, parse_options
+from options import (
+    DEFAULT_SPACY_MODEL,
+    PLATEAU_FACTOR,
+    PLATEAU_PATIENCE,
+    ROOT,
+    SMOKETEST_ROWS,
+    parse_options,
+)
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
@@ -229,7 +236,8 @@ def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch:
     """Set which weights train in this epoch (counted from 0); the heads always do.
 
     `pretrain`: nothing of the encoder. `finetune`: all of it, or with an unfreezing interval one
-    more layer every `interval` epochs from the top, and the embeddings after the last layer.
+    more layer every `interval` epochs from the top, and the embeddings after the last layer; but
+    those of tags, which are new like the heads, always.
     """
     layers = model.bert.encoder.layer
     if option == "pretrain":
@@ -241,6 +249,9 @@ def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch:
     for depth, layer in enumerate(reversed(layers)):
         layer.requires_grad_(depth < trained)
     model.bert.embeddings.requires_grad_(trained > len(layers))
+    for name, table in model.bert.embeddings.named_parameters():
+        if name in TAG_TABLES:
+            table.requires_grad_(option == "finetune")
 
 
 # --------------------------------------------------------------------------------------- optimizer
@@ -348,21 +359,23 @@ def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTok
             model = MultitaskBERT(BertModel(config))
         model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
-        check_tags(checkpoint.get("tags"), config)
+        check_tags(checkpoint, config)
         checkpoint["epoch"], checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return model, tokenizer
 
 
-def check_tags(tags: dict | None, config: BertConfig) -> None:
+def check_tags(checkpoint: dict, config: BertConfig) -> None:
     """ValueError unless a checkpoint's pipeline has as many labels as its model has embeddings."""
-    labels = [tags["pos_labels"], tags["ner_labels"]] if tags else [[], []]
-    strings = (
-        [tags["name"], tags["version"], tags["digest"], *labels[0], *labels[1]] if tags else []
-    )
-    sizes = [config.num_pos_tags, config.num_ner_tags]
-    if [len(each) for each in labels] != sizes or not all(isinstance(x, str) for x in strings):
+    tags, sizes = checkpoint.get("tags"), (config.num_pos_tags, config.num_ner_tags)
+    if tags is None and sizes == (0, 0):
+        return
+    strings = [tags["name"], tags["version"], tags["digest"], *tags["pos_labels"]]
+    strings += tags["ner_labels"]
+    fits = (len(tags["pos_labels"]), len(tags["ner_labels"])) == sizes
+    spacy_model = checkpoint["options"]["spacy_model"]
+    if not fits or not all(isinstance(each, str) for each in (*strings, spacy_model)):
         raise ValueError("its tags are not those of its model")
 
 
@@ -371,13 +384,20 @@ def tagger_like(tags: dict | None, path: str | Path, options) -> Tagger | None:
     that `--spacy_model` names is another one."""
     if tags is None:
         if options.additional_input or options.spacy_model:
-            raise UserError(f"{path}: was trained without --additional_input; leave it out")
+            flags = "--additional_input and --spacy_model"
+            raise UserError(f"{path}: was trained without tags; leave {flags} out")
         return None
-    pipeline = Pipeline.find(options.spacy_model)
+    wanted = f"{tags['name']} {tags['version']} ({tags['digest'][:8]})"
+    try:
+        pipeline = Pipeline.find(options.spacy_model or DEFAULT_SPACY_MODEL)
+    except UserError as error:
+        raise UserError(
+            f"{path}: was trained with tags of {wanted}; name it with --spacy_model ({error})"
+        ) from error
     if pipeline.to_dict() != tags:
         raise UserError(
-            f"{path}: was trained with tags of {tags['name']} {tags['version']} "
-            f"({tags['digest'][:8]}), not of {pipeline}; name that one with --spacy_model"
+            f"{path}: was trained with tags of {wanted}, not of {pipeline}; "
+            "name that one with --spacy_model"
         )
     return Tagger(pipeline, options.cache_dir)
 
@@ -692,8 +712,9 @@ class Training:
 
     def save_finished(self) -> None:
         """All that is left of the state of a run that needs none any more."""
-        options = vars(self.options)
-        self._write({"format": CHECKPOINT_FORMAT, "options": options, "training": "finished"})
+        content = {"format": CHECKPOINT_FORMAT, "options": vars(self.options)}
+        tags = self.tagger.pipeline.to_dict() if self.tagger else None
+        self._write(content | {"tags": tags, "training": "finished"})
 
     def _write(self, content: dict) -> None:
         try:
@@ -908,7 +929,9 @@ def find_state(options: argparse.Namespace) -> Path | None:
     """
     if options.resume != "auto":
         return Path(options.resume) if options.resume else None
-    wanted = decisive(vars(options))
+    wanted, tags = decisive(vars(options)), None
+    if options.additional_input:
+        tags = Pipeline.find(options.spacy_model or DEFAULT_SPACY_MODEL).to_dict()
     paths = [path for path in Path(options.models_dir).glob("*.resume") if path.exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -916,7 +939,7 @@ def find_state(options: argparse.Namespace) -> Path | None:
         except UserError as error:
             warnings.warn(f"--resume auto passes over {error}", stacklevel=2)
             continue
-        if decisive(state["options"]) == wanted:
+        if decisive(state["options"]) == wanted and state.get("tags") == tags:
             return path
     print(f"--resume auto: {options.models_dir} has no run with these options; this is a new one")
     return None
@@ -1016,7 +1039,7 @@ def load_data(
     options, tokenizer, max_length, splits, tagger: Tagger | None = None
 ) -> dict[str, dict[str, TaskDataset]]:
     """split -> task -> dataset, for the chosen tasks."""
-    return {
+    data = {
         split: {
             name: TaskDataset(
                 getattr(options, f"{name}_{split}"),
@@ -1032,6 +1055,9 @@ def load_data(
         }
         for split in splits
     }
+    if tagger:
+        tagger.rest()
+    return data
 
 
 def checked_max_length(options, source: str, config: BertConfig, tokenizer: BertTokenizer) -> int:
@@ -1059,11 +1085,23 @@ def load_model(options, path: Path | None, state: dict | None) -> tuple:
     if options.hidden_dropout_prob is not None:
         overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
     if options.additional_input:
+        options.spacy_model = options.spacy_model or DEFAULT_SPACY_MODEL
         tagger = Tagger(Pipeline.find(options.spacy_model), options.cache_dir)
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
+    check_new_tables(bert, source, tagger)
     return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), tagger, source
+
+
+def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> None:
+    """UserError for an encoder that brings embeddings of tags, but does not say of which."""
+    tables = [table for name, table in bert.named_parameters() if name.endswith(TAG_TABLES)]
+    if tables and (tagger is None or any(table.any() for table in tables)):
+        raise UserError(
+            f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "
+            "start from one that has none, or go on from a checkpoint (--resume, --evaluate)"
+        )
 
 
 def claim_run(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -1133,7 +1171,7 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """`--evaluate`: the checkpoint's dev scores and predictions."""
     device = pick_device(options.use_gpu)
     model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
-    if checkpoint.get("tags"):
+    if checkpoint.get("tags") is not None:
         options.spacy_model = options.spacy_model or checkpoint["options"]["spacy_model"]
     tagger = tagger_like(checkpoint.get("tags"), options.evaluate, options)
     trained = checkpoint["options"]["tasks"]

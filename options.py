@@ -181,7 +181,7 @@ def add_data_flags(group) -> None:
     flag(
         "--cache_dir",
         default=str(ROOT / ".cache"),
-        help="where word-piece ids are kept for the next run; default: .cache of the checkout",
+        help="where word-piece ids and tags are kept for the next run; default: .cache of the checkout",
     )
 
 
@@ -242,9 +242,7 @@ def parse_options(
         parser.error(
             "--additional_input adds to the encoder, which --option pretrain does not train"
         )
-    if options.additional_input:
-        options.spacy_model = options.spacy_model or DEFAULT_SPACY_MODEL
-    elif options.spacy_model and not options.evaluate:
+    if options.spacy_model and not (options.additional_input or options.evaluate):
         parser.error("--spacy_model: only for --additional_input")
     options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:

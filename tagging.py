@@ -33,12 +33,15 @@ from utils import UserError, one_line
 NONE = "none"  # the label of id 0
 MAX_CHARACTERS = 100_000  # that spaCy reads of a sentence: more than any encoder has positions for
 CHUNK = 500  # sentences tagged, and then kept, at a time
-# Components by the name of their factory. Those that change neither tag is left out to save time.
-TAGGERS, RECOGNISERS = {"tagger"}, {"ner", "beam_ner", "entity_ruler", "span_ruler"}
+# Components by the name of their factory. Those that change neither tag are left out to save time.
+TAGGERS = {"tagger"}
+RECOGNISERS = {"ner", "beam_ner", "entity_ruler", "future_entity_ruler", "span_ruler"}
 NOT_NEEDED = {"lemmatizer", "trainable_lemmatizer", "entity_linker", "textcat", "spancat"}
 NOT_NEEDED |= {"textcat_multilabel", "span_finder", "experimental_coref"}
-DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR}
-TRANSFORMERS = {"transformer", "curated_transformer"}  # use all cores, or the GPU, by themselves
+# SQLite's errors that say nothing of the file's content.
+CIRCUMSTANCES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
+CIRCUMSTANCES |= {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+CIRCUMSTANCES |= {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL}
 
 
 # ---------------------------------------------------------------------------------------- pipeline
@@ -49,6 +52,7 @@ class Pipeline:
     """What decides a spaCy pipeline's tags, read from its files without spaCy."""
 
     directory: Path = dataclasses.field(compare=False)
+    package: str | None = dataclasses.field(compare=False)  # which may bring code of its own
     name: str
     version: str
     digest: str  # SHA-256 of its files
@@ -59,32 +63,25 @@ class Pipeline:
     def find(cls, name_or_path: str) -> "Pipeline":
         """An installed pipeline's name, or a directory. UserError: there is none, or it has no
         tagger or no entity recogniser."""
-        directory = _find_directory(name_or_path)
+        directory, package = _find_directory(name_or_path)
         meta, factories = _read_meta(directory), _read_factories(directory)
         try:
             name, version = f"{meta['lang']}_{meta['name']}", str(meta["version"])
-            labels = {
-                kind: [
-                    x
-                    for part in factories
-                    if factories[part] in kinds
-                    for x in meta["labels"][part]
-                ]
-                for kind, kinds in {"tagger": TAGGERS, "entity recogniser": RECOGNISERS}.items()
-            }
-            inventories = [(NONE, *dict.fromkeys(map(str, each))) for each in labels.values()]
+            pos, ner = (_labels(meta, factories, kinds) for kinds in (TAGGERS, RECOGNISERS))
         except (KeyError, TypeError) as error:
             raise UserError(f"{directory / 'meta.json'}: damaged ({one_line(error)})") from error
-        if lacking := [kind for kind, each in labels.items() if not each]:
+        found = {"tagger": pos, "entity recogniser": ner}
+        if lacking := [kind for kind, labels in found.items() if not labels]:
             raise UserError(
                 f"{name_or_path}: this spaCy pipeline has no {' and no '.join(lacking)}"
             )
-        return cls(directory, name, version, _digest_files(directory), *inventories)
+        digest = _digest_files(directory)
+        return cls(directory, package, name, version, digest, (NONE, *pos), (NONE, *ner))
 
     def to_dict(self) -> dict:
         """For a checkpoint; equal for pipelines that give the same tags."""
         values = dataclasses.asdict(self)
-        del values["directory"]
+        del values["directory"], values["package"]
         return {
             key: list(each) if isinstance(each, tuple) else each for key, each in values.items()
         }
@@ -93,20 +90,38 @@ class Pipeline:
         return f"{self.name} {self.version} ({self.digest[:8]})"
 
 
-def _find_directory(name_or_path: str) -> Path:
-    """Where config.cfg and meta.json are."""
-    path = Path(name_or_path)
+def _find_directory(name_or_path: str) -> tuple[Path, str | None]:
+    """Where config.cfg and meta.json are, and the package's name if they are in one."""
+    path, package = Path(name_or_path), None
     if not path.is_dir():
-        spec = importlib.util.find_spec(name_or_path) if name_or_path.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"{name_or_path}: no such directory, and no spaCy pipeline of this name is "
-                f"installed; run: python -m spacy download {path.name}"
-            )
-        path = Path(spec.submodule_search_locations[0])
-    if not (path / "config.cfg").is_file():  # a package has the pipeline in a folder of its own
-        path = next((each.parent for each in sorted(path.glob("*/config.cfg"))), path)
-    return path
+        if not name_or_path.isidentifier():
+            raise UserError(f"{name_or_path}: no such directory")
+        package, path = name_or_path, _find_package(name_or_path)
+    if not (path / "config.cfg").is_file() and (path / "meta.json").is_file():
+        meta = _read_meta(path)  # a package: the pipeline is in a folder of its own
+        with contextlib.suppress(KeyError, TypeError):
+            inner = path / f"{meta['lang']}_{meta['name']}-{meta['version']}"
+            path = inner if inner.is_dir() else path
+    return path, package
+
+
+def _find_package(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # of __main__ and the like
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name}: no such directory, and no spaCy pipeline of this name is installed; "
+            f"run: python -m spacy download {name}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _labels(meta: dict, factories: dict[str, str], kinds: set[str]) -> list[str]:
+    """Of all components of these kinds, each once."""
+    names = [name for name, factory in factories.items() if factory in kinds]
+    return list(dict.fromkeys(str(label) for name in names for label in meta["labels"][name]))
 
 
 def _read_meta(directory: Path) -> dict:
@@ -123,6 +138,7 @@ def _read_factories(directory: Path) -> dict[str, str]:
     """Name -> factory of each component in use, in order."""
     path = directory / "config.cfg"
     parser = configparser.ConfigParser(delimiters="=", interpolation=None)
+    parser.optionxform = str  # as spaCy reads it: upper and lower case differ
     try:
         parser.read_string(path.read_text(encoding="utf-8"))
         names, disabled = (json.loads(parser["nlp"][key]) for key in ("pipeline", "disabled"))
@@ -136,10 +152,15 @@ def _read_factories(directory: Path) -> dict[str, str]:
 
 def _digest_files(directory: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix().encode()
-        with open(path, "rb") as file:
-            digest.update(name + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    try:
+        for folder, folders, names in os.walk(directory, followlinks=True):
+            folders.sort()
+            for path in (Path(folder, name) for name in sorted(names)):
+                place = path.relative_to(directory).as_posix().encode()
+                with open(path, "rb") as file:
+                    digest.update(place + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -147,38 +168,31 @@ def _digest_files(directory: Path) -> str:
 
 
 class TagStore:
-    """Sentence -> what spaCy found in it; a SQLite file that runs share, or in memory.
-
-    A value is [3, n + 2] int32: where each of n tokens starts (characters), its part-of-speech id
-    and its named-entity id; before and behind them a column without tags. A checksum in front of it tells a damaged
-    value, which counts as absent.
+    """Sentence -> what spaCy found in it, as bytes (see `_tokens_of`); a SQLite file that runs
+    share. With each value stands a checksum; one that does not fit is as good as none.
 
     Raises:
         sqlite3.Error, OSError: from all methods, where the file cannot be used.
     """
 
-    def __init__(self, path: Path | None):
+    TABLE = b"CREATE TABLE tags (sentence BLOB PRIMARY KEY, tokens BLOB) WITHOUT ROWID"
+
+    def __init__(self, path: Path):
         self.path = path
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-        with self.alone():
-            self.connection = self._connect()
-            if not self._is_sound():
-                self.connection.close()
-                path.unlink()
-                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
-                self.connection = self._connect()
-            self.connection.execute(
-                "CREATE TABLE IF NOT EXISTS tags (sentence BLOB PRIMARY KEY, tokens BLOB)"
-            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+        if not self._open():
+            with self.alone():
+                if not self._open():  # nobody else has mended it meanwhile
+                    warnings.warn(f"{path}: damaged; its sentences are tagged anew")
+                    path.unlink()
+                    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+                    self._open()
 
     @contextlib.contextmanager
     def alone(self):
-        """Keep other runs from tagging meanwhile; the lock is flock's, so a killed run holds none."""
-        if self.path is None:
-            yield
-            return
+        """Keep other runs from writing meanwhile. The lock is flock's, so a killed run holds
+        none."""
         try:
             self._lock.acquire(timeout=1)
         except filelock.Timeout:
@@ -189,36 +203,48 @@ class TagStore:
         finally:
             self._lock.release()
 
-    def read(self, sentences: list[str]) -> dict[str, np.ndarray]:
+    def read(self, sentences: list[str]) -> dict[str, bytes]:
         """Those of the sentences that are there."""
         by_key = {_key(sentence): sentence for sentence in sentences}
         keys, found = list(by_key), {}
         for start in range(0, len(keys), CHUNK):
             some = keys[start : start + CHUNK]
-            query = f"SELECT * FROM tags WHERE sentence IN ({','.join('?' * len(some))})"
+            places = ",".join("?" * len(some))
+            query = f"SELECT sentence, tokens FROM tags WHERE sentence IN ({places})"
             for key, value in self.connection.execute(query, some):
-                if value[:4] == _checksum(key, value[4:]):
-                    found[by_key[key]] = np.frombuffer(value[4:], np.int32).reshape(3, -1)
+                if isinstance(value, bytes) and value[:4] == _checksum(key, value[4:]):
+                    found[by_key[key]] = value[4:]
         return found
 
-    def write(self, sentences: list[str], tokens: list[np.ndarray]) -> None:
-        rows = []
-        for sentence, each in zip(sentences, tokens, strict=True):
-            key, value = _key(sentence), each.tobytes()
-            rows.append((key, _checksum(key, value) + value))
+    def write(self, found: dict[str, bytes]) -> None:
+        keys = {_key(sentence): value for sentence, value in found.items()}
+        rows = [(key, _checksum(key, value) + value) for key, value in keys.items()]
         with self.connection:  # one transaction
             self.connection.executemany("INSERT OR REPLACE INTO tags VALUES (?, ?)", rows)
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path or ":memory:", timeout=60)
+    def close(self) -> None:
+        self.connection.close()
 
-    def _is_sound(self) -> bool:
+    def _open(self) -> bool:
+        """Connect; False if the file is damaged."""
+        self.connection = sqlite3.connect(self.path, timeout=60)
+        self.connection.text_factory = bytes  # a damaged file's text may be anything
         try:
-            return self.connection.execute("PRAGMA quick_check").fetchall() == [("ok",)]
-        except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xFF in DAMAGED:
-                return False
-            raise
+            tables = self.connection.execute("SELECT sql FROM sqlite_master").fetchall()
+            if not tables:
+                self.connection.execute(self.TABLE.decode().replace("TABLE", "TABLE IF NOT EXISTS"))
+                return True
+            check = self.connection.execute("PRAGMA integrity_check").fetchall()
+            if tables == [(self.TABLE,)] and check == [(b"ok",)]:
+                return True
+        except sqlite3.Error as error:
+            cut_short = error.sqlite_errorcode == sqlite3.SQLITE_IOERR_SHORT_READ
+            if error.sqlite_errorcode & 0xFF in CIRCUMSTANCES and not cut_short:
+                raise
+        except UnicodeDecodeError:  # an error's text that quotes what is damaged
+            pass
+        self.connection.close()
+        return False
 
 
 def _key(sentence: str) -> bytes:
@@ -233,54 +259,49 @@ def _checksum(key: bytes, value: bytes) -> bytes:
 
 
 class Tagger:
-    """Gives word pieces their tags; what spaCy has found once it looks up in `cache_dir`.
+    """Gives word pieces their tags; what spaCy has found once it looks up.
 
     Args:
         pipeline: whose tags.
-        cache_dir: where they are kept; None keeps them in memory.
+        cache_dir: where they are kept; None keeps them in memory. One that cannot be used is a
+            warning.
     """
 
     def __init__(self, pipeline: Pipeline, cache_dir: str | Path | None = None):
         self.pipeline = pipeline
-        self._cache_dir = cache_dir
-        self._store = None
-        self._nlp = None
-
-    def tag(self, sentences: list[str], title: str = "sentences") -> None:
-        """Have spaCy read those of the sentences that it has not read yet. UserError: it cannot."""
-        try:
-            self._store = self._store or TagStore(self._path())
-            self._fill(sentences, title)
-        except (sqlite3.Error, OSError) as error:
-            if self._cache_dir is None:
-                raise
-            warnings.warn(f"{self._cache_dir}: {one_line(error)}, so tags are not kept there")
-            self._store = self._cache_dir = None
-            self.tag(sentences, title)
+        self._memory = {}  # in place of a store
+        self._store = self._nlp = None
+        if cache_dir is not None:
+            identity = json.dumps(pipeline.to_dict(), sort_keys=True).encode()
+            name = f"tags-{hashlib.sha256(identity).hexdigest()[:32]}.sqlite"
+            with self._warning(cache_dir):
+                self._store = TagStore(Path(cache_dir) / name)
 
     def tags_of_pieces(
-        self, sentences: list[str], lengths: np.ndarray, starts: np.ndarray
+        self, sentences: list[str], lengths: np.ndarray, starts: np.ndarray, title: str = ""
     ) -> np.ndarray:
-        """The tags of all pieces of sentences that `tag` was given.
+        """The tags of all word pieces of some sentences.
 
         Args:
             sentences: [n_sentences].
             lengths: [n_sentences] their numbers of word pieces.
             starts: [n_pieces] the first character of each piece in its sentence; -1 for a special
                 token, which has no tags.
+            title: what the progress bar calls the sentences.
 
         Returns:
             [2, n_pieces] int16: part-of-speech ids and named-entity ids.
+
+        Raises:
+            UserError: spaCy cannot tag them.
         """
-        tags = [np.empty((2, 0), np.int16)]
-        ends = np.cumsum(lengths)
+        found = self._look_up_or_tag(list(dict.fromkeys(sentences)), title)
+        tags, ends = [np.empty((2, 0), np.int16)], np.cumsum(lengths)
         for first in range(0, len(sentences), CHUNK):
-            some = sentences[first : first + CHUNK]
-            sizes = lengths[first : first + CHUNK]
-            pieces = starts[ends[first] - lengths[first] : ends[first + len(some) - 1]]
-            found = self._store.read(some)
-            tokens = [found[sentence] for sentence in some]
-            tags.append(_align(tokens, sizes, pieces))
+            some = slice(first, first + CHUNK)
+            tokens = [_tokens_of(found[sentence]) for sentence in sentences[some]]
+            pieces = starts[ends[first] - lengths[first] : ends[some][-1]]
+            tags.append(_align(tokens, lengths[some], pieces))
         return np.concatenate(tags, axis=1)
 
     def describe(self, pos_id: int, ner_id: int) -> str:
@@ -288,30 +309,62 @@ class Tagger:
         labels = self.pipeline.pos_labels[pos_id], self.pipeline.ner_labels[ner_id]
         return "".join(f"/{label}" for label in labels if label != NONE)
 
-    def _path(self) -> Path | None:
-        if self._cache_dir is None:
-            return None
-        identity = json.dumps(self.pipeline.to_dict(), sort_keys=True).encode()
-        name = f"tags-{hashlib.sha256(identity).hexdigest()[:32]}.sqlite"
-        return Path(self._cache_dir) / name
+    def rest(self) -> None:
+        """Give back spaCy's memory, until there is something to tag again."""
+        self._nlp = None
 
-    def _fill(self, sentences: list[str], title: str) -> None:
-        distinct = list(dict.fromkeys(sentences))
-        with self._store.alone():
-            found = self._store.read(distinct)
-            missing = [sentence for sentence in distinct if sentence not in found]
-            if not missing:
-                return
-            self._nlp = self._nlp or load_spacy(self.pipeline)
-            unknown = Counter()
-            with tqdm(total=len(missing), desc=f"tagging {title}", unit="sentence") as bar:
-                for chunk, tokens, strangers in run_spacy(self._nlp, self.pipeline, missing):
-                    self._store.write(chunk, tokens)
-                    unknown += strangers
-                    bar.update(len(chunk))
+    def _look_up_or_tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
+        found = self._read(sentences)
+        if len(found) < len(sentences):
+            with self._store.alone() if self._store else contextlib.nullcontext():
+                found |= self._read([each for each in sentences if each not in found])
+                missing = [each for each in sentences if each not in found]
+                if missing:
+                    found |= self._tag(missing, title)
+        return found
+
+    def _tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
+        self._nlp = self._nlp or load_spacy(self.pipeline)
+        found, unknown = {}, Counter()
+        with tqdm(total=len(sentences), desc=f"tagging {title}", unit="sentence") as bar:
+            for some, strangers in run_spacy(self._nlp, self.pipeline, sentences):
+                self._write(some)
+                found |= some
+                unknown += strangers
+                bar.update(len(some))
         if unknown:
             labels = ", ".join(f"{label} ({count} times)" for label, count in unknown.items())
             warnings.warn(f"{self.pipeline}: its meta.json does not list {labels}: taken as none")
+        return found
+
+    def _read(self, sentences: list[str]) -> dict[str, bytes]:
+        found = {each: self._memory[each] for each in sentences if each in self._memory}
+        if self._store:
+            with self._warning(self._store.path):
+                found |= self._store.read(sentences)
+        return found
+
+    def _write(self, found: dict[str, bytes]) -> None:
+        if self._store:
+            with self._warning(self._store.path):
+                self._store.write(found)
+        if not self._store:
+            self._memory |= found
+
+    @contextlib.contextmanager
+    def _warning(self, path):
+        """A store that cannot be used is a warning; from then on there is none."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            warnings.warn(f"{path}: {one_line(error)}, so tags are not kept there")
+            self._store = None
+
+
+def _tokens_of(value: bytes) -> np.ndarray:
+    """[3, n + 2] int32: where each of n tokens starts (characters), its part-of-speech id and its
+    named-entity id; before and behind them a column without tags."""
+    return np.frombuffer(value, np.int32).reshape(3, -1)
 
 
 def _align(tokens: list[np.ndarray], lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -330,12 +383,11 @@ def load_spacy(pipeline: Pipeline):
     """The pipeline as a spaCy `Language`. UserError: spaCy cannot load it."""
     import spacy
 
-    unneeded = [
-        name
-        for name, factory in _read_factories(pipeline.directory).items()
-        if factory in NOT_NEEDED
-    ]
+    factories = _read_factories(pipeline.directory)
+    unneeded = [name for name, factory in factories.items() if factory in NOT_NEEDED]
     try:
+        if pipeline.package:
+            importlib.import_module(pipeline.package)
         return spacy.load(pipeline.directory, exclude=unneeded)
     except Exception as error:  # whatever its many components make of a damaged file
         raise UserError(
@@ -345,62 +397,74 @@ def load_spacy(pipeline: Pipeline):
 
 def run_spacy(
     nlp, pipeline: Pipeline, sentences: list[str]
-) -> Iterator[tuple[list[str], list[np.ndarray], Counter]]:
-    """(some sentences, what `TagStore` keeps of each, labels that the pipeline does not list)."""
+) -> Iterator[tuple[dict[str, bytes], Counter]]:
+    """Part by part: what is found in each sentence, labels that the pipeline does not list.
+    UserError: spaCy fails; what came before that is good."""
     ids = [
         {nlp.vocab.strings.add(label): number for number, label in enumerate(labels)} | {0: 0}
         for labels in (pipeline.pos_labels, pipeline.ner_labels)
     ]
     chunks = [sentences[i : i + CHUNK] for i in range(0, len(sentences), CHUNK)]
-    processes = min(len(chunks), _cores())
-    own_threads = TRANSFORMERS & set(_read_factories(pipeline.directory).values())
-    if processes == 1 or own_threads or sys.platform != "linux":  # elsewhere, to fork is not safe
-        yield from ((chunk, *_tag_chunk(nlp, ids, chunk)) for chunk in chunks)
-        return
+    # To fork is safe on Linux only, and not with PyTorch's threads.
+    can_fork = sys.platform == "linux" and not _runs_pytorch(nlp)
+    processes = min(len(chunks), len(os.sched_getaffinity(0))) if can_fork else 1
+    try:
+        if processes == 1:
+            yield from (_tag_chunk(nlp, ids, chunk) for chunk in chunks)
+        else:
+            yield from _tag_in_processes(processes, nlp, ids, chunks)
+    except UserError:
+        raise
+    except Exception as error:  # of any component, or of a process that was killed
+        raise UserError(f"{pipeline.directory}: spaCy cannot tag ({one_line(error)})") from error
+
+
+def _runs_pytorch(nlp) -> bool:
+    models = [getattr(component, "model", None) for _, component in nlp.pipeline]
+    walks = [model.walk() for model in models if hasattr(model, "walk")]
+    return any(node.shims for walk in walks for node in walk)
+
+
+def _tag_in_processes(processes: int, nlp, ids: list[dict], chunks: list[list[str]]):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or each fork is told of in a warning
+    context, parent = multiprocessing.get_context("fork"), os.getpid()
     pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), _start_worker, (nlp, ids)
+        processes, context, _start_worker, (nlp, ids, parent)
     )
     try:
-        yield from ((chunk, *done) for chunk, done in zip(chunks, pool.map(_work, chunks)))
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError(
-            "a process that was tagging has been killed, perhaps for want of memory; what was tagged "
-            "is kept, run this again to go on"
-        ) from error
+        yield from pool.map(_work, chunks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
-def _start_worker(nlp, ids) -> None:
-    """Ctrl-C is for the parent to answer; and a killed parent's workers must end, who have its lock
+def _start_worker(nlp, ids: list[dict], parent: int) -> None:
+    """Ctrl-C is for the parent to answer, and a killed parent's workers must not outlive it
     (PR_SET_PDEATHSIG, from prctl.h)."""
     global _worker
     _worker = nlp, ids
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before that
+        os._exit(1)
 
 
 def _work(sentences: list[str]):
     return _tag_chunk(*_worker, sentences)
 
 
-def _tag_chunk(nlp, ids: list[dict], sentences: list[str]) -> tuple[list[np.ndarray], Counter]:
+def _tag_chunk(nlp, ids: list[dict], sentences: list[str]) -> tuple[dict[str, bytes], Counter]:
     from spacy.attrs import ENT_TYPE, IDX, TAG
 
-    found, unknown = [], Counter()
-    for doc in nlp.pipe(sentence[:MAX_CHARACTERS] for sentence in sentences):
+    found, unknown = {}, Counter()
+    docs = nlp.pipe(sentence[:MAX_CHARACTERS] for sentence in sentences)
+    for sentence, doc in zip(sentences, docs, strict=True):
         starts, *labels = doc.to_array([IDX, TAG, ENT_TYPE]).T
-        tokens = np.zeros((3, len(doc) + 2), np.int32)  # a last column ends what was read
+        tokens = np.zeros((3, len(doc) + 2), np.int32)
         tokens[0, 1:-1], tokens[0, -1] = starts, len(doc.text)
         for row, known, hashes in zip(tokens[1:], ids, labels):
             numbers = [known.get(label, -1) for label in hashes.tolist()]
             unknown.update(nlp.vocab.strings[h] for h, n in zip(hashes.tolist(), numbers) if n < 0)
             row[1:-1] = np.maximum(numbers, 0)
-        found.append(tokens)
+        found[sentence] = tokens.tobytes()
     return found, unknown

@@ -62,7 +62,6 @@ def compare_tagging(args, sentences: list[str], cache_dir) -> None:
     tagger, nlp = Tagger(pipeline, cache_dir), load_spacy(pipeline)
 
     def ours(part):
-        tagger.tag(part)
         _, lengths = tokenizer.packed_ids(part, args.max_length)
         tagger.tags_of_pieces(part, lengths, tokenizer.packed_starts(part, args.max_length))
 

@@ -1,7 +1,9 @@
 """Tags of word pieces, with a pipeline of a few labels that is trained here."""
 
+import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 import unicodedata
 from pathlib import Path
 
@@ -59,7 +62,6 @@ def sample_sentences():
 
 def tags_of(tagger, tokenizer, sentences, max_length=512):
     """A list of (pieces, their tags as label pairs), one for each sentence."""
-    tagger.tag(sentences)
     ids, lengths = tokenizer.packed_ids(sentences, max_length)
     starts = tokenizer.packed_starts(sentences, max_length)
     tags = tagger.tags_of_pieces(sentences, lengths, starts)
@@ -207,7 +209,7 @@ def test_several_processes_give_what_one_gives(
 ):
     found = []
     for cores in (1, 3):
-        monkeypatch.setattr(tagging, "_cores", lambda: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
         found.append(tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences))
     assert found[0] == found[1]
 
@@ -274,7 +276,7 @@ def disable(copied, name):
         (lambda copied: (copied / "meta.json").write_text("[]"), "meta.json: damaged"),
         (lambda copied: (copied / "config.cfg").write_text("[nlp"), "config.cfg: damaged"),
         (lambda copied: edit_json(copied / "meta.json", lambda v: v.pop("labels")), "damaged"),
-        (lambda copied: shutil.rmtree(copied), "no such directory, and no spaCy pipeline of this"),
+        (lambda copied: shutil.rmtree(copied), "no such directory"),
     ],
 )
 def test_a_pipeline_of_no_use_is_one_clear_line(copied, damage, message):
@@ -284,17 +286,75 @@ def test_a_pipeline_of_no_use_is_one_clear_line(copied, damage, message):
     assert "\n" not in str(error.value) and str(copied) in str(error.value)
 
 
-def test_a_missing_pipeline_names_the_command_that_installs_it(flags, capsys):
-    with pytest.raises(ImportError):
-        import en_core_web_sm  # noqa: F401
-    assert mc.main(flags + ["--additional_input"]) == 1
-    assert "run: python -m spacy download en_core_web_sm" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["en_core_web_sm", "no_such_thing", "__main__", "datasets"])
+def test_a_missing_pipeline_names_the_command_that_installs_it(name, flags, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    hide = {"en_core_web_sm": None}  # it may be installed here
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: hide[name] if name in hide else find_spec(name)
+    )
+    assert mc.main(flags + ["--additional_input", "--spacy_model", name]) == 1
+    assert f"run: python -m spacy download {name}\n" in capsys.readouterr().err
 
 
-def test_a_damaged_component_is_one_clear_line(copied):
+def test_a_damaged_component_is_one_clear_line(copied, minilm_tokenizer):
     (copied / "ner" / "model").write_bytes(b"x")
     with pytest.raises(UserError, match="spaCy cannot load it"):
-        Tagger(Pipeline.find(str(copied))).tag(["Anna"])
+        tags_of(Tagger(Pipeline.find(str(copied))), minilm_tokenizer, ["Anna"])
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_component_that_fails_is_one_clear_line(
+    pipeline, nlp, minilm_tokenizer, monkeypatch, cores
+):
+    """And what was tagged before stays."""
+
+    def pipe(texts):
+        for text in texts:
+            if text == "fail":
+                raise ValueError("[E999] no good")
+            yield nlp(text)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(tagging, "CHUNK", 2)
+    tagger = Tagger(pipeline)
+    tagger._nlp = types.SimpleNamespace(pipe=pipe, vocab=nlp.vocab, pipeline=nlp.pipeline)
+    with pytest.raises(UserError, match=r"spaCy cannot tag \(\[E999\] no good\)"):
+        tags_of(tagger, minilm_tokenizer, ["a", "b", "c", "fail", "d"])
+    tagger._nlp = None
+    tags_of(tagger, minilm_tokenizer, ["a", "b"])
+    assert tagger._nlp is None
+
+
+def test_a_package_brings_its_own_code(copied, minilm_tokenizer, monkeypatch):
+    """As `spacy package --code` makes it: a component that only the package knows."""
+    package = copied.parent / "en_shouting"
+    package.mkdir()
+    code = """
+from spacy.language import Language
+@Language.component("shout")
+def shout(doc):
+    return doc
+"""
+    (package / "__init__.py").write_text(code)
+    edit_json(copied / "meta.json", lambda values: values.update(name="shouting"))
+    (package / "meta.json").write_text((copied / "meta.json").read_text())
+    config = (copied / "config.cfg").read_text()
+    config = config.replace('["tagger","ner"]', '["tagger","ner","shout"]')
+    (copied / "config.cfg").write_text(config + '\n[components.shout]\nfactory = "shout"\n')
+    copied.rename(package / "en_shouting-1.2.3")
+    monkeypatch.syspath_prepend(str(copied.parent))
+    ((_, tags),) = tags_of(Tagger(Pipeline.find("en_shouting")), minilm_tokenizer, ["Anna"])
+    assert tags[1] == ("NNP", "PERSON")
+
+
+def test_linked_folders_count(pipeline, copied):
+    elsewhere = copied.parent / "elsewhere"
+    (copied / "ner").rename(elsewhere)
+    (copied / "ner").symlink_to(elsewhere)
+    assert Pipeline.find(str(copied)) == pipeline
+    (elsewhere / "model").write_bytes(b"other")
+    assert Pipeline.find(str(copied)) != pipeline
 
 
 def test_labels_that_are_not_listed_are_named(copied, minilm_tokenizer):
@@ -334,10 +394,12 @@ def test_each_sentence_is_read_once(
     assert spacy_runs == [700, 100]
 
 
-def test_another_pipeline_has_a_cache_of_its_own(pipeline, copied, tmp_path, spacy_runs):
+def test_another_pipeline_has_a_cache_of_its_own(
+    pipeline, copied, minilm_tokenizer, tmp_path, spacy_runs
+):
     edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
     for each in (pipeline, Pipeline.find(str(copied)), pipeline):
-        Tagger(each, tmp_path / "cache").tag(["Anna", "Paris"])
+        tags_of(Tagger(each, tmp_path / "cache"), minilm_tokenizer, ["Anna", "Paris"])
     assert spacy_runs == [2, 2]
 
 
@@ -361,6 +423,7 @@ def flip(path, places):
         lambda path: flip(path, range(6000, 10**6, 30_011)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged anew")
 def test_a_damaged_cache_is_mended(pipeline, minilm_tokenizer, sample_sentences, tmp_path, damage):
     some = sample_sentences[:300]
     expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some)
@@ -369,8 +432,30 @@ def test_a_damaged_cache_is_mended(pipeline, minilm_tokenizer, sample_sentences,
     for _ in range(2):
         assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some) == expected
     tagger = Tagger(pipeline, tmp_path)
-    tagger.tag(some)
+    tags_of(tagger, minilm_tokenizer, some)
     assert tagger._nlp is None  # it is whole again
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged anew")
+def test_any_changed_bit_is_mended(pipeline, nlp, minilm_tokenizer, tmp_path):
+    sentences = ["Anna is good", "the film", "Paris"]
+    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
+    (path,) = tmp_path.glob("tags-*.sqlite")
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    used = [place for place, byte in enumerate(whole) if byte]  # most of the pages is empty
+    for place in rng.sample(used, min(len(used), 150)) + rng.sample(range(len(whole)), 100):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        tagger = Tagger(pipeline, tmp_path)
+        tagger._nlp = nlp
+        assert tags_of(tagger, minilm_tokenizer, sentences) == expected, place
+        again = Tagger(pipeline, tmp_path)
+        again._nlp = None  # would have to load it
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tagging, "load_spacy", None)
+            assert tags_of(again, minilm_tokenizer, sentences) == expected, place
 
 
 def test_a_damaged_value_is_read_again(pipeline, minilm_tokenizer, tmp_path, spacy_runs):
@@ -378,7 +463,9 @@ def test_a_damaged_value_is_read_again(pipeline, minilm_tokenizer, tmp_path, spa
     expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
     (path,) = tmp_path.glob("tags-*.sqlite")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE tags SET tokens = substr(tokens, 1, 40) WHERE rowid = 2")
+        connection.execute(
+            "UPDATE tags SET tokens = substr(tokens, 1, 40) WHERE sentence = (SELECT max(sentence) FROM tags)"
+        )
     assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
     assert spacy_runs == [3, 1]
 
@@ -386,26 +473,29 @@ def test_a_damaged_value_is_read_again(pipeline, minilm_tokenizer, tmp_path, spa
 def test_a_cache_that_cannot_be_written_is_a_warning(pipeline, minilm_tokenizer, tmp_path):
     expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
     (tmp_path / "file").touch()
-    tagger = Tagger(pipeline, tmp_path / "file")
     with pytest.warns(UserWarning, match="so tags are not kept there"):
+        tagger = Tagger(pipeline, tmp_path / "file")
+    for _ in range(2):
         assert tags_of(tagger, minilm_tokenizer, ["Anna is good"]) == expected
 
 
-def test_a_full_disk_is_a_warning(pipeline, minilm_tokenizer, tmp_path, monkeypatch):
-    expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
-    connect = tagging.TagStore._connect
+def test_a_full_disk_is_a_warning_and_nothing_is_tagged_twice(
+    pipeline, minilm_tokenizer, tmp_path, monkeypatch, spacy_runs
+):
+    opened = tagging.TagStore._open
 
     def small(store):
-        connection = connect(store)
-        if store.path:
-            connection.execute("PRAGMA max_page_count = 3")
-        return connection
+        result = opened(store)
+        store.connection.execute("PRAGMA max_page_count = 40")
+        return result
 
-    monkeypatch.setattr(tagging.TagStore, "_connect", small)
-    sentences = ["Anna is good"] + [f"the film {number}" for number in range(1000)]
+    sentences = [f"the film {number}" for number in range(2000)]
+    expected = tags_of(Tagger(pipeline), minilm_tokenizer, sentences)
+    monkeypatch.setattr(tagging.TagStore, "_open", small)
+    tagger = Tagger(pipeline, tmp_path)
     with pytest.warns(UserWarning, match="disk is full, so tags are not kept"):
-        found = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
-    assert found[:1] == expected
+        assert tags_of(tagger, minilm_tokenizer, sentences) == expected
+    assert spacy_runs == [2000, 2000]
 
 
 TAG_SAMPLE = f"""
@@ -414,11 +504,12 @@ import tagging
 tagging.CHUNK = 50
 run_spacy = tagging.run_spacy
 def run(nlp, pipeline, sentences):
-    print(len(sentences), flush=True)
+    print("tagging", len(sentences), flush=True)
     return run_spacy(nlp, pipeline, sentences)
 tagging.run_spacy = run
 sentences = open(sys.argv[3], encoding="utf-8").read().split(chr(0))
-tagging.Tagger(tagging.Pipeline.find(sys.argv[1]), sys.argv[2]).tag(sentences)
+tagger = tagging.Tagger(tagging.Pipeline.find(sys.argv[1]), sys.argv[2])
+tagger._look_up_or_tag(sentences, "")
 """
 
 
@@ -437,15 +528,21 @@ def test_runs_that_start_together_read_each_sentence_once(
     runs = [tag_elsewhere() for _ in range(3)]
     printed = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
-    numbers = [int(line) for text in printed for line in text.splitlines() if line.isdigit()]
-    assert numbers == [len(sample_sentences)]
+    numbers = re.findall(r"^tagging (\d+)$", "".join(printed), re.MULTILINE)
+    assert numbers == [str(len(sample_sentences))]
+
+
+def test_a_run_that_needs_no_tagging_does_not_wait(pipeline, minilm_tokenizer, tmp_path):
+    sentences = ["Anna is good", "the film"]
+    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
+    with Tagger(pipeline, tmp_path)._store.alone():
+        assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
 
 
 def test_a_killed_run_keeps_what_it_has_and_blocks_nobody(
     pipeline, minilm_tokenizer, tag_elsewhere, sample_sentences, tmp_path, spacy_runs
 ):
     run = tag_elsewhere()
-    run.stdout.readline()
     paths = []
     while not paths or kept(paths[0]) < 200:
         paths = list((tmp_path / "cache").glob("tags-*.sqlite"))
@@ -619,29 +716,76 @@ def test_a_run_with_tags_resumes(tagged_flags, copied, tmp_path, monkeypatch, ca
     assert predictions(tmp_path) == predictions(tmp_path / "whole")
 
 
-def test_checkpoints_that_do_not_fit_are_one_clear_line(
-    trained, flags, tagged_flags, copied, tmp_path, capsys
-):
-    def line(arguments):
-        assert mc.main(arguments) == 1
-        return capsys.readouterr().err.splitlines()[-1]
+def last_line(capsys, arguments):
+    assert mc.main(arguments) == 1
+    return capsys.readouterr().err.splitlines()[-1]
 
+
+def test_checkpoints_of_another_pipeline_are_one_clear_line(trained, flags, copied, capsys):
     edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
-    evaluate = ["--evaluate", str(trained)]
-    message = line(flags + evaluate + ["--spacy_model", str(copied)])
+    evaluate = flags + ["--evaluate", str(trained)]
+    message = last_line(capsys, evaluate + ["--spacy_model", str(copied)])
     assert re.search(r"trained with tags of en_tiny 1.2.3 \(\w{8}\), not of en_tiny 1.2.4", message)
     shutil.rmtree(copied)
-    assert "no such directory" in line(flags + evaluate + ["--spacy_model", str(copied)])
+    message = last_line(capsys, evaluate + ["--spacy_model", str(copied)])
+    assert re.search(
+        r"trained with tags of en_tiny 1.2.3 \(\w{8}\); name it with --spacy_model \(.*: no such",
+        message,
+    )
+    assert mc.main(evaluate + ["--additional_input"]) == 0  # it knows its pipeline
 
+
+def test_damaged_checkpoints_are_one_clear_line(trained, flags, tagged_flags, tmp_path, capsys):
+    evaluate = flags + ["--evaluate", str(trained)]
     content = torch.load(trained, weights_only=True)
-    for changed in (None, {}, [], 3, content["tags"] | {"ner_labels": ["none"]}):
+    for changed in (None, {}, [], 0, "", content["tags"] | {"ner_labels": ["none"]}):
         torch.save(content | {"tags": changed}, trained)
-        assert f"error: {trained}: a damaged checkpoint" in line(flags + evaluate)
+        assert f"error: {trained}: a damaged checkpoint" in last_line(capsys, evaluate)
+    for changed in ({}, {"spacy_model": None}):
+        options = {key: v for key, v in content["options"].items() if key != "spacy_model"}
+        torch.save(content | {"options": options | changed}, trained)
+        assert f"error: {trained}: a damaged checkpoint" in last_line(capsys, evaluate)
 
+    trained.unlink()
     assert mc.main(flags + ["--epochs", "1"]) == 0
-    plain = max((tmp_path / "models_dir").glob("*.pt"), key=lambda path: path.stat().st_mtime)
-    message = line(tagged_flags + ["--evaluate", str(plain)])
-    assert f"{plain}: was trained without --additional_input; leave it out" in message
+    (plain,) = (tmp_path / "models_dir").glob("*.pt")
+    message = last_line(capsys, tagged_flags + ["--evaluate", str(plain)])
+    assert f"{plain}: was trained without tags; leave --additional_input and" in message
+    content = torch.load(plain, weights_only=True)
+    for changed in ({}, [], 0, ""):
+        torch.save(content | {"tags": changed}, plain)
+        message = last_line(capsys, flags + ["--evaluate", str(plain)])
+        assert f"error: {plain}: a damaged checkpoint" in message
+
+
+def test_resume_auto_knows_pipelines_apart(trained, tagged_flags, copied, capsys):
+    again = tagged_flags + ["--resume", "auto"]
+    assert mc.main(again) == 0
+    assert "is finished; its predictions are written again" in capsys.readouterr().out
+    edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
+    assert mc.main(again + ["--spacy_model", str(copied)]) == 0
+    assert "has no run with these options; this is a new one" in capsys.readouterr().out
+
+
+def test_an_encoder_that_brings_tag_embeddings_is_refused(
+    trained, flags, tagged_flags, tmp_path, capsys
+):
+    """Nobody knows of which pipeline."""
+    model, tokenizer, _ = mc.load_checkpoint(trained)
+    for part in (model.bert, tokenizer):
+        part.save_pretrained(tmp_path / "encoder")
+    for chosen in (flags, tagged_flags):
+        message = last_line(capsys, chosen + ["--bert_model", str(tmp_path / "encoder")])
+        assert "this encoder has embeddings of tags already" in message
+
+
+def test_tag_embeddings_train_while_the_encoder_is_frozen(tagged_flags, tmp_path):
+    assert mc.main(tagged_flags + ["--unfreeze_interval", "5"]) == 0
+    (path,) = (tmp_path / "models_dir").glob("*.pt")
+    embeddings = mc.load_checkpoint(path)[0].bert.embeddings
+    assert embeddings.pos_tag_embeddings.weight.any()
+    frozen = BertModel.from_pretrained(tagged_flags[1]).embeddings.word_embeddings.weight
+    assert torch.equal(embeddings.word_embeddings.weight, frozen)
 
 
 @pytest.mark.parametrize(
