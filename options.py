@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import SPLITS, TASKS
 
-DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 4e-4}
+DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 1.2e-3}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
