@@ -146,7 +146,7 @@ def add_model_flags(group) -> None:
         "--additional_input",
         action="store_true",
         help="add embeddings of each word piece's part-of-speech and named-entity tag, by spaCy; they "
-        "start at 0 and train with the encoder's embeddings",
+        "start at 0 and train from the first step",
     )
     flag(
         "--spacy_model",
