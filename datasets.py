@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import heapq
 import http.client
 import math
 import sys
@@ -45,7 +46,8 @@ class Task:
     label_column: str
     num_classes: int | None  # None: the label is a number from 0 to MAX_SIMILARITY
     loss: Callable[[Tensor, Tensor], Tensor]
-    draw: Callable[[Tensor], Tensor]  # labels from the distribution that the loss takes outputs for
+    # Labels from the distribution that the loss takes the outputs for, by normal random numbers.
+    draw: Callable[[Tensor, Tensor], Tensor]
     metrics: tuple[str, ...]  # the first one selects the model; the names are evaluation.py's
     prediction_column: str
 
@@ -73,16 +75,18 @@ class Task:
         return value
 
 
-def draw_class(logits: Tensor) -> Tensor:
-    """From the softmax: cross-entropy is its negative log-likelihood. [B, classes] to [B]."""
-    # The Gumbel-max trick. torch.multinomial would wait for the GPU, and refuse what is not finite.
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=-1)
+def draw_class(logits: Tensor, noise: Tensor) -> Tensor:
+    """From the softmax: cross-entropy is its negative log-likelihood. `noise` N(0, 1) of the same
+    shape. [B, classes] to [B]."""
+    # The Gumbel-max trick: -log(-log(u)) of a uniform u, here of the normal's distribution function.
+    # torch.multinomial would wait for the GPU, and refuse what is not finite.
+    return (logits - torch.log(-torch.special.log_ndtr(noise))).argmax(dim=-1)
 
 
-def draw_value(outputs: Tensor) -> Tensor:
+def draw_value(outputs: Tensor, noise: Tensor) -> Tensor:
     """From the normal distribution with variance 1/2: the squared error is its negative
-    log-likelihood, but for a constant."""
-    return outputs + 0.5**0.5 * torch.randn_like(outputs)
+    log-likelihood, but for a constant. `noise` N(0, 1) [B, 1]. [B] to [B]."""
+    return outputs + 0.5**0.5 * noise.squeeze(1)
 
 
 TASKS = {
@@ -342,6 +346,7 @@ class TaskDataset:
             TokenColumn(pieces, offsets[start : start + rows + 1])
             for start in range(0, len(sentences), rows)
         ]
+        self.n_tokens = sum(column.lengths for column in self.columns)  # [n_rows]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -441,10 +446,10 @@ class Batch:
     columns: dict[str, list[slice]]  # task -> where its sentence columns stand after `places`
     labels: dict[str, Tensor]  # task -> [n_rows]
     rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
-
-    def __len__(self) -> int:
-        """Rows per task; all tasks of a training batch have the same number."""
-        return max(len(rows) for rows in self.rows.values())
+    step_rows: dict[
+        str, int
+    ]  # task -> rows of the optimizer step, in all its batches and processes
+    picks: dict[str, np.ndarray]  # task -> [n_rows] which of them these are
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor):
@@ -462,8 +467,14 @@ class Batch:
         )
 
 
-def collate(parts: dict[str, tuple[TaskDataset, np.ndarray]]) -> Batch:
-    """Pack the given rows of each task's dataset into one batch."""
+def collate(
+    parts: dict[str, tuple[TaskDataset, np.ndarray]],
+    step_rows: dict[str, int] | None = None,
+    picks: dict[str, np.ndarray] | None = None,
+) -> Batch:
+    """Pack the given rows of each task's dataset into one batch, which by default is all that one
+    optimizer step sees."""
+    n_rows = {name: len(rows) for name, (_, rows) in parts.items()}
     sequences, columns, labels = [], {}, {}
     for name, (dataset, rows) in parts.items():
         columns[name] = []
@@ -488,6 +499,8 @@ def collate(parts: dict[str, tuple[TaskDataset, np.ndarray]]) -> Batch:
         columns=columns,
         labels=labels,
         rows={name: rows for name, (_, rows) in parts.items()},
+        step_rows=step_rows or n_rows,
+        picks=picks or {name: np.arange(n) for name, n in n_rows.items()},
     )
 
 
@@ -529,37 +542,74 @@ def training_windows(
     samples_per_epoch: int,
     batch_size: int,
     grad_accumulation: int,
+    rank: int = 0,
+    n_processes: int = 1,
 ) -> Iterator[list[Batch]]:
-    """One epoch: for each optimizer step, the batches whose gradients it adds up."""
+    """One epoch: for each optimizer step, the batches whose gradients it adds up. Of `n_processes`
+    that share the rows of each batch, the one of this `rank` gets its own; it may get none."""
     drawn = {name: samplers[name].draw(samples_per_epoch) for name in datasets}
     window_size = batch_size * grad_accumulation
     for window in range(0, samples_per_epoch, window_size):
         end = min(window + window_size, samples_per_epoch)
-        yield [
-            collate(
-                {
-                    name: (dataset, drawn[name][start : min(start + batch_size, end)])
-                    for name, dataset in datasets.items()
-                }
-            )
-            for start in range(window, end, batch_size)
-        ]
+        step_rows = dict.fromkeys(datasets, end - window)
+        batches = []
+        for start in range(window, end, batch_size):
+            chosen = slice(start, min(start + batch_size, end))
+            n_tokens = {
+                name: dataset.n_tokens[drawn[name][chosen]] for name, dataset in datasets.items()
+            }
+            mine = {
+                n: each for n, each in deal_out(n_tokens, n_processes)[rank].items() if len(each)
+            }
+            parts = {name: (datasets[name], drawn[name][chosen][mine[name]]) for name in mine}
+            picks = {name: start - window + each for name, each in mine.items()}
+            batches += [collate(parts, step_rows, picks)] if parts else []
+        yield batches
 
 
-def evaluation_batches(dataset: TaskDataset, batch_size: int) -> Iterator[Batch]:
-    """Every row once, longest first: what would not fit into memory fails at the start.
+def deal_out(n_tokens: dict[str, np.ndarray], n_shares: int) -> list[dict[str, np.ndarray]]:
+    """Deal each task's rows out into shares of about as many tokens: the longest rows first, each
+    to the share that has the fewest tokens so far (Graham 1969, "Bounds on multiprocessing timing
+    anomalies").
+
+    Args:
+        n_tokens: task -> [n_rows] numbers of tokens.
+
+    Returns:
+        of each share, task -> which of the rows it has, in order.
+    """
+    if n_shares == 1:
+        return [{name: np.arange(len(each)) for name, each in n_tokens.items()}]
+    rows = [(n, name, row) for name, each in n_tokens.items() for row, n in enumerate(each)]
+    shares = [{name: [] for name in n_tokens} for _ in range(n_shares)]
+    loads = [(0, share) for share in range(n_shares)]
+    for n, name, row in sorted(rows, key=lambda each: -each[0]):
+        load, share = loads[0]
+        heapq.heapreplace(loads, (load + n, share))
+        shares[share][name].append(row)
+    return [
+        {name: np.array(sorted(each), np.int64) for name, each in share.items()} for share in shares
+    ]
+
+
+def evaluation_batches(
+    dataset: TaskDataset, batch_size: int, rank: int = 0, n_processes: int = 1
+) -> Iterator[Batch]:
+    """Every row once, longest first: what would not fit into memory fails at the start. Of
+    `n_processes`, each gets every n-th batch.
 
     The first batch has `batch_size` rows, each later one as many as have no more tokens in all.
     """
-    n_tokens = sum(column.lengths for column in dataset.columns)
-    order = np.argsort(-n_tokens, kind="stable")
-    ends = np.cumsum(n_tokens[order])  # tokens up to and with each row
-    start, budget = 0, ends[:batch_size][-1]
+    order = np.argsort(-dataset.n_tokens, kind="stable")
+    ends = np.cumsum(dataset.n_tokens[order])  # tokens up to and with each row
+    start, budget, chunks = 0, ends[:batch_size][-1], []
     while start < len(order):
         tokens_before = ends[start - 1] if start else 0
         end = np.searchsorted(ends, tokens_before + budget, side="right")
-        yield collate({dataset.task.name: (dataset, order[start:end])})
+        chunks.append(order[start:end])
         start = end
+    for chunk in chunks[rank::n_processes]:
+        yield collate({dataset.task.name: (dataset, chunk)})
 
 
 # ------------------------------------------------------------------------------------- download

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from datasets import Task, TaskDataset, evaluation_batches
-from utils import atomic_write, autocast
+from utils import atomic_write, autocast, gather, n_processes, rank
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -60,22 +60,24 @@ class Evaluation:
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, dataset: TaskDataset, batch_size: int) -> np.ndarray:
-    """Predictions [n_rows] in the dataset's order. The model's training mode is left as found."""
+    """Predictions [n_rows] in the dataset's order; the processes of a data-parallel run share the
+    work, and all get all. The model's training mode is left as found."""
     task = dataset.task
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    rows, predictions = [], []
+    rows, predictions = [np.empty(0, np.int64)], [torch.empty(0, device=device)]
     progress = dict(total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row")
     with tqdm(**progress, leave=False) as bar, autocast(device):
-        for batch in evaluation_batches(dataset, batch_size):
+        for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
             outputs = model(batch.to(device))[task.name]
             rows.append(batch.rows[task.name])
             predictions.append(task.decode(outputs.float()))
-            bar.update(len(batch))
+            bar.update(len(rows[-1]) * n_processes())
     model.train(was_training)
     in_order = np.empty(len(dataset))
-    in_order[np.concatenate(rows)] = torch.cat(predictions).cpu().numpy()
+    for some, values in gather((np.concatenate(rows), torch.cat(predictions).cpu().numpy())):
+        in_order[some] = values
     return in_order
 
 

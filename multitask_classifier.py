@@ -12,6 +12,8 @@ if __name__ == "__main__":  # before PyTorch is imported
     # OpenMP's threads wait for each other in a loop; GNU's would loop so long that two runs on the
     # same cores stop each other almost wholly. This costs one run alone a few per cent.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if os.environ.get("RANK", "0") != "0":  # the first process of a data-parallel run has the bars
+        os.environ["TQDM_DISABLE"] = "1"
 
 import argparse
 import contextlib
@@ -61,17 +63,29 @@ from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
+    agree,
     atomic_write,
     autocast,
+    by_first,
     check_writable,
+    copy_from_first,
+    gather,
     hold,
+    is_lost_connection,
+    join_processes,
     keep_freed_memory,
+    leave_processes,
     load_torch_file,
+    n_processes,
+    one_first_on_each_node,
     one_line,
     pick_device,
     random_states,
+    rank,
     restore_random_states,
     seed_everything,
+    seeded_generator,
+    sum_over_processes,
     uninterrupted,
 )
 
@@ -284,7 +298,8 @@ def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.
         return AdamW(settings, lr=options.lr)
     sophia = dict(lr=options.lr, rho=options.rho, betas=SOPHIA_BETAS[options.optimizer])
     if options.optimizer == "sophiah":
-        return SophiaH(settings, **sophia, update_period=options.hess_interval)
+        sophia["update_period"] = options.hess_interval
+        return SophiaH(settings, **sophia, all_reduce=sum_over_processes)
     return SophiaG(settings, **sophia)
 
 
@@ -327,7 +342,10 @@ def checkpoint_content(
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
-    """Atomically. UserError: it cannot be written, and what was there is still there."""
+    """Atomically, by the first process. UserError: it cannot be written, and what was there is
+    still there."""
+    if rank():
+        return
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
@@ -443,11 +461,12 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
 ) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
-    """One optimizer step on the summed losses of all tasks, over the batches of one window.
+    """One optimizer step on the summed losses of all tasks, over the batches of one window, of
+    which each process of a data-parallel run has its share.
 
     Returns:
-        each task's mean loss and their weighted sum (scalar tensors, on the device), and
-        (task, labels, decoded outputs) of each batch.
+        each task's mean loss over all rows of the step and their weighted sum (scalar tensors, on
+        the device), and (task, labels, decoded outputs) of each batch of this process.
 
     Raises:
         NotFinite: the step was not taken, and the weights are as they were.
@@ -455,29 +474,33 @@ def training_step(
     device = next(model.parameters()).device
     weights = dict(zip(TASKS, options.loss_weights, strict=True))
     window = [batch.to(device) for batch in window]
-    window_rows = sum(len(batch) for batch in window)
     with_graph = isinstance(optimizer, SophiaH) and optimizer.refreshes
+    if with_graph:
+        optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
     if isinstance(optimizer, SophiaG) and optimizer.n_steps % options.hess_interval == 0:
-        gauss_newton_gradients(model, window, weights)
+        gauss_newton_gradients(model, window, weights, (options.seed, optimizer.n_steps))
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)
-    losses, answers = defaultdict(float), []
+    losses = {name: torch.zeros((), device=device) for name in (*options.tasks, "sum")}
+    answers = []
     for batch in window:
         with autocast(device):
             outputs = model(batch, second_derivative=with_graph)
         total = 0.0
         for name, output in outputs.items():
             task, labels = TASKS[name], batch.labels[name]
-            # The share of the window's rows, so that accumulated batches make one large batch.
-            loss = task.loss(output.float(), labels) * (len(batch) / window_rows)
+            # The share of all rows of the step, so that the batches of all processes make one.
+            share = len(labels) / batch.step_rows[name]
+            loss = task.loss(output.float(), labels) * share
             total = total + weights[name] * loss
-            losses[name] = losses[name] + loss.detach()
-            losses["sum"] = losses["sum"] + weights[name] * loss.detach()
+            losses[name] += loss.detach()
+            losses["sum"] += weights[name] * loss.detach()
             answers.append((name, labels, task.decode(output.detach().float())))
         if with_graph:
             backward_with_graph(total, model)
         else:
             total.backward()
+    sum_gradients(model, list(losses.values()))
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
     finite = bool((norm + losses["sum"]).isfinite())  # on a GPU: waits for the step
@@ -491,6 +514,22 @@ def training_step(
     return losses, answers
 
 
+def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
+    """Sum `.grad` and `values` over all processes. Where `.grad` has a graph (which makes the hooks
+    of PyTorch's DistributedDataParallel useless), the graph stays this process's own."""
+    if n_processes() == 1:
+        return
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A process may have no row of a task, and no process may have one of a task that is left out.
+    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
+    used = used.to(params[0].device)
+    for param in params:
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+    sum_over_processes([param.grad for param in params] + values + [used])
+    for param, by_any in zip(params, used.tolist()):
+        param.grad = param.grad if by_any else None
+
+
 def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
     """Add the gradients of `loss`, with their graph, to `.grad`. `loss.backward` would do the same
     and warn of the reference cycle, which SophiaH breaks."""
@@ -502,26 +541,37 @@ def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
 
 
 def gauss_newton_gradients(
-    model: MultitaskBERT, window: list[Batch], weights: dict[str, float]
+    model: MultitaskBERT, window: list[Batch], weights: dict[str, float], seed: tuple[int, ...]
 ) -> None:
     """Put into `.grad` the gradient whose square `SophiaG.update_hessian` wants for all tasks at
-    once: of each task's mean loss over the window, for labels drawn from the model's own outputs,
-    times the root of its rows and of its weight."""
-    n_rows = {name: sum(len(batch.rows[name]) for batch in window) for name in window[0].rows}
+    once: of each task's mean loss over the step's rows, for labels drawn from the model's own
+    outputs, times the root of its rows and of its weight. The same `seed` draws the same labels,
+    however the rows are divided among processes."""
     device = next(model.parameters()).device
     for batch in window:
         with autocast(device):
             outputs = model(batch)
         total = 0.0
         for name, output in outputs.items():
-            task, output = TASKS[name], output.float()
-            share = len(output) / n_rows[name]
-            loss = task.loss(output, task.draw(output.detach())) * share
-            total = total + (weights[name] * n_rows[name]) ** 0.5 * loss
+            task, output, n_rows = TASKS[name], output.float(), batch.step_rows[name]
+            labels = task.draw(output.detach(), step_noise(batch, name, seed).to(device))
+            loss = task.loss(output, labels) * (len(labels) / n_rows)
+            total = total + (weights[name] * n_rows) ** 0.5 * loss
         total.backward()
+    sum_gradients(model, [])
+
+
+def step_noise(batch: Batch, name: str, seed: tuple[int, ...]) -> Tensor:
+    """N(0, 1) for this batch's rows of a task, [n_rows, width of the outputs], of what is drawn for
+    all rows of the step."""
+    generator = seeded_generator(torch.device("cpu"), *seed, list(TASKS).index(name))
+    noise = torch.randn(batch.step_rows[name], TASKS[name].num_classes or 1, generator=generator)
+    return noise[batch.picks[name]]
 
 
 def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """Of the answers of all processes."""
+    answers = [each for some in gather(answers_by_task(answers)) for each in as_answers(some)]
     by_task = defaultdict(list)
     for name, labels, predictions in answers:
         by_task[name].append(torch.stack([labels.float(), predictions.float()]).cpu())
@@ -532,8 +582,16 @@ def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[st
     return scores
 
 
+class NoWriter:
+    """A SummaryWriter that writes nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
+
+
 class RunLog:
-    """TensorBoard's side of a run. Losses stay on the device until `flush`."""
+    """TensorBoard's side of a run. Losses stay on the device until `flush`. Of the processes of a
+    data-parallel run, only the first one writes."""
 
     def __init__(self, directory: Path, state: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter  # a second to import
@@ -541,7 +599,7 @@ class RunLog:
         self.directory, self.broken = directory, False
         # What a killed run wrote after its last saved state is hidden.
         purge = state and min([step for step, _ in state["waiting"]] + [state["n_steps"] + 1])
-        self.writer = SummaryWriter(str(directory), purge_step=purge)
+        self.writer = NoWriter() if rank() else SummaryWriter(str(directory), purge_step=purge)
         state = state or dict(n_steps=0, waiting=[], clipped=[])
         self.n_steps = state["n_steps"]
         self.waiting = list(state["waiting"])  # (step, tag -> value), not written yet
@@ -657,6 +715,7 @@ class Training:
         self.epoch = 0  # those that are over
         self.n_skipped = self.bad_steps = 0  # steps not taken, and of these the last ones in a row
         self.saving_seconds, self.saved_at = 0.0, time.monotonic()
+        self.signals = []  # that have come and wait for an answer
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -666,6 +725,7 @@ class Training:
         self.began = time.perf_counter()
 
     def state(self) -> dict:
+        """All processes must call it."""
         content = checkpoint_content(
             self.model, self.tokenizer, self.options, self.epoch, self.scores, self.tagger
         )
@@ -674,16 +734,18 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "samplers": self.drawn_from,
-                "random": random_states(),
+                "of_processes": gather(
+                    {"random": random_states(), "answers": answers_by_task(self.answers)}
+                ),
                 "best": self.best,
                 "n_windows": self.n_windows,
-                "answers": answers_by_task(self.answers),
                 "n_skipped": self.n_skipped,
                 "bad_steps": self.bad_steps,
                 "seconds": time.perf_counter() - self.began,
                 "log": self.log.state(),
                 "data": digests(self.data),
                 "threads": torch.get_num_threads(),
+                "processes": n_processes(),
             }
         }
 
@@ -698,13 +760,18 @@ class Training:
         self.epoch, self.scores = state["epoch"], state["dev_scores"]
         self._start_epoch()
         self.n_windows, self.best = saved["n_windows"], saved["best"]
-        self.answers = [(name, *pair) for name, pair in saved["answers"].items()]
+        parts = saved["of_processes"]
+        if len(parts) == n_processes():
+            self.answers = as_answers(parts[rank()]["answers"])
+            restore_random_states(parts[rank()]["random"])
+        elif rank() == 0:
+            self.answers = [each for part in parts for each in as_answers(part["answers"])]
         self.n_skipped, self.bad_steps = saved["n_skipped"], saved["bad_steps"]
         self.began -= saved["seconds"]
-        restore_random_states(saved["random"])
 
     def save(self) -> None:
-        """Write the state; a full disk costs no more than this."""
+        """Write the state, which all processes must do together; a full disk costs no more than
+        this."""
         start = time.perf_counter()
         self._write(self.state())
         self.saved_at = time.monotonic()
@@ -732,7 +799,17 @@ class Training:
             dev = evaluation.evaluate(self.model, self.data["dev"], self.options.batch_size)
             with uninterrupted():
                 self._end_epoch(dev, seconds)
-                self.save()
+            self._save_or_stop(due=True)
+
+    def _save_or_stop(self, due: bool) -> None:
+        """Between two steps, all processes together: what one of them wishes."""
+        came = [number in self.signals for number in (signal.SIGINT, signal.SIGTERM)]
+        due, interrupted, terminated = agree(due, *came)
+        if interrupted or terminated:
+            self.signals.clear()
+            raise Terminated if terminated else KeyboardInterrupt
+        if due:
+            self.save()
 
     def _train_epoch(self) -> None:
         options, model = self.options, self.model.train()
@@ -742,22 +819,28 @@ class Training:
             options.samples_per_epoch,
             options.batch_size,
             options.grad_accumulation,
+            rank(),
+            n_processes(),
         )
-        rows = options.batch_size * options.grad_accumulation
         per_row = sum(len(each.columns) for each in self.data["train"].values())
         with tqdm(
             desc=f"epoch {self.epoch + 1}",
             unit=" sentences",
-            initial=min(self.n_windows * rows, options.samples_per_epoch) * per_row,
+            initial=self._rows_seen() * per_row,
             total=options.samples_per_epoch * per_row,
         ) as bar:
             for window in itertools.islice(windows, self.n_windows, None):
                 with uninterrupted():
                     self._take_step(model, window, bar)
-                if time.monotonic() - self.saved_at > 60 * options.save_interval:
-                    self.save()
+                waited = time.monotonic() - self.saved_at
+                self._save_or_stop(due=waited > 60 * options.save_interval)
             with uninterrupted():
                 self.log.flush(self.optimizer, bar)
+
+    def _rows_seen(self) -> int:
+        """Of each task, in this epoch."""
+        rows = self.n_windows * self.options.batch_size * self.options.grad_accumulation
+        return min(rows, self.options.samples_per_epoch)
 
     def _take_step(self, model: MultitaskBERT, window: list[Batch], bar: tqdm) -> None:
         problem = None
@@ -773,17 +856,18 @@ class Training:
         if self.options.scheduler == "cosine":
             self.scheduler.step()
         self.n_windows += 1
-        bar.update(sum(len(batch.lengths) for batch in window))
+        bar.update(bar.total * self._rows_seen() // self.options.samples_per_epoch - bar.n)
         if self.bad_steps >= self.options.max_bad_steps:
             self._give_up(window, problem)
 
     def _give_up(self, window: list[Batch], problem: NotFinite) -> None:
         """Save, and name the rows of the last step in a UserError."""
         self.save()
-        ids = {
-            name: [dataset.examples[row].id for batch in window for row in batch.rows[name]]
-            for name, dataset in self.data["train"].items()
-        }
+        ids = defaultdict(list)
+        for name, row in itertools.chain(
+            *gather([(n, r) for batch in window for n, rows in batch.rows.items() for r in rows])
+        ):
+            ids[name].append(self.data["train"][name].examples[row].id)
         rows = "; ".join(f"{name} {', '.join(each)}" for name, each in ids.items())
         raise UserError(
             f"{self.bad_steps} steps in a row were not finite ({problem}); saved: "
@@ -842,6 +926,10 @@ def answers_by_task(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, tupl
     return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in by_task.items()}
 
 
+def as_answers(by_task: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
+    return [(name, *pair) for name, pair in by_task.items()]
+
+
 def digests(data: dict[str, dict[str, TaskDataset]]) -> dict[str, str]:
     """Of the files that decide what training does."""
     return {
@@ -863,7 +951,7 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     device = pick_device(options.use_gpu)
     check_outputs(options)
     with contextlib.ExitStack() as held:
-        path, state = find_state(options), None
+        path, state = by_first(lambda: find_state(options)), None
         if path:
             held.enter_context(hold([path], STILL_GOING))
             state = read_state(path)
@@ -873,18 +961,22 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 return evaluate_only(options)
         held.enter_context(hold_predictions(options))
         seed_everything(options.seed)
-        model, tokenizer, tagger, source = load_model(options, path, state)
-        max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-        data = load_data(options, tokenizer, max_length, SPLITS, tagger)
+        with one_first_on_each_node():
+            model, tokenizer, tagger, source = load_model(options, path, state)
+            max_length = checked_max_length(options, source, model.bert.config, tokenizer)
+            data = load_data(options, tokenizer, max_length, SPLITS, tagger)
         if state:
             check_unchanged(data, state, path)
         else:
-            path, log_directory = claim_run(options)
+            path, log_directory = by_first(lambda: claim_run(options))
             held.enter_context(hold([path], STILL_GOING))
         describe_run(options, path.stem, device, data["train"], tokenizer, tagger)
         if options.optimizer == "sophiah":
             keep_freed_memory()
-        parts = model.to(device), tokenizer, tagger, data, options
+        copy_from_first([*model.to(device).state_dict().values()])
+        if rank():  # else all would drop the same
+            torch.manual_seed(seeded_generator(device, options.seed, rank()).initial_seed())
+        parts = model, tokenizer, tagger, data, options
         if state:
             training = restored_training(*parts, path=path, state=state)
             state = None  # on a GPU, it would hold a second copy of all on the host
@@ -897,17 +989,21 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
     """All epochs that are left, then the best model's predictions and scores."""
     options, log, checkpoint = training.options, training.log, training.path.with_suffix(".pt")
     start = time.perf_counter()
+    # A process alone answers a signal at once, several have to agree on it between two steps.
+    answering = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
     try:
-        training.fit()
-        seconds = time.perf_counter() - start
-        print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
-        if training.best is None:
-            raise UserError(
-                f"{checkpoint} could not be written; saved: {training.describe_saved()}"
-            )
-        scores = evaluate_checkpoint(checkpoint, training.data, options, device)
-        log.hyper_parameters(options, scores)
-        training.save_finished()
+        with answering as training.signals:
+            training.fit()
+            seconds = time.perf_counter() - start
+            print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
+            if training.best is None:
+                raise UserError(
+                    f"{checkpoint} could not be written; saved: {training.describe_saved()}"
+                )
+            scores = evaluate_checkpoint(checkpoint, training.data, options, device)
+            log.hyper_parameters(options, scores)
+            training.save_finished()
+            training.signals.clear()  # too late to stop
     except KeyboardInterrupt as interrupt:
         with uninterrupted():
             training.save()
@@ -925,7 +1021,8 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
 def find_state(options: argparse.Namespace) -> Path | None:
     """The state file that `--resume` means; None for a new run.
 
-    `auto` is the newest good one in `--models_dir` of a run with the same options.
+    `auto` is the newest good one in `--models_dir` of a run with the same options that is not going
+    on meanwhile.
     """
     if options.resume != "auto":
         return Path(options.resume) if options.resume else None
@@ -940,7 +1037,8 @@ def find_state(options: argparse.Namespace) -> Path | None:
             warnings.warn(f"--resume auto passes over {error}", stacklevel=2)
             continue
         if decisive(state["options"]) == wanted and state.get("tags") == tags:
-            return path
+            with contextlib.suppress(UserError), hold([path], STILL_GOING):
+                return path
     print(f"--resume auto: {options.models_dir} has no run with these options; this is a new one")
     return None
 
@@ -951,7 +1049,7 @@ def read_state(path: str | Path) -> dict:
     training = state.get("training")
     if not training or not isinstance(state.get("options"), dict):
         raise UserError(f"{path}: holds no state of a run to go on with; give a models/RUN.resume")
-    if training != "finished" and not {"data", "threads", "log"} <= set(training):
+    if training != "finished" and not {"data", "threads", "processes", "log"} <= set(training):
         raise UserError(f"{path}: a damaged state of a run")
     return state
 
@@ -992,8 +1090,8 @@ def check_unchanged(data: dict[str, dict[str, TaskDataset]], state: dict, path: 
             f"{path}: the files of --{', --'.join(changed)} have changed since this run began; "
             "put them back, or start a new run"
         )
-    now = current_versions() | {"threads": torch.get_num_threads()}
-    then = state["versions"] | {"threads": state["training"]["threads"]}
+    now = {"threads": torch.get_num_threads(), "processes": n_processes()} | current_versions()
+    then = {key: state["training"][key] for key in ("threads", "processes")} | state["versions"]
     if other := [f"{key} {then[key]}, now {now[key]}" for key in now if now[key] != then[key]]:
         warnings.warn(f"{path} was saved with {'; '.join(other)}: the numbers may differ a little")
 
@@ -1021,7 +1119,8 @@ def evaluate_checkpoint(
     for split in ("dev", "test"):
         for name, result in evaluation.evaluate(model, data[split], options.batch_size).items():
             target = getattr(options, f"{name}_{split}_out")
-            evaluation.write_predictions(target, result)
+            if rank() == 0:
+                evaluation.write_predictions(target, result)
             written.append(target)
             if split == "dev":
                 scores[name] = result.scores
@@ -1206,22 +1305,29 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(argv)
     with warnings.catch_warnings():
         # The jagged layout, which we use, is the part of them that PyTorch recommends.
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            if options.resume not in (None, "auto"):
-                options = options_to_resume(argv, options.resume)
+            join_processes()
+            with one_first_on_each_node():
+                options = parse_options(argv)
+                if options.resume not in (None, "auto"):
+                    options = options_to_resume(argv, options.resume)
             if options.evaluate:
                 evaluate_only(options)
             else:
                 train_multitask(options)
+            leave_processes()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except (RuntimeError, MemoryError) as error:
+            if is_lost_connection(error):
+                if rank() == 0:
+                    print("error: another process of this run has ended", file=sys.stderr)
+                return 1
             if not is_out_of_memory(error):
                 raise
             advice = (

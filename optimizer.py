@@ -1,7 +1,7 @@
 """Optimizers from scratch. Only torch is needed."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -192,6 +192,12 @@ class SophiaH(Sophia):
         weight_decay: a step shrinks a parameter by `lr * weight_decay` of itself.
         eps: least value that the gradient's average is divided by.
         update_period: steps from one estimate to the next; the first step makes one.
+        all_reduce: for data-parallel training, where `.grad` has the values of the whole batch's
+            gradient and the graph of this process's share: sums a list of tensors over all
+            processes, in place.
+
+    `generator`, None for PyTorch's own, draws the noise u; give those of all processes the same
+    state.
 
     A step that makes an estimate needs gradients with a graph, `loss.backward(create_graph=True)`,
     else it raises RuntimeError. It takes the graph out of `.grad`, which would otherwise keep it
@@ -208,11 +214,12 @@ class SophiaH(Sophia):
         weight_decay=0.0,
         eps=1e-12,
         update_period=10,
+        all_reduce: Callable[[list[Tensor]], None] | None = None,
     ):
         if update_period < 1:
             raise ValueError(f"update_period must be at least 1, not {update_period}")
         super().__init__(params, lr, betas, rho, weight_decay, eps)
-        self.update_period = update_period
+        self.update_period, self.all_reduce, self.generator = update_period, all_reduce, None
 
     @property
     def refreshes(self) -> bool:
@@ -234,17 +241,19 @@ class SophiaH(Sophia):
                 param.grad = param.grad.detach()
 
     def _hutchinson(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
-        noise = [torch.randn_like(param) for param in params]
+        noise = [torch.randn_like(param, generator=self.generator) for param in params]
         pairs = [(p.grad, u) for p, u in zip(params, noise) if p.grad.requires_grad]
-        if not pairs:
+        if not pairs and not self.all_reduce:  # a process may have no rows in a step
             raise RuntimeError(
                 f"step {self.n_steps + 1} estimates the Hessian, which needs gradients with a "
                 "graph: call loss.backward(create_graph=True) before it"
             )
-        gradients, vectors = zip(*pairs)
+        gradients, vectors = zip(*pairs) if pairs else ((), ())
         products = torch.autograd.grad(  # zeros for parameters that no gradient depends on
             gradients, params, vectors, allow_unused=True, materialize_grads=True
         )
+        if self.all_reduce:
+            self.all_reduce(products)
         return {param: u * product for param, u, product in zip(params, noise, products)}
 
 

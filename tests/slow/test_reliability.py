@@ -1,10 +1,12 @@
 """The long half of the tests of reliability; `./run_tests.sh --slow` runs it."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
+import test_data_parallel
 from conftest import ROOT
 from test_resume import OPTIMIZERS, assert_same, kill_often, outcome, uninterrupted  # noqa: F401
 
@@ -66,3 +68,9 @@ def test_soak(flags, optimizer, capsys):
         print(f"{memory[WARM_UP]:.1f} MB after 800 steps, {memory[-1]:.1f} MB after 1,800")
     assert memory[-1] < 1.02 * memory[WARM_UP]
     assert epochs[-1]["files"] == epochs[WARM_UP]["files"]
+
+
+def test_ctrl_c_stops_several_processes(flags, tmp_path):
+    test_data_parallel.test_a_stopped_run_goes_on_to_the_same_numbers(
+        flags, tmp_path, signal.SIGINT
+    )
