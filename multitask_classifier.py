@@ -30,6 +30,7 @@ import textwrap
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -62,6 +63,7 @@ from options import (
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
+    Terminated,
     UserError,
     agree,
     atomic_write,
@@ -86,6 +88,7 @@ from utils import (
     seed_everything,
     seeded_generator,
     sum_over_processes,
+    terminate,
     uninterrupted,
 )
 
@@ -711,7 +714,7 @@ class Training:
             name: EpochSampler(len(each), options.seed) for name, each in data["train"].items()
         }
         self.best = None  # mean dev score of the saved model
-        self.scores = {}  # on dev, after the last epoch
+        self.scores, self.train_scores = {}, {}  # on dev and train, after the last epoch
         self.epoch = 0  # those that are over
         self.n_skipped = self.bad_steps = 0  # steps not taken, and of these the last ones in a row
         self.saving_seconds, self.saved_at = 0.0, time.monotonic()
@@ -739,6 +742,7 @@ class Training:
                 ),
                 "best": self.best,
                 "n_windows": self.n_windows,
+                "train_scores": self.train_scores,
                 "n_skipped": self.n_skipped,
                 "bad_steps": self.bad_steps,
                 "seconds": time.perf_counter() - self.began,
@@ -758,6 +762,7 @@ class Training:
         for name, sampler in self.samplers.items():
             sampler.load_state_dict(saved["samplers"][name])
         self.epoch, self.scores = state["epoch"], state["dev_scores"]
+        self.train_scores = saved["train_scores"]
         self._start_epoch()
         self.n_windows, self.best = saved["n_windows"], saved["best"]
         parts = saved["of_processes"]
@@ -789,7 +794,7 @@ class Training:
         except UserError as error:
             tqdm.write(f"warning: {error}; the run goes on", file=sys.stderr)
 
-    def fit(self) -> None:
+    def fit(self, after_epoch: Callable[["Training"], None] = lambda _: None) -> None:
         """The epochs that are left: train, evaluate on dev, save the model if it is the best."""
         while self.epoch < self.options.epochs:
             interval = self.options.unfreeze_interval
@@ -800,6 +805,7 @@ class Training:
             with uninterrupted():
                 self._end_epoch(dev, seconds)
             self._save_or_stop(due=True)
+            after_epoch(self)
 
     def _save_or_stop(self, due: bool) -> None:
         """Between two steps, all processes together: what one of them wishes."""
@@ -875,7 +881,7 @@ class Training:
         )
 
     def _end_epoch(self, dev: dict[str, evaluation.Evaluation], seconds: float) -> None:
-        train = train_scores(self.answers)
+        train = self.train_scores = train_scores(self.answers)
         self.scores = {name: each.scores for name, each in dev.items()}
         mean = evaluation.mean_score(self.scores)
         self.epoch += 1
@@ -951,6 +957,7 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     device = pick_device(options.use_gpu)
     check_outputs(options)
     with contextlib.ExitStack() as held:
+        remove_leftovers(Path(options.models_dir))
         path, state = by_first(lambda: find_state(options)), None
         if path:
             held.enter_context(hold([path], STILL_GOING))
@@ -960,15 +967,12 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 options.evaluate = str(path.with_suffix(".pt"))
                 return evaluate_only(options)
         held.enter_context(hold_predictions(options))
-        seed_everything(options.seed)
         with one_first_on_each_node():
-            model, tokenizer, tagger, source = load_model(options, path, state)
-            max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-            data = load_data(options, tokenizer, max_length, SPLITS, tagger)
+            model, tokenizer, tagger, data = load_all(options, path, state)
         if state:
             check_unchanged(data, state, path)
         else:
-            path, log_directory = by_first(lambda: claim_run(options))
+            path, log_directory = by_first(lambda: claim_run(options, options.option))
             held.enter_context(hold([path], STILL_GOING))
         describe_run(options, path.stem, device, data["train"], tokenizer, tagger)
         if options.optimizer == "sophiah":
@@ -1018,6 +1022,14 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
 # ------------------------------------------------------------------------------------------ resume
 
 
+def remove_leftovers(models_dir: Path) -> None:
+    """What runs had half written when they were killed, and nobody will go on with."""
+    for leftover in models_dir.glob(".*.tmp"):
+        run = leftover.name[1:].rsplit(".", 3)[0]
+        with contextlib.suppress(UserError), hold([models_dir / f"{run}.resume"], STILL_GOING):
+            pass  # to hold it is to remove them
+
+
 def find_state(options: argparse.Namespace) -> Path | None:
     """The state file that `--resume` means; None for a new run.
 
@@ -1059,7 +1071,12 @@ def decisive(options: dict) -> dict:
     free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
     free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
     free |= {"spacy_model"}  # the state knows the pipeline by its content
-    return {key: each for key, each in options.items() if key not in free and key[-4:] != "_out"}
+    free |= {"config", "ray_address", "hpo", "searched"}
+    return {
+        key: each
+        for key, each in options.items()
+        if key not in free and key[-4:] != "_out" and not key.startswith("hpo_")
+    }
 
 
 def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
@@ -1193,6 +1210,14 @@ def load_model(options, path: Path | None, state: dict | None) -> tuple:
     return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), tagger, source
 
 
+def load_all(options, path: Path | None = None, state: dict | None = None) -> tuple:
+    """Model, tokenizer, tagger or None, data; from here on random numbers follow from the seed."""
+    seed_everything(options.seed)
+    model, tokenizer, tagger, source = load_model(options, path, state)
+    max_length = checked_max_length(options, source, model.bert.config, tokenizer)
+    return model, tokenizer, tagger, load_data(options, tokenizer, max_length, SPLITS, tagger)
+
+
 def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> None:
     """UserError for an encoder that brings embeddings of tags, but does not say of which."""
     tables = [table for name, table in bert.named_parameters() if name.endswith(TAG_TABLES)]
@@ -1203,11 +1228,11 @@ def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> Non
         )
 
 
-def claim_run(options: argparse.Namespace) -> tuple[Path, Path]:
+def claim_run(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:
     """For a name that no other run has: the path of its state, and its TensorBoard folder, made
     here."""
     start = f"{datetime.now():%Y%m%d-%H%M%S}"
-    run = f"{start}-{options.option}-{options.optimizer}-{secrets.token_hex(2)}"
+    run = f"{start}-{kind}-{options.optimizer}-{secrets.token_hex(2)}"
     directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
     try:
         directory.mkdir(parents=True)
@@ -1289,14 +1314,6 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         return evaluate_checkpoint(options.evaluate, data, options, device)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come, which batch systems send before they kill: to be ended like Ctrl-C."""
-
-
-def terminate(*_):
-    raise Terminated
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -1317,6 +1334,10 @@ def main(argv: list[str] | None = None) -> int:
                     options = options_to_resume(argv, options.resume)
             if options.evaluate:
                 evaluate_only(options)
+            elif options.hpo:
+                import hpo  # Ray, which takes seconds to import
+
+                hpo.search(options)
             else:
                 train_multitask(options)
             leave_processes()

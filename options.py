@@ -1,11 +1,15 @@
 """The flags of multitask_classifier.py: their names, defaults, checks and help."""
 
 import argparse
+import json
 import math
 import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import SPLITS, TASKS
+from utils import UserError, one_line
 
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 1.2e-3}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
@@ -18,16 +22,46 @@ SMOKETEST_ROWS = 32  # read of each file
 ROOT = Path(__file__).resolve().parent
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Search(NamedTuple):
+    """From where --hpo draws the values of a flag."""
+
+    kind: str  # "log": log-uniform from low to high; "uniform"; "choice": one of the values
+    values: tuple
+    of_default: bool = False  # low and high are multiples of the flag's default
+    only_sophia: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "choice":
+            return " or ".join(map(str, self.values))
+        low, high = self.values
+        text = f"{low:g} to {high:g}" + " times its default" * self.of_default
+        return text + " (logarithmic)" * (self.kind == "log")
+
+
+SEARCH_SPACE = {
+    "lr": Search("log", (1 / 8, 4), of_default=True),
+    "weight_decay": Search("log", (1 / 50, 4), of_default=True),
+    "clip": Search("log", (0.05, 5)),
+    "hidden_dropout_prob": Search("uniform", (0, 0.3)),
+    "batch_size": Search("choice", (16, 32, 64, 128)),
+    "scheduler": Search("choice", ("plateau", "cosine", "none")),
+    "rho": Search("log", (1 / 4, 4), of_default=True, only_sophia=True),
+    "hess_interval": Search("choice", (5, 10, 20, 50), only_sophia=True),
+}
+
+
+def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) "
-        "at once."
+        "at once.",
+        exit_on_error=exit_on_error,
     )
     add_training_flags(parser.add_argument_group("training"))
     add_model_flags(parser.add_argument_group("model"))
     add_data_flags(parser.add_argument_group("data"))
     add_output_flags(parser.add_argument_group("outputs"))
     add_resume_flags(parser.add_argument_group("long runs"))
+    add_search_flags(parser.add_argument_group("search of hyper-parameters, with Ray Tune"))
     return parser
 
 
@@ -102,6 +136,12 @@ def add_training_flags(group) -> None:
         help="weights of the tasks' losses in their sum; default: all 1",
     )
     flag("--seed", type=seed, default=11711, help="default: 11711")
+    flag(
+        "--config",
+        metavar="JSON",
+        help="take flags from this file, such as a search's best_config.json; those given on the "
+        "command line win",
+    )
     flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
     flag(
         "--smoketest",
@@ -223,6 +263,52 @@ def add_resume_flags(group) -> None:
     )
 
 
+def add_search_flags(group) -> None:
+    flag = group.add_argument
+    space = "; ".join(
+        f"{name} {search}{', with Sophia' * search.only_sophia}"
+        for name, search in SEARCH_SPACE.items()
+    )
+    flag(
+        "--hpo",
+        action="store_true",
+        help=f"search for good flags instead of one training run; searched: {space}. A flag that is "
+        "given stays as it is",
+    )
+    flag("--hpo_trials", type=positive_int, default=20, metavar="N", help="default: 20")
+    flag(
+        "--hpo_objective",
+        choices=["dev", "dev_minus_gap"],
+        default="dev",
+        help="what is to be large: the mean dev score, or this less what the mean train score is "
+        "above it, for settings that overfit little; default: dev",
+    )
+    flag(
+        "--hpo_cpus",
+        type=positive_int,
+        metavar="N",
+        help="cores of one trial; default: with GPUs their share of the node's, else up to 4",
+    )
+    flag(
+        "--hpo_gpus",
+        type=positive_float,
+        metavar="N",
+        help="GPUs of one trial, with --use_gpu; below 1, trials share one; default: 1",
+    )
+    flag(
+        "--ray_address",
+        metavar="HOST:PORT",
+        help="join this Ray cluster; default: Ray is started on this machine",
+    )
+    flag(
+        "--hpo_resume",
+        metavar="DIR|auto",
+        help="go on with an interrupted search, from its folder in MODELS_DIR (only with one of "
+        "your own: what Ray keeps there can hold code); auto: with the newest one that has the same "
+        "options, or a new one if there is none",
+    )
+
+
 def parse_options(
     argv: list[str] | None = None, defaults: dict | None = None
 ) -> argparse.Namespace:
@@ -230,12 +316,21 @@ def parse_options(
     `defaults` replace those of the flags."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.config:
+        argv = config_arguments(options.config) + (sys.argv[1:] if argv is None else argv)
+        options = parser.parse_args(argv)
     parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | (defaults or {}))
     options = parser.parse_args(argv)
     if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
         parser.error(f"{', '.join(empty)} must not be empty")
     if options.resume and options.evaluate:
         parser.error("--resume goes on with training, --evaluate does not train")
+    if options.hpo_resume and not options.hpo:
+        parser.error("--hpo_resume: only with --hpo")
+    if options.hpo and (options.resume or options.evaluate):
+        parser.error("--hpo is neither --resume (but --hpo_resume) nor --evaluate")
+    if options.hpo_gpus and not options.use_gpu:
+        parser.error("--hpo_gpus: only with --use_gpu")
     if options.unfreeze_interval and options.option == "pretrain":
         parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
     if options.additional_input and options.option == "pretrain":
@@ -244,6 +339,9 @@ def parse_options(
         )
     if options.spacy_model and not (options.additional_input or options.evaluate):
         parser.error("--spacy_model: only for --additional_input")
+    options.searched = searched_flags(argv, options) if options.hpo else []
+    if options.hpo and not options.searched:
+        parser.error("--hpo: every flag that could be searched is given")
     options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:
         options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
@@ -266,6 +364,49 @@ def parse_options(
                 target = os.path.join(options.predictions_dir, f"{name}-{split}-output.csv")
                 setattr(options, f"{key}_out", target)
     return options
+
+
+def searched_flags(argv: list[str] | None, options: argparse.Namespace) -> list[str]:
+    """What of SEARCH_SPACE fits this optimizer and is not given."""
+    given = build_parser()
+    given.set_defaults(**dict.fromkeys(vars(options)))
+    given = vars(given.parse_args(argv))
+    return [
+        name
+        for name, search in SEARCH_SPACE.items()
+        if given[name] is None and not (search.only_sophia and options.optimizer == "adamw")
+    ]
+
+
+def config_arguments(path: str) -> list[str]:
+    """The flags of a JSON file, which holds a table of them, as they would stand on a command line.
+
+    UserError: it is no such file, or a value does not fit its flag.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: not JSON ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds no table of flags")
+    parser, arguments = build_parser(exit_on_error=False), []
+    defaults = vars(parser.parse_args([]))
+    for name, value in values.items():
+        if name not in defaults or name == "config":
+            raise UserError(f"--config {path}: there is no flag {name!r}")
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if isinstance(value, bool) != isinstance(defaults[name], bool) or value is None:
+            raise UserError(f"--config {path}: {name} cannot be {json.dumps(value)}")
+        if value is not False:
+            arguments.append(f"--{name}" if value is True else f"--{name}={value}")
+    try:
+        parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config {path}: {one_line(error)}") from error
+    return arguments
 
 
 def number(kind, accepts, what):

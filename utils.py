@@ -36,6 +36,14 @@ class UserError(Exception):
     """Something the user gave cannot be used. Its text is the one line that the user reads."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, which batch systems send before they kill: to be ended like Ctrl-C."""
+
+
+def terminate(*_):
+    raise Terminated
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name where it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

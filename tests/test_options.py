@@ -1,10 +1,13 @@
 import argparse
+import json
+import math
 import re
 
 import pytest
 from conftest import ROOT
 
 from options import build_parser, loss_weights, parse_options
+from utils import UserError
 
 
 def parse(*flags):
@@ -101,3 +104,69 @@ def test_weights_of_losses_are_numbers():
     assert loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
     with pytest.raises(argparse.ArgumentTypeError):
         loss_weights("1,-1,1")
+
+
+def write_config(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return ["--config", str(path)]
+
+
+def test_a_config_gives_flags_and_the_command_line_wins(tmp_path):
+    content = {"lr": 3e-4, "sst": True, "para": False, "loss_weights": [1, 2, 0.5], "epochs": 7}
+    config = write_config(tmp_path / "c.json", content)
+    options = parse_options(config + ["--epochs", "2"])
+    given = ["--lr", "3e-4", "--sst", "--loss_weights", "1,2,0.5", "--epochs", "2"]
+    assert vars(options) == vars(parse_options(given)) | {"config": str(tmp_path / "c.json")}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("\x00", "not JSON"),
+        ([1], "holds no table of flags"),
+        ({"rate": 1}, "there is no flag 'rate'"),
+        ({"config": "c.json"}, "there is no flag 'config'"),
+        ({"lr": "fast"}, "argument --lr: must be a number of at least 0"),
+        ({"lr": math.nan}, "argument --lr: must be a number"),
+        ({"lr": None}, "lr cannot be null"),
+        ({"lr": True}, "lr cannot be true"),
+        ({"lr": {"a": 1}}, "argument --lr: must be a number"),
+        ({"sst": "yes"}, 'sst cannot be "yes"'),
+        ({"sst": 1}, "sst cannot be 1"),
+        ({"optimizer": "sgd"}, "argument --optimizer: invalid choice: 'sgd'"),
+        ({"epochs": 1.5}, "argument --epochs: must be a whole number above 0"),
+    ],
+)
+def test_a_damaged_config_is_one_clear_line(tmp_path, content, message):
+    config = write_config(tmp_path / "c.json", content)
+    with pytest.raises(UserError) as error:
+        parse_options(config)
+    assert str(error.value).startswith(f"--config {config[1]}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="c.json: cannot be read: No such file"):
+        parse_options(["--config", str(tmp_path / "c.json")])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--hpo_resume", "auto"], "--hpo_resume: only with --hpo"),
+        (["--hpo", "--resume", "auto"], "--hpo is neither --resume"),
+        (["--hpo", "--evaluate", "m.pt"], "--hpo is neither --resume"),
+        (["--hpo", "--hpo_gpus", "1"], "--hpo_gpus: only with --use_gpu"),
+        (
+            ["--hpo", "--lr=1", "--weight_decay=0", "--clip=1", "--hidden_dropout_prob=0"]
+            + ["--batch_size=8", "--scheduler=none"],
+            "--hpo: every flag that could be searched is given",
+        ),
+    ],
+)
+def test_flags_of_a_search_that_do_not_fit(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_options(flags)
+    assert message in capsys.readouterr().err

@@ -171,6 +171,29 @@ def stopped(flags, monkeypatch, tmp_path):
     return path
 
 
+def test_what_a_killed_run_had_half_written_is_removed(flags, tmp_path):
+    """By the next run, but not from a run that is still going."""
+    models = tmp_path / "models_dir"
+    models.mkdir()
+    dead = [models / f".dead-12ab.{end}.x1y2.tmp" for end in ("pt", "resume")]
+    live = models / ".live-12ab.resume.x1y2.tmp"
+    for path in (*dead, live):
+        path.touch()
+    code = (
+        "import filelock, sys; it = filelock.FileLock(sys.argv[1]); it.acquire(); print(); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-uc", code, models / ".live-12ab.resume.lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        other.stdout.readline()
+        assert mc.main(flags + ["--epochs", "1"]) == 0
+        other.communicate("\n")
+    assert live.exists() and not any(path.exists() for path in dead)
+
+
 def test_how_often_a_run_saves(flags, monkeypatch):
     saves = []
     save = mc.Training.save

@@ -13,11 +13,13 @@ from test_resume import OPTIMIZERS, assert_same, kill_often, outcome, uninterrup
 STEPS_PER_EPOCH = 200
 WARM_UP = 4
 SOAK = f"""
-import json, os, sys, time
+import ctypes, gc, json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import multitask_classifier as mc
 
 def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is kept free, here more, there less, is in no use
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
