@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from profiling import StepProfiler
 
 import torch
 import torch.nn.functional as F
@@ -681,6 +682,11 @@ class RunLog:
         with self._going_on():
             self.writer.add_hparams(values, metrics, run_name=".")
 
+    def show_profile(self, text: str) -> None:
+        print(f"\n{text}\n")
+        with self._going_on():
+            self.writer.add_text("profile", text, self.n_steps)
+
     def close(self) -> None:
         with self._going_on():
             self.writer.close()
@@ -719,6 +725,9 @@ class Training:
         self.n_skipped = self.bad_steps = 0  # steps not taken, and of these the last ones in a row
         self.saving_seconds, self.saved_at = 0.0, time.monotonic()
         self.signals = []  # that have come and wait for an answer
+        self.profiler = None
+        if options.profiler and rank() == 0:
+            self.profiler = StepProfiler(log.directory, log.show_profile)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -838,6 +847,8 @@ class Training:
             for window in itertools.islice(windows, self.n_windows, None):
                 with uninterrupted():
                     self._take_step(model, window, bar)
+                if self.profiler:
+                    self.profiler.step()
                 waited = time.monotonic() - self.saved_at
                 self._save_or_stop(due=waited > 60 * options.save_interval)
             with uninterrupted():
@@ -1014,6 +1025,8 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
         message = f"saved: {training.describe_saved()}; TensorBoard log: {log.directory}"
         raise type(interrupt)(message) from None
     finally:
+        if training.profiler:
+            training.profiler.close()
         log.close()
     print(f"TensorBoard log: {log.directory}")
     return scores
@@ -1071,7 +1084,7 @@ def decisive(options: dict) -> dict:
     free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
     free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
     free |= {"spacy_model"}  # the state knows the pipeline by its content
-    free |= {"config", "ray_address", "hpo", "searched"}
+    free |= {"config", "ray_address", "hpo", "searched", "profiler"}
     return {
         key: each
         for key, each in options.items()

@@ -261,6 +261,12 @@ def add_resume_flags(group) -> None:
         help="a step with an infinite or undefined loss or gradient is skipped; the run ends after "
         "so many in a row; default: 10",
     )
+    flag(
+        "--profiler",
+        action="store_true",
+        help="record some of the first steps with torch.profiler: a trace for Perfetto and "
+        "TensorBoard beside the run's log, and a table of where the time goes",
+    )
 
 
 def add_search_flags(group) -> None:

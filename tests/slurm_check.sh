@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# run_train.sh on a real SLURM: a run that is stopped and queued again gives what an uninterrupted one
+# gives. Needs a running SLURM with the partition grete:shared and an A100 (a pretended one does) and
+# the rights of its operator (root); so it is no part of run_tests.sh. Takes some six minutes.
+#
+#   tests/slurm_check.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+command -v sbatch >/dev/null && sinfo >/dev/null || { echo "no SLURM answers here" >&2 && exit 1; }
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+submit() { # name of the run, options of sbatch
+  local name=$1
+  shift
+  sbatch --parsable --output="$folder/$name.out" "$@" run_train.sh --bert_model minilm \
+    --data_dir data/sample --epochs 3 --samples_per_epoch 640 --lr 2e-4 --max_length 48 \
+    --models_dir "$folder/$name/models" --logdir "$folder/$name/logdir" \
+    --predictions_dir "$folder/$name/predictions"
+}
+
+state() {
+  scontrol show job "$1" | grep -o 'JobState=[A-Z]*' | cut -d= -f2
+}
+
+wait_for() { # job, name of its run, what its log must say, how often
+  until [[ $(grep -c "$3" "$folder/$2.out" 2>/dev/null) -ge ${4:-1} ]]; do
+    if [[ $(state "$1") =~ FAILED|CANCELLED|TIMEOUT|COMPLETED ]]; then
+      cat "$folder/$2.out" && echo "job $1 ended without: $3" >&2 && exit 1
+    fi
+    sleep 0.2
+  done
+}
+
+start_again() { # a job that waits in the queue: now, not in two minutes
+  until [[ $(state "$1") == PENDING ]]; do sleep 0.2; done
+  scontrol update "JobId=$1" StartTime=now
+}
+
+finish() {
+  until [[ $(state "$1") =~ FAILED|CANCELLED|TIMEOUT|COMPLETED ]]; do sleep 1; done
+  if [[ $(state "$1") != COMPLETED ]]; then
+    cat "$folder/$2.out" && echo "job $1 has the state $(state "$1")" >&2 && exit 1
+  fi
+}
+
+echo "an uninterrupted run"
+job=$(submit whole)
+finish "$job" whole
+grep -v options "$folder/whole.out" | head -5
+
+echo "a run whose time is over (scancel --signal), that gives way to another job (scontrol requeue)"
+echo "and that is killed"
+job=$(submit stopped)
+wait_for "$job" stopped "epoch 1: [0-9]* s, mean"
+scancel --batch --signal=USR1 "$job"
+wait_for "$job" stopped "queued again"
+start_again "$job"
+wait_for "$job" stopped "resumed after 1 epochs"
+wait_for "$job" stopped "epoch 2: [0-9]* s, mean"
+scontrol requeue "$job"
+start_again "$job"
+wait_for "$job" stopped "resumed after" 2
+scancel --full --signal=KILL "$job"
+until [[ $(state "$job") =~ FAILED|COMPLETED|CANCELLED|TIMEOUT ]]; do sleep 0.2; done
+scontrol requeue "$job"
+start_again "$job"
+finish "$job" stopped
+
+echo "a run that SLURM itself signals half a minute before its minute is over"
+job=$(submit late --time=1 --signal=B:USR1@30)
+wait_for "$job" late "queued again"
+until [[ $(state "$job") == PENDING ]]; do sleep 0.2; done
+scontrol update "JobId=$job" TimeLimit=10
+start_again "$job"
+finish "$job" late
+
+for name in stopped late; do
+  diff -r "$folder/whole/predictions" "$folder/$name/predictions"
+  "${PYTHON:-.venv/bin/python}" - "$folder/whole/models" "$folder/$name/models" <<'PYTHON'
+import pathlib, sys, torch
+one, other = (torch.load(next(pathlib.Path(d).glob("*.pt")), weights_only=True) for d in sys.argv[1:])
+assert one["dev_scores"] == other["dev_scores"]
+assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+PYTHON
+  echo "$name: $(grep -c 'start number' "$folder/$name.out") starts, predictions and weights as without"
+done
