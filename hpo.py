@@ -319,7 +319,7 @@ class Progress(tune.Callback):
             print(f"trial {trial.trial_id}, epoch {result['epoch']}: {text}", flush=True)
 
     def on_trial_complete(self, iteration, trials, trial, **_):
-        over = sum(each.is_finished() for each in trials)
+        over = sum(each is trial or each.is_finished() for each in trials)
         print(f"trial {trial.trial_id} is over, {over} of {self.n_trials}", flush=True)
 
     def on_trial_recover(self, iteration, trials, trial, **_):
