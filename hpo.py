@@ -62,11 +62,13 @@ from utils import (
     pick_device,
     random_states,
     restore_random_states,
+    seed_everything,
 )
 
 WORST = -1.0  # the objective of a trial that has failed: below all others
 RETRIES = 3  # of a trial whose process or node has died
 CONNECT_SECONDS = 10
+MOST_CORES = 4  # for a trial on CPUs: more gain little with one small model
 STILL_GOING = "is of a search that is still going"
 
 
@@ -166,6 +168,7 @@ def start(options: argparse.Namespace, shared: Shared, path: Path) -> Training:
         model = model_of(state, path)[0].to(device)
         parts = model, tokenizer, tagger, shared.data, options
         return restored_training(*parts, path=path, state=state)
+    seed_everything(options.seed)  # a GPU, which the search itself has not used
     restore_random_states(shared.random)
     parts = shared.model(options).to(device), tokenizer, tagger, shared.data, options
     return Training(*parts, path, RunLog(shared.logs / path.stem))
@@ -215,9 +218,11 @@ def find_search(options: argparse.Namespace) -> Path | None:
         return directory
     for file in sorted(Path(options.models_dir).glob("*-hpo-*/search.json"), reverse=True):
         with contextlib.suppress(UserError):
-            finished = (file.parent / "best_config.json").exists()
-            if not finished and comparable(read_search(file.parent)) == wanted:
-                return file.parent.absolute()
+            directory = file.parent.absolute()
+            finished = (directory / "best_config.json").exists()
+            begun = tune.Tuner.can_restore(str(directory))
+            if begun and not finished and comparable(read_search(directory)) == wanted:
+                return directory
     print(f"--hpo_resume auto: {options.models_dir} has no such search; this is a new one")
     return None
 
@@ -255,15 +260,24 @@ def placed(options: argparse.Namespace, shared: Shared):
         raise UserError(f"--ray_address {options.ray_address}: {one_line(error)}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = (options.hpo_gpus or 1) if options.use_gpu else 0
-    cores = min(int(node.get("CPU", 0)) for node in nodes)
-    per_gpu = max((cores // max(int(node.get("GPU", 0)), 1) for node in nodes), default=1)
-    cpus = options.hpo_cpus or max(min(per_gpu if gpus else 4, cores), 1)
+    cpus = options.hpo_cpus or default_cores(nodes, gpus)
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         raise UserError(f"--hpo: no node has {cpus} cores and {gpus:g} GPUs for a trial")
     print(f"{len(nodes)} nodes; {cpus} cores and {gpus:g} GPUs for each trial")
     shared.threads = cpus
     trainable = tune.with_parameters(run_trial, shared=shared)
     return tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus})
+
+
+def default_cores(nodes: list[dict], gpus: float) -> int:
+    """Of one trial: with GPUs their share of a node's cores, else up to 4, on the smallest of the
+    nodes that can have a trial."""
+    shares = [
+        node["CPU"] * gpus / node["GPU"] if gpus else min(node["CPU"], MOST_CORES)
+        for node in nodes
+        if node.get("CPU") and (node.get("GPU") or not gpus)
+    ]
+    return max(int(min(shares, default=1)), 1)
 
 
 def new(options: argparse.Namespace, directory: Path, trainable) -> tune.Tuner:
@@ -282,7 +296,7 @@ def new(options: argparse.Namespace, directory: Path, trainable) -> tune.Tuner:
             name=directory.name,
             storage_path=str(directory.parent),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Progress(options.hpo_trials)],
+            callbacks=[Progress(options.hpo_trials, directory)],
             verbose=0,
         ),
     )
@@ -306,10 +320,10 @@ def distribution(name: str, options: argparse.Namespace):
 
 
 class Progress(tune.Callback):
-    """A line for each epoch of each trial."""
+    """A line for each epoch of each trial; of those that are over, only the history is kept."""
 
-    def __init__(self, n_trials: int):
-        self.n_trials = n_trials
+    def __init__(self, n_trials: int, directory: Path):
+        self.n_trials, self.directory = n_trials, directory
 
     def on_trial_result(self, iteration, trials, trial, result, **_):
         if result.get("error"):
@@ -319,6 +333,9 @@ class Progress(tune.Callback):
             print(f"trial {trial.trial_id}, epoch {result['epoch']}: {text}", flush=True)
 
     def on_trial_complete(self, iteration, trials, trial, **_):
+        for suffix in (".pt", ".resume"):
+            path = self.directory / "trials" / f"{trial.trial_id}{suffix}"
+            path.unlink(missing_ok=True)
         over = sum(each is trial or each.is_finished() for each in trials)
         print(f"trial {trial.trial_id} is over, {over} of {self.n_trials}", flush=True)
 
@@ -334,11 +351,12 @@ def run(tuner: tune.Tuner, directory: Path) -> tune.ResultGrid:
     came = []
 
     def stop(number, _):
-        if came:  # once more: at once
+        if number in came and number == signal.SIGINT:  # once more: at once
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         came.append(number)
-        signal.raise_signal(signal.SIGUSR1)  # on which Ray stops and saves
+        if len(came) == 1:
+            signal.raise_signal(signal.SIGUSR1)  # on which Ray stops and saves
 
     handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.default_int_handler)

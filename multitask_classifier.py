@@ -33,7 +33,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from profiling import StepProfiler
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +60,7 @@ from options import (
     SMOKETEST_ROWS,
     parse_options,
 )
+from profiler import StepProfiler
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
@@ -78,6 +78,7 @@ from utils import (
     join_processes,
     keep_freed_memory,
     leave_processes,
+    let_first_speak,
     load_torch_file,
     n_processes,
     one_first_on_each_node,
@@ -93,7 +94,7 @@ from utils import (
     uninterrupted,
 )
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
 # Optimizer steps between two writes to TensorBoard: each one waits for the GPU. A prime, so that
 # what is looked at is now sooner, now later after an estimate of the Hessian.
@@ -727,7 +728,8 @@ class Training:
         self.signals = []  # that have come and wait for an answer
         self.profiler = None
         if options.profiler and rank() == 0:
-            self.profiler = StepProfiler(log.directory, log.show_profile)
+            device = next(model.parameters()).device
+            self.profiler = StepProfiler(log.directory, device, log.show_profile)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -851,6 +853,8 @@ class Training:
                     self.profiler.step()
                 waited = time.monotonic() - self.saved_at
                 self._save_or_stop(due=waited > 60 * options.save_interval)
+            if self.profiler:
+                self.profiler.close()
             with uninterrupted():
                 self.log.flush(self.optimizer, bar)
 
@@ -1025,8 +1029,6 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
         message = f"saved: {training.describe_saved()}; TensorBoard log: {log.directory}"
         raise type(interrupt)(message) from None
     finally:
-        if training.profiler:
-            training.profiler.close()
         log.close()
     print(f"TensorBoard log: {log.directory}")
     return scores
@@ -1348,6 +1350,8 @@ def main(argv: list[str] | None = None) -> int:
             if options.evaluate:
                 evaluate_only(options)
             elif options.hpo:
+                if n_processes() > 1:
+                    raise UserError("--hpo: start it without torchrun; Ray runs the trials")
                 import hpo  # Ray, which takes seconds to import
 
                 hpo.search(options)
@@ -1355,12 +1359,14 @@ def main(argv: list[str] | None = None) -> int:
                 train_multitask(options)
             leave_processes()
         except UserError as error:
+            let_first_speak()
             print(f"error: {error}", file=sys.stderr)
             return 1
         except (RuntimeError, MemoryError) as error:
             if is_lost_connection(error):
-                if rank() == 0:
-                    print("error: another process of this run has ended", file=sys.stderr)
+                let_first_speak()
+                cause = f"another process of this run has ended ({one_line(error)})"
+                print(f"error: {cause}", file=sys.stderr)
                 return 1
             if not is_out_of_memory(error):
                 raise
@@ -1370,12 +1376,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: out of memory; {advice} ({one_line(error)})", file=sys.stderr)
             return 1
         except KeyboardInterrupt as interrupt:
-            print(f"\ninterrupted; {interrupt or 'nothing new was saved'}", file=sys.stderr)
+            if rank() == 0:
+                print(f"\ninterrupted; {interrupt or 'nothing new was saved'}", file=sys.stderr)
             return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
 
 
 if __name__ == "__main__":
+    sys.modules["multitask_classifier"] = sys.modules["__main__"]  # what hpo.py imports is this
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() answers it
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -10,6 +10,7 @@
 #SBATCH --job-name=multitask-bert
 #SBATCH --partition=grete:shared
 #SBATCH --gpus=A100:1
+#SBATCH --cpus-per-gpu=2
 #SBATCH --mem-per-gpu=32G
 #SBATCH --time=12:00:00
 #SBATCH --output=slurm_files/%x-%j.out
@@ -65,19 +66,23 @@ fi
 
 command=("$python" -u)
 stopped=143 # what a run ends with that has saved on SIGTERM
+stop_run() { kill -TERM "$run"; }
 if ((n_gpus > 1 || SLURM_NNODES > 1)) && ! has --hpo; then
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  command=(srun "--nodes=$SLURM_NNODES" --ntasks-per-node=1 "--cpus-per-task=$SLURM_CPUS_ON_NODE"
-    "$python" -u -m torch.distributed.run "--nnodes=$SLURM_NNODES" --nproc_per_node=gpu
+  nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  first=${nodes%%$'\n'*}
+  command=(srun "--nodes=$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none
+    "$python" -u -m torch.distributed.run "--nnodes=$SLURM_NNODES"
+    "--nproc_per_node=$( ((n_gpus > 0)) && echo gpu || echo 1)" --shutdown-timeout=280
     "--rdzv_id=$SLURM_JOB_ID" --rdzv_backend=c10d
     "--rdzv_endpoint=$first:$((20000 + SLURM_JOB_ID % 20000))")
   stopped=any
+  stop_run() { scancel --signal=TERM "$SLURM_JOB_ID"; } # the steps; srun itself would kill them
 fi
 
 # USR1 comes to this shell alone (B: above). On SIGTERM the run saves within a step.
 time_is_over=
-trap 'time_is_over=yes; echo "time is nearly over: saving"; kill -TERM "$run"' USR1
-trap 'echo "to be stopped: saving"; kill -TERM "$run"' TERM
+trap 'time_is_over=yes; echo "time is nearly over: saving"; stop_run' USR1
+trap 'echo "to be stopped: saving"; [[ $stopped == any ]] || stop_run' TERM # steps get it from SLURM
 (
   trap '' USR1
   exec "${command[@]}" multitask_classifier.py "${flags[@]}"

@@ -3,6 +3,7 @@ pretrained files."""
 
 import contextlib
 import ctypes
+import datetime
 import glob
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -90,7 +92,7 @@ def restore_random_states(states: dict) -> None:
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Hold Ctrl-C and SIGTERM back until the block is done; a second one ends the process at once.
+    """Hold Ctrl-C and SIGTERM back until the block is done; a second Ctrl-C ends the process at once.
 
     For what must not be left half done, such as an optimizer step. Yields the list of the signals
     that have come; what the block takes from it does not end the process.
@@ -98,7 +100,7 @@ def uninterrupted():
     waiting = []
 
     def note(number, _):
-        if waiting:
+        if waiting and number == signal.SIGINT:  # batch systems send SIGTERM more than once
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         waiting.append(number)
@@ -145,7 +147,9 @@ def join_processes() -> None:
     """Join the other processes of this run, if torchrun has started it."""
     if not dist.is_torchelastic_launched():
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A process that ends is noticed at once; the first one may tag and download for long.
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
     if rank():
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
@@ -216,9 +220,16 @@ def one_first_on_each_node():
         agree(True)
 
 
+def let_first_speak() -> None:
+    """Before an error is shown: if the first process has the same, it ends the run meanwhile."""
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+
+
 def is_lost_connection(error: Exception) -> bool:
     """Whether another process of this run has ended before this one."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out", "NCCL")
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out")
     lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
     return n_processes() > 1 and lost
 

@@ -52,15 +52,15 @@ grep -v options "$folder/whole.out" | head -5
 echo "a run whose time is over (scancel --signal), that gives way to another job (scontrol requeue)"
 echo "and that is killed"
 job=$(submit stopped)
-wait_for "$job" stopped "epoch 1: [0-9]* s, mean"
+wait_for "$job" stopped "epoch 2: *[3-6]0%"
 scancel --batch --signal=USR1 "$job"
 wait_for "$job" stopped "queued again"
 start_again "$job"
-wait_for "$job" stopped "resumed after 1 epochs"
-wait_for "$job" stopped "epoch 2: [0-9]* s, mean"
+wait_for "$job" stopped "resumed after 1 epochs and [1-9]"
+wait_for "$job" stopped "epoch 3: *[3-6]0%"
 scontrol requeue "$job"
 start_again "$job"
-wait_for "$job" stopped "resumed after" 2
+wait_for "$job" stopped "resumed after 2 epochs and [1-9]"
 scancel --full --signal=KILL "$job"
 until [[ $(state "$job") =~ FAILED|COMPLETED|CANCELLED|TIMEOUT ]]; do sleep 0.2; done
 scontrol requeue "$job"

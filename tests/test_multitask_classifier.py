@@ -753,7 +753,7 @@ def test_a_fourth_task_is_a_row_and_a_head(model, data, monkeypatch):
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):
     chosen = options("--logdir", str(tmp_path))
-    claimed = [mc.claim_run(chosen) for _ in range(5)]
+    claimed = [mc.claim_run(chosen, "finetune") for _ in range(5)]
     assert len({run for run, _ in claimed}) == len({folder for _, folder in claimed}) == 5
 
 

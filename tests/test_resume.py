@@ -269,7 +269,7 @@ def test_states_of_no_use_are_one_clear_line(flags, stopped, tmp_path, capsys):
         "damaged, or": lambda: write(b""),
         "damaged, or not": lambda: write(bytes(changed)),
         "not a checkpoint of multitask_classifier.py": lambda: torch.save([1], stopped),
-        "has checkpoint format 2, this version reads": lambda: save({"format": 2}),
+        "has checkpoint format 1, this version reads": lambda: save({"format": 1}),
         "a damaged state of a run": lambda: save({"training": training}),
         "a damaged state of a": lambda: save({"training": {"data": {}}}),
         "holds no state of a run to go on with": lambda: save({"training": None}),

@@ -33,12 +33,13 @@ def submit(tmp_path):
     write(
         commands / "scontrol", '#!/bin/sh\ncase $1 in show) echo n1; echo n2;; *) echo "$@";; esac'
     )
-    write(commands / "srun", '#!/bin/sh\necho "ran: srun $*"')
+    write(commands / "srun", '#!/bin/sh\necho "ran: srun $*"; exec $STEP')
+    write(commands / "scancel", '#!/bin/sh\necho "scancel $@"; pkill -TERM -f "$STEP"')
 
     def submit(*flags, run="true", gpus=0, signals=(), **variables):
         write(folder / ".venv" / "bin" / "python", PYTHON.format(run=run))
         job = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(folder), SLURM_JOB_NODELIST="n[1-2]")
-        job |= dict(SLURM_NNODES="1", SLURM_CPUS_ON_NODE="16", N_GPUS=str(gpus)) | variables
+        job |= dict(SLURM_NNODES="1", N_GPUS=str(gpus), STEP="true") | variables
         path = f"{commands}:/usr/bin:/bin"  # no conda
         with subprocess.Popen(
             [ROOT / "run_train.sh", *flags],
@@ -88,7 +89,7 @@ def test_several_gpus_or_nodes_start_torchrun_on_each_node(submit, gpus, nodes):
         "3",
         "--use_gpu",
     ]
-    assert {f"--nodes={nodes}", "--ntasks-per-node=1", "--cpus-per-task=16"} < set(options)
+    assert {f"--nodes={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"} < set(options)
     module = options[options.index("-m") : place]
     assert module[:2] == ["-m", "torch.distributed.run"]
     from torch.distributed.run import config_from_args, parse_args
@@ -137,6 +138,19 @@ def test_a_run_whose_time_is_over_is_queued_again(submit, run, number, code, aga
     shown, found = submit(run=run, signals=[number])
     assert found == code
     assert ("requeue 7" in shown) == again
+
+
+def test_steps_of_srun_are_signalled_by_slurm(submit, tmp_path):
+    """srun itself would kill them."""
+    step = tmp_path / "step"
+    step.write_text("#!/bin/bash\ntrap 'exit 1' TERM\necho started\nwhile :; do sleep 0.05; done\n")
+    step.chmod(0o755)
+    shown, code = submit(gpus=2, STEP=str(step), signals=[signal.SIGUSR1])
+    assert code == 1 and "scancel --signal=TERM 7" in shown and "requeue 7" in shown
+
+
+def test_nodes_without_gpus_have_one_process_each(submit):
+    assert "--nproc_per_node=1" in ran(submit(SLURM_NNODES="2")[0])
 
 
 def test_the_run_does_not_see_usr1(submit):

@@ -1,7 +1,7 @@
 import json
 import random
 import re
-from profiling import KINDS, breakdown, length_of_union
+import time
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from torch_tb_profiler.profiler.data import RunProfileData
 from torch_tb_profiler.profiler.event_parser import ProfileRole
 
 import multitask_classifier as mc
+from profiler import KINDS, breakdown, length_of_union, steps_of
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
 
@@ -55,7 +56,7 @@ def test_breakdown_agrees_with_a_count_of_microseconds():
             if each["cat"] in KINDS[kind]:
                 kinds |= dict.fromkeys(range(each["ts"], each["ts"] + each["dur"]), kind)
     counts = {kind: list(kinds.values()).count(kind) / 2 for kind in (*KINDS, "other")}
-    assert breakdown(events) == pytest.approx(counts | {"step": 950})
+    assert breakdown(events, steps_of(events)) == pytest.approx(counts | {"step": 950})
     assert all(counts.values())
 
 
@@ -63,7 +64,7 @@ def test_breakdown_agrees_with_tensorboards_profiler():
     events = trace_of_a_gpu()
     trace = {"schemaVersion": 1, "traceEvents": events, "distributedInfo": None}
     costs = RunProfileData.from_json("worker", "1", trace).avg_costs.costs
-    found = breakdown(events)
+    found = breakdown(events, steps_of(events))
     names = dict(Kernel="kernel", Memcpy="memory copy", Memset="memory set", Total="step")
     names |= dict(CpuOp="CPU execution", Other="other")
     for theirs, ours in names.items():
@@ -82,7 +83,7 @@ def test_a_profiled_run_shows_where_the_time_goes(profiled):
     directory, shown = profiled
     (path,) = directory.glob("*.pt.trace.json")
     events = json.loads(path.read_text())["traceEvents"]
-    times = breakdown(events)
+    times = breakdown(events, steps_of(events))
     assert f"5 steps recorded, {times['step']:,.0f} microseconds each" in shown
     rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$", shown, re.M)
     assert len(rows) == 15 and "aten::addmm" in [row[0] for row in rows]
@@ -98,9 +99,21 @@ def test_a_profiled_run_shows_where_the_time_goes(profiled):
     assert "| operator | calls a step" in text.tensor_proto.string_val[0].decode()
 
 
-def test_a_run_of_few_steps_shows_what_there_was(flags, capsys):
-    assert mc.main(flags + ["--epochs", "1", "--profiler"]) == 0  # of four steps
-    assert "steps recorded" in capsys.readouterr().out
+def test_a_run_of_few_steps_shows_what_there_was(flags, monkeypatch, capsys):
+    """The evaluation after the last one is none of them."""
+    predict = mc.evaluation.predict
+
+    def slow(*arguments):
+        time.sleep(2)
+        return predict(*arguments)
+
+    monkeypatch.setattr(mc.evaluation, "predict", slow)
+    chosen = flags + ["--profiler", "--samples_per_epoch"]
+    assert mc.main(chosen + [str(16 * 5), "--epochs", "1"]) == 0
+    found = re.search(r"(\d) steps recorded, ([\d,]+) microseconds", capsys.readouterr().out)
+    assert found[1] == "2" and int(found[2].replace(",", "")) < 1_000_000
+    assert mc.main(chosen + [str(16 * 3), "--epochs", "1"]) == 0
+    assert "an epoch of 3 steps or fewer is too short" in capsys.readouterr().out
 
 
 def test_profiling_changes_no_numbers(profiled, flags, tmp_path):

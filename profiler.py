@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import one_line
+
 SKIPPED, WARM_UP, RECORDED = 2, 1, 5  # steps; the first ones are slower than all others
 TOP_OPERATORS = 15
 # What a trace's events are, by its categories. Where several go on at once, the first one counts.
@@ -22,13 +24,14 @@ class StepProfiler:
 
     Args:
         directory: gets the trace, RUN.pt.trace.json, for Perfetto and TensorBoard.
+        device: of the model.
         show: is given the breakdown, a Markdown text.
     """
 
-    def __init__(self, directory: Path, show):
-        self.directory, self.show = directory, show
+    def __init__(self, directory: Path, device: torch.device, show):
+        self.directory, self.device, self.show = directory, device, show
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.profile = torch.profiler.profile(
             activities=activities,
@@ -43,33 +46,43 @@ class StepProfiler:
 
     def step(self) -> None:
         if self.steps_left:
-            self.profile.step()
             self.steps_left -= 1
+            self.profile.step()
             if not self.steps_left:
                 self.profile.stop()
 
     def close(self) -> None:
-        """For a run that had fewer steps; what is recorded of them is shown."""
+        """At the end of an epoch, which may have had fewer steps: what there is is shown."""
         if self.steps_left:
-            self.steps_left = 0
             self.profile.stop()
+            if self.steps_left >= RECORDED:
+                self.show(
+                    f"--profiler: an epoch of {SKIPPED + WARM_UP} steps or fewer is too short"
+                )
+            self.steps_left = 0
 
     def _report(self, profile: torch.profiler.profile) -> None:
+        if self.steps_left >= RECORDED:
+            return
         path = self.directory / f"{self.directory.name}.pt.trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        times, steps = breakdown(events), steps_of(events)
+        try:
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk
+            self.show(f"--profiler: {path} cannot be written ({one_line(error)})")
+            return
+        steps = steps_of(events)[: RECORDED - self.steps_left]  # one more may have begun
+        times = breakdown(events, steps)
         table = breakdown_table(times)
-        if not torch.cuda.is_available():
+        if self.device.type != "cuda":
             table = operator_table(profile.key_averages(), steps)
         average = f"{len(steps)} steps recorded, {times['step']:,.0f} microseconds each"
         self.show(f"{average}\n\n{table}\n\nTrace: {path}")
 
 
-def breakdown(events: list[dict]) -> dict[str, float]:
-    """Microseconds of an average step by kind, from the events of a trace (`traceEvents`): "step"
-    is all of it, "other" what no kind covers."""
-    steps = steps_of(events)
+def breakdown(events: list[dict], steps: list[tuple[float, float]]) -> dict[str, float]:
+    """Microseconds of an average one of the steps by kind, from the events of a trace
+    (`traceEvents`): "step" is all of it, "other" what no kind covers."""
     start, end = min(a for a, _ in steps), max(b for _, b in steps)
     covered, before, times = [], 0.0, {"step": (end - start) / len(steps)}
     for kind, categories in KINDS.items():
@@ -85,12 +98,12 @@ def breakdown(events: list[dict]) -> dict[str, float]:
 
 
 def steps_of(events: list[dict]) -> list[tuple[float, float]]:
-    """(start, end) of the recorded steps, in microseconds."""
-    return [
+    """(start, end) of the recorded steps in order, in microseconds."""
+    return sorted(
         (event["ts"], event["ts"] + event["dur"])
         for event in events
         if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")
-    ]
+    )
 
 
 def length_of_union(intervals: list[tuple[float, float]]) -> float:
