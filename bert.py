@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from activations import ACTIVATION_FUNCTIONS
-from base_bert import BertConfig, BertPreTrainedModel
+from base_bert import TAG_TABLES, BertConfig, BertPreTrainedModel
 
 
 class Sequences(NamedTuple):
@@ -332,6 +332,17 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config)
         self.init_weights()
 
+    @property
+    def stacks(self) -> list["BertModel"]:
+        """The BERTs that this one consists of: itself. A mixture of experts has several."""
+        return [self]
+
+    @property
+    def new_parameters(self) -> list[nn.Parameter]:
+        """What no pretrained BERT brings: embeddings of tags."""
+        tables = self.embeddings.named_parameters()
+        return [parameter for name, parameter in tables if name in TAG_TABLES]
+
     def encode(
         self,
         input_ids: Tensor,
@@ -370,5 +381,5 @@ class BertModel(BertPreTrainedModel):
         )
         padded = hidden_states.new_zeros(*input_ids.shape, hidden_states.shape[-1])  # [B, S, D]
         padded = padded.index_put((packed.rows, packed.position_ids), hidden_states)
-        pooled = self.pooler(hidden_states[packed.sequences.offsets[packed.places]])
-        return {"last_hidden_state": padded, "pooler_output": pooled}
+        pooled = self.pooler(hidden_states[packed.sequences.offsets[:-1]])  # [B, D], packed order
+        return {"last_hidden_state": padded, "pooler_output": pooled[packed.places]}

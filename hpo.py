@@ -36,7 +36,6 @@ from ray.tune.search.optuna import OptunaSearch
 
 import evaluation
 from base_bert import BertConfig
-from bert import BertModel
 from datasets import TaskDataset
 from multitask_classifier import (
     MultitaskBERT,
@@ -44,6 +43,7 @@ from multitask_classifier import (
     Training,
     claim_run,
     decisive,
+    encoder_like,
     is_out_of_memory,
     load_all,
     model_of,
@@ -135,7 +135,7 @@ class Shared:
             changes = {"hidden_dropout_prob": options.hidden_dropout_prob}
             config = dataclasses.replace(config, **changes)
         with torch.device("meta"):
-            model = MultitaskBERT(BertModel(config))
+            model = MultitaskBERT(encoder_like(config, options.moe))
         weights = {name: torch.tensor(each) for name, each in self.weights.items()}
         model.load_state_dict(weights, assign=True)
         return model

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluation
-from base_bert import TAG_TABLES, BertConfig
+from base_bert import BertConfig
 from bert import BertModel, Sequences, pack
 from datasets import (
     MAX_SIMILARITY,
@@ -51,6 +51,7 @@ from datasets import (
     TaskDataset,
     training_windows,
 )
+from moe import N_EXPERTS, MixtureOfExperts
 from optimizer import AdamW, Sophia, SophiaG, SophiaH
 from options import (
     DEFAULT_SPACY_MODEL,
@@ -177,11 +178,12 @@ class SimilarityHead(nn.Module):
 class MultitaskBERT(nn.Module):
     """One BERT, attention pooling, three heads. Heads are named like the rows of TASKS."""
 
-    def __init__(self, bert: BertModel):
+    def __init__(self, bert: BertModel | MixtureOfExperts):
         super().__init__()
         size = bert.config.hidden_size
         self.bert = bert
-        self.bert.pooler.requires_grad_(False)  # no head reads it; kept so that the BERT is whole
+        for stack in bert.stacks:  # no head reads them; kept so that each BERT is whole
+            stack.pooler.requires_grad_(False)
         self.attention_layer = AttentionLayer(size)
         self.heads = nn.ModuleDict(
             {
@@ -255,22 +257,22 @@ def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch:
     """Set which weights train in this epoch (counted from 0); the heads always do.
 
     `pretrain`: nothing of the encoder. `finetune`: all of it, or with an unfreezing interval one
-    more layer every `interval` epochs from the top, and the embeddings after the last layer; but
-    those of tags, which are new like the heads, always.
+    more layer every `interval` epochs from the top, and the embeddings after the last layer; but what
+    is new in it like the heads (embeddings of tags, what weighs experts), always.
     """
-    layers = model.bert.encoder.layer
+    n_layers = model.bert.config.num_hidden_layers
     if option == "pretrain":
         trained = 0
     elif interval:
         trained = epoch // interval
     else:
-        trained = len(layers) + 1
-    for depth, layer in enumerate(reversed(layers)):
-        layer.requires_grad_(depth < trained)
-    model.bert.embeddings.requires_grad_(trained > len(layers))
-    for name, table in model.bert.embeddings.named_parameters():
-        if name in TAG_TABLES:
-            table.requires_grad_(option == "finetune")
+        trained = n_layers + 1
+    for stack in model.bert.stacks:
+        for depth, layer in enumerate(reversed(stack.encoder.layer)):
+            layer.requires_grad_(depth < trained)
+        stack.embeddings.requires_grad_(trained > n_layers)
+    for parameter in model.bert.new_parameters:
+        parameter.requires_grad_(option == "finetune")
 
 
 # --------------------------------------------------------------------------------------- optimizer
@@ -280,9 +282,11 @@ def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.
     """The optimizer over all weights that may ever train: encoder with and without weight decay
     (biases and LayerNorm go without), and heads, likewise."""
     groups = defaultdict(list)
+    poolers = {each for stack in model.bert.stacks for each in stack.pooler.parameters()}
+    unused = poolers - set(model.bert.new_parameters)
     for name, parameter in model.named_parameters():
         encoder = name.startswith("bert.")
-        if name.startswith("bert.pooler.") or (encoder and options.option == "pretrain"):
+        if parameter in unused or (encoder and options.option == "pretrain"):
             continue
         decays = parameter.ndim > 1
         groups["encoder" if encoder else "heads", decays].append(parameter)
@@ -374,12 +378,17 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def encoder_like(config: BertConfig, gating: str | None) -> BertModel | MixtureOfExperts:
+    """An encoder without trained weights; with a gating, a mixture of experts."""
+    return MixtureOfExperts(config, gating) if gating else BertModel(config)
+
+
 def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTokenizer]:
     """The model (on the CPU) and its tokenizer; UserError if `path` held no whole one."""
     try:
         config = BertConfig(**checkpoint["bert_config"])
         with torch.device("meta"):  # no time for weights to be replaced
-            model = MultitaskBERT(BertModel(config))
+            model = MultitaskBERT(encoder_like(config, checkpoint["options"].get("moe")))
         model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
         check_tags(checkpoint, config)
@@ -487,6 +496,8 @@ def training_step(
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)
     losses = {name: torch.zeros((), device=device) for name in (*options.tasks, "sum")}
+    if options.moe:
+        losses |= {name: torch.zeros((), device=device) for name in expert_tags(options)}
     answers = []
     for batch in window:
         with autocast(device):
@@ -501,6 +512,8 @@ def training_step(
             losses[name] += loss.detach()
             losses["sum"] += weights[name] * loss.detach()
             answers.append((name, labels, task.decode(output.detach().float())))
+        if options.moe:
+            total = total + add_routing(losses, model, batch, options)
         if with_graph:
             backward_with_graph(total, model)
         else:
@@ -517,6 +530,29 @@ def training_step(
     if not finite:
         raise NotFinite(f"loss {float(losses['sum']):g}, norm of the gradients {float(norm):g}")
     return losses, answers
+
+
+def expert_tags(options: argparse.Namespace) -> list[str]:
+    """What is logged of a mixture of experts: its balance, and for each task and expert, to how many
+    of the task's sentences the gate gives that expert the largest weight."""
+    experts = range(1, N_EXPERTS + 1)
+    return ["balance", *(f"moe/{name}_expert_{e}" for name in options.tasks for e in experts)]
+
+
+def add_routing(
+    losses: dict[str, Tensor], model: MultitaskBERT, batch: Batch, options: argparse.Namespace
+) -> Tensor:
+    """Note how the gate has spread the batch's sentences; the loss for an uneven spread."""
+    n_sentences = {n: rows * len(TASKS[n].sentence_columns) for n, rows in batch.step_rows.items()}
+    choice = F.one_hot(model.bert.weights.detach().argmax(-1), N_EXPERTS).float()[batch.places]
+    for name, columns in batch.columns.items():
+        shares = torch.cat([choice[column] for column in columns]).sum(0) / n_sentences[name]
+        for number, share in enumerate(shares, start=1):
+            losses[f"moe/{name}_expert_{number}"] += share
+    balance = model.bert.balance_loss() * (len(batch.lengths) / sum(n_sentences.values()))
+    losses["balance"] += balance.detach()
+    losses["sum"] += options.moe_balance * balance.detach()
+    return options.moe_balance * balance
 
 
 def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
@@ -620,7 +656,7 @@ class RunLog:
 
     def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.n_steps += 1
-        values = {f"loss/{name}": loss for name, loss in losses.items()}
+        values = {n if "/" in n else f"loss/{n}": loss for n, loss in losses.items()}
         values["lr"] = optimizer.param_groups[0]["lr"]
         self.waiting.append((self.n_steps, values))
         if len(self.waiting) == LOG_EVERY:
@@ -1222,6 +1258,8 @@ def load_model(options, path: Path | None, state: dict | None) -> tuple:
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
     check_new_tables(bert, source, tagger)
+    if options.moe:
+        bert = MixtureOfExperts.of(bert, options.moe)
     return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), tagger, source
 
 
@@ -1235,7 +1273,7 @@ def load_all(options, path: Path | None = None, state: dict | None = None) -> tu
 
 def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> None:
     """UserError for an encoder that brings embeddings of tags, but does not say of which."""
-    tables = [table for name, table in bert.named_parameters() if name.endswith(TAG_TABLES)]
+    tables = bert.new_parameters
     if tables and (tagger is None or any(table.any() for table in tables)):
         raise UserError(
             f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "

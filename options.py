@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets import SPLITS, TASKS
+from moe import GATINGS
 from utils import UserError, one_line
 
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 1.2e-3}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
+DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
@@ -195,6 +197,19 @@ def add_model_flags(group) -> None:
         f"{DEFAULT_SPACY_MODEL}",
     )
     flag(
+        "--moe",
+        choices=GATINGS,
+        help="a mixture of three experts, each an encoder like the others, and one more that weighs them "
+        "for each sentence; soft: all count, hard: only the one with the largest weight is computed; "
+        "default: one encoder",
+    )
+    flag(
+        "--moe_balance",
+        type=non_negative_float,
+        help="--moe: weight of the loss for sentences that spread unevenly over the experts; "
+        f"default: {DEFAULT_MOE_BALANCE:g}",
+    )
+    flag(
         "--unfreeze_interval",
         type=positive_int,
         default=0,
@@ -345,6 +360,12 @@ def parse_options(
         )
     if options.spacy_model and not (options.additional_input or options.evaluate):
         parser.error("--spacy_model: only for --additional_input")
+    if options.moe and options.option == "pretrain":
+        parser.error("--moe has a gate to train, --option pretrain trains the heads only")
+    if options.moe is None and options.moe_balance is not None:
+        parser.error("--moe_balance: only with --moe")
+    if options.moe and options.moe_balance is None:
+        options.moe_balance = DEFAULT_MOE_BALANCE
     options.searched = searched_flags(argv, options) if options.hpo else []
     if options.hpo and not options.searched:
         parser.error("--hpo: every flag that could be searched is given")

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py sophia --data_dir data
     python benchmarks/training.py tags --data_dir data --spacy_model en_core_web_sm
+    python benchmarks/training.py moe --data_dir data
 
 Each run is `multitask_classifier.py` in a process of its own. What it gave is kept in
 `results/runs.json`, under its flags; a run that is there is not made again, so the command can be
@@ -50,6 +51,7 @@ EXPERIMENTS = {
         },
     },
     "tags": {ADAMW: SEEDS, f"{ADAMW} --additional_input": SEEDS},
+    "moe": {ADAMW: SEEDS, f"{ADAMW} --moe hard": SEEDS, f"{ADAMW} --moe soft": SEEDS},
 }
 
 
@@ -64,22 +66,26 @@ def train(setting: str, seed: int, args) -> dict:
         if "--additional_input" in setting:
             command += ["--spacy_model", args.spacy_model]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
-        done = subprocess.run(
+        with subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        if done.returncode:
+        ) as run:
+            shown = run.stdout.read()
+            _, status, used = os.wait4(run.pid, 0)
+            run.returncode = os.waitstatus_to_exitcode(status)
+        if run.returncode:
             raise SystemExit(f"{' '.join(command)}: failed, see above")
         (run,) = Path(folder, "logdir").iterdir()
         log = EventAccumulator(str(run)).Reload()
         result = {name: log.Scalars(f"final/{name}")[-1].value for name in METRICS}
     result["epoch_seconds"] = [
-        int(each) for each in re.findall(r"^epoch \d+: (\d+) s", done.stdout, re.M)
+        int(each) for each in re.findall(r"^epoch \d+: (\d+) s", shown, re.M)
     ]
-    result["threads"] = int(re.search(r"(\d+) CPU threads", done.stdout)[1])
+    result["peak_memory_mb"] = round(used.ru_maxrss / 1024)
+    result["threads"] = int(re.search(r"(\d+) CPU threads", shown)[1])
     if "--additional_input" in setting:
         result["pipeline"] = str(Pipeline.find(args.spacy_model))
-    result["commit"] = re.search(r"'commit': '(.*?)'", done.stdout)[1]
-    result["clipped"] = [float(each) for each in re.findall(r"coordinates (\d\S*),", done.stdout)]
+    result["commit"] = re.search(r"'commit': '(.*?)'", shown)[1]
+    result["clipped"] = [float(each) for each in re.findall(r"coordinates (\d\S*),", shown)]
     return result
 
 
@@ -94,9 +100,9 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(settings: dict[str, tuple], results: dict[str, dict]) -> None:
-    heads = ("settings", "seeds", "sentiment", "paraphrase", "similarity", "mean")
-    print(f"| {' | '.join(heads)} | seconds an epoch | clipped, epoch 1, 2 |")
-    print("| --- " * 8 + "|")
+    heads = ["settings", "seeds", "sentiment", "paraphrase", "similarity", "mean"]
+    heads += ["seconds an epoch", "peak memory, MB", "clipped, epoch 1, 2"]
+    print(f"| {' | '.join(heads)} |\n" + "| --- " * len(heads) + "|")
     for setting in settings:
         runs = [results[key] for seed in SEEDS if (key := run_name(setting, seed)) in results]
         if not runs:
@@ -105,6 +111,7 @@ def table(settings: dict[str, tuple], results: dict[str, dict]) -> None:
         cells += [spread([run[name] for run in runs], 3) for name in METRICS]
         cells += [spread([statistics.mean(run[name] for name in METRICS) for run in runs], 3)]
         cells += [f"{statistics.mean(s for run in runs for s in run['epoch_seconds']):.0f}"]
+        cells += [", ".join(str(run["peak_memory_mb"]) for run in runs if "peak_memory_mb" in run)]
         shares = [statistics.mean(epoch) for epoch in zip(*(run["clipped"] for run in runs))]
         cells += [", ".join(f"{share:.2f}" for share in shares)]
         print(f"| {' | '.join(cells)} |")

@@ -155,6 +155,8 @@ def test_a_missing_config_is_one_clear_line(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--moe_balance", "1"], "--moe_balance: only with --moe"),
+        (["--moe", "soft", "--option", "pretrain"], "--moe has a gate to train"),
         (["--hpo_resume", "auto"], "--hpo_resume: only with --hpo"),
         (["--hpo", "--resume", "auto"], "--hpo is neither --resume"),
         (["--hpo", "--evaluate", "m.pt"], "--hpo is neither --resume"),
@@ -166,7 +168,7 @@ def test_a_missing_config_is_one_clear_line(tmp_path):
         ),
     ],
 )
-def test_flags_of_a_search_that_do_not_fit(flags, message, capsys):
+def test_flags_that_do_not_fit_together(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_options(flags)
     assert message in capsys.readouterr().err
