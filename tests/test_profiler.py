@@ -86,7 +86,7 @@ def test_a_profiled_run_shows_where_the_time_goes(profiled):
     times = breakdown(events, steps_of(events))
     assert f"5 steps recorded, {times['step']:,.0f} microseconds each" in shown
     rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$", shown, re.M)
-    assert len(rows) == 15 and "aten::addmm" in [row[0] for row in rows]
+    assert len(rows) == 15 and "aten::baddbmm" in [row[0] for row in rows]  # attention's
     shares = [float(row[3]) for row in rows]
     assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
     # What TensorBoard's plug-in reads from the same file:
