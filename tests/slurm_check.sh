@@ -32,8 +32,9 @@ wait_for() { # job, name of its run, what its log must say, how often
   done
 }
 
-start_again() { # a job that waits in the queue: now, not in two minutes
+start_again() { # a job that waits in the queue: in seconds (at once SLURM refuses), not in minutes
   until [[ $(state "$1") == PENDING ]]; do sleep 0.2; done
+  sleep 3
   scontrol update "JobId=$1" StartTime=now
 }
 
@@ -47,7 +48,7 @@ finish() {
 echo "an uninterrupted run"
 job=$(submit whole)
 finish "$job" whole
-grep -v options "$folder/whole.out" | head -5
+sed -n '1,4p' "$folder/whole.out"
 
 echo "a run whose time is over (scancel --signal), that gives way to another job (scontrol requeue)"
 echo "and that is killed"
