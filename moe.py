@@ -36,9 +36,8 @@ class MixtureOfExperts(nn.Module):
     @classmethod
     def of(cls, bert: BertModel, gating: str) -> "MixtureOfExperts":
         """All experts and the gate begin as `bert`; the layer that weighs them is new."""
-        mixture = cls.__new__(cls)
-        nn.Module.__init__(mixture)
-        mixture.config, mixture.gating, mixture.weights = bert.config, gating, None
+        with torch.device("meta"):  # no time for weights to be replaced
+            mixture = cls(bert.config, gating)
         mixture.experts = nn.ModuleList(copy.deepcopy(bert) for _ in range(N_EXPERTS))
         mixture.gate = bert
         mixture.route = nn.Linear(bert.config.hidden_size, N_EXPERTS)

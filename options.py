@@ -58,7 +58,8 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
         "at once.",
         exit_on_error=exit_on_error,
     )
-    add_training_flags(parser.add_argument_group("training"))
+    add_training_flags(training := parser.add_argument_group("training"))
+    add_run_flags(training)
     add_model_flags(parser.add_argument_group("model"))
     add_data_flags(parser.add_argument_group("data"))
     add_output_flags(parser.add_argument_group("outputs"))
@@ -137,6 +138,10 @@ def add_training_flags(group) -> None:
         metavar=",".join(TASKS).upper(),
         help="weights of the tasks' losses in their sum; default: all 1",
     )
+
+
+def add_run_flags(group) -> None:
+    flag = group.add_argument
     flag("--seed", type=seed, default=11711, help="default: 11711")
     flag(
         "--config",
