@@ -31,7 +31,8 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(BertModel(config) for _ in range(N_EXPERTS))
         self.gate = BertModel(config)
         self.route = nn.Linear(config.hidden_size, N_EXPERTS)
-        self.weights = None  # [B, E] of the experts, for the sequences of the last pass
+        # For the sequences of the last pass: the experts' weights [B, E], and the largest one [B].
+        self.weights = self.choice = None
 
     @classmethod
     def of(cls, bert: BertModel, gating: str) -> "MixtureOfExperts":
@@ -64,7 +65,9 @@ class MixtureOfExperts(nn.Module):
         tokens = input_ids, position_ids, token_type_ids, tags
         gate_states = encode_with(self.gate, sequences, tokens)
         pooled = self.gate.pooler(gate_states[sequences.offsets[:-1]])  # [B, D]
-        self.weights = self.route(pooled).float().softmax(dim=-1)  # [B, E]
+        with torch.autocast(pooled.device.type, enabled=False):  # in bfloat16 many would be equal
+            self.weights = self.route(pooled.to(self.route.weight.dtype)).softmax(dim=-1)  # [B, E]
+        self.choice = self.weights.argmax(dim=-1)  # [B]
         mix = self._mix_softly if self.gating == "soft" else self._choose
         return mix(sequences, tokens)
 
@@ -77,10 +80,10 @@ class MixtureOfExperts(nn.Module):
         return states
 
     def _choose(self, sequences: Sequences, tokens: tuple) -> Tensor:
-        weight, choice = self.weights.max(dim=-1)  # [B], [B]
+        weight = self.weights.gather(1, self.choice[:, None]).squeeze(1)  # [B]
         choice = (
-            choice.cpu().numpy()
-        )  # the lengths of what each expert reads are needed on the host
+            self.choice.cpu().numpy()
+        )  # lengths of what each expert reads are needed on the host
         of_tokens = np.repeat(choice, sequences.lengths)  # [N]
         device, outputs, places = weight.device, [], []
         for number in np.unique(choice):
@@ -101,7 +104,7 @@ class MixtureOfExperts(nn.Module):
         with hard gating, the chosen one's."""
         weights = self.weights
         if self.gating == "hard":
-            weights = nn.functional.one_hot(weights.argmax(-1), N_EXPERTS)
+            weights = nn.functional.one_hot(self.choice, N_EXPERTS)
         outputs = torch.stack([expert.pooler(first_tokens) for expert in self.experts], dim=1)
         return (weights[:, :, None].to(outputs.dtype) * outputs).sum(dim=1)  # [B, D]
 
@@ -111,7 +114,7 @@ class MixtureOfExperts(nn.Module):
         """E sum_e f_e P_e, where f_e is the share of the last pass's sequences for which expert e has
         the largest weight and P_e its mean weight: 1 if both are even, up to E (Fedus et al. 2021,
         equation 4)."""
-        shares = nn.functional.one_hot(self.weights.argmax(-1), N_EXPERTS).float().mean(0)
+        shares = nn.functional.one_hot(self.choice, N_EXPERTS).float().mean(0)
         return N_EXPERTS * (shares * self.weights.mean(0)).sum()
 
 

@@ -544,7 +544,7 @@ def add_routing(
 ) -> Tensor:
     """Note how the gate has spread the batch's sentences; the loss for an uneven spread."""
     n_sentences = {n: rows * len(TASKS[n].sentence_columns) for n, rows in batch.step_rows.items()}
-    choice = F.one_hot(model.bert.weights.detach().argmax(-1), N_EXPERTS).float()[batch.places]
+    choice = F.one_hot(model.bert.choice, N_EXPERTS).float()[batch.places]
     for name, columns in batch.columns.items():
         shares = torch.cat([choice[column] for column in columns]).sum(0) / n_sentences[name]
         for number, share in enumerate(shares, start=1):

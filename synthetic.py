@@ -178,7 +178,19 @@ def nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
     return ids.gather(1, torch.multinomial(probabilities, 1)).squeeze(1)
 
 
-class SmallGenerator:
+class Generator:
+    """What draws sentences for labels."""
+
+    def choose(self, missing: list[int], n: int, chance: random.Random) -> list[int]:
+        """The labels of a round of n: of those that are missing, and near the end a few to spare."""
+        return chance.choices(missing, k=n) if len(missing) > n else (missing * 3)[:n]
+
+    def account(self) -> dict[str, float]:
+        """What has been used so far."""
+        return {}
+
+
+class SmallGenerator(Generator):
     """`CausalLM` on the training set: [LABEL] pieces [SEP]. Its vocabulary is the labels, the end and
     the word pieces that occur."""
 
@@ -191,7 +203,7 @@ class SmallGenerator:
             args.model or "minilm", args.local_files_only
         )
 
-    def fit(self, train: list[Example], dev: list[Example] | None, folder: Path) -> None:
+    def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
         """Train, or take what an interrupted run has left in `folder`."""
         self.pieces = sorted({piece for _, ids in self._pieces_of(train) for piece in ids})
         self.end = len(LABELS)
@@ -202,7 +214,8 @@ class SmallGenerator:
         self.model = CausalLM(config).to(self.device)
         saved = folder / "model.pt"
         if saved.exists():
-            self.model.load_state_dict(torch.load(saved, weights_only=True))
+            weights = torch.load(saved, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(weights)
             return
         self._train(train, dev)
         with atomic_write(saved) as temporary:
@@ -239,7 +252,7 @@ class SmallGenerator:
         self.model.eval()
         rows = self._rows(examples)
         losses = [self._loss(rows[i : i + self.BATCH]) for i in range(0, len(rows), self.BATCH)]
-        return float(torch.cat(losses).double().mean().exp())
+        return float(torch.cat(losses).cpu().double().mean().exp())
 
     @torch.no_grad()
     def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
@@ -287,7 +300,7 @@ class SmallGenerator:
         return losses[ids[:, 1:].flatten() >= 0]
 
 
-class Gpt2Generator:
+class Gpt2Generator(Generator):
     """A GPT-2 from `transformers`, fine-tuned at a constant rate on the training set, with the label in
     words before the sentence."""
 
@@ -301,7 +314,7 @@ class Gpt2Generator:
         self.args, self.device, self.library = args, device, transformers
         self.source = args.model or "gpt2"
 
-    def fit(self, train: list[Example], dev: list[Example] | None, folder: Path) -> None:
+    def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
         saved = folder / "model"
         complete = (folder / "model-is-complete").exists()
         self._load(str(saved) if complete else self.source)
@@ -336,7 +349,7 @@ class Gpt2Generator:
         starts = range(0, len(examples), self.BATCH)
         losses = [self._losses(examples[start : start + self.BATCH]) for start in starts]
         self.model.train(was_training)
-        return float(torch.cat(losses).double().mean().exp())
+        return float(torch.cat(losses).cpu().double().mean().exp())
 
     @torch.no_grad()
     def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
@@ -395,15 +408,20 @@ class LimitReached(Exception):
     """No more requests may be made."""
 
 
-class OpenAIGenerator:
-    """A chat model behind an OpenAI-compatible endpoint, shown examples of the training set."""
+class OpenAIGenerator(Generator):
+    """A chat model behind an OpenAI-compatible endpoint, shown examples of the training set. Its answers
+    are arguments of a function that it is made to call, of a fixed form; all chat models know that.
+    """
 
-    PER_REQUEST, EXAMPLES, ATTEMPTS = 10, 8, 3
-    SCHEMA = {
-        "type": "object",
-        "properties": {"sentences": {"type": "array", "items": {"type": "string"}}},
-        "required": ["sentences"],
-        "additionalProperties": False,
+    PER_REQUEST, EXAMPLES, ATTEMPTS, RETRIES = 10, 8, 3, 6
+    FUNCTION = {
+        "name": "write",
+        "description": "Hand in new sentences.",
+        "parameters": {
+            "type": "object",
+            "properties": {"sentences": {"type": "array", "items": {"type": "string"}}},
+            "required": ["sentences"],
+        },
     }
 
     def __init__(self, args, device: torch.device):
@@ -414,11 +432,11 @@ class OpenAIGenerator:
         if not os.environ.get("OPENAI_API_KEY"):
             raise UserError("--generator openai: put your key into the variable OPENAI_API_KEY")
         self.args, self.library = args, openai
-        limits = dict(timeout=args.timeout, max_retries=6)  # with back-off, and Retry-After heeded
+        limits = dict(timeout=args.timeout, max_retries=self.RETRIES)  # with back-off
         self.client = openai.OpenAI(base_url=args.base_url, **limits)
         self.requests = self.spent = 0
 
-    def fit(self, train: list[Example], dev: list[Example] | None, folder: Path) -> None:
+    def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
         self.examples = {
             label: [each.sentences[0].strip() for each in train if each.label == label]
             for label in LABELS
@@ -427,61 +445,59 @@ class OpenAIGenerator:
     def perplexity(self, examples: list[Example]) -> None:
         return None
 
-    def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
-        chance, found = random.Random(generator_seed), []
-        for label, wanted in sorted(Counter(labels).items()):
-            for start in range(0, wanted, self.PER_REQUEST):
-                try:
-                    sentences = self._ask(label, min(self.PER_REQUEST, wanted - start), chance)
-                except LimitReached:
-                    if found:
-                        return found
-                    raise
-                found += [(label, sentence) for sentence in sentences]
-        return found
+    def choose(self, missing: list[int], n: int, chance: random.Random) -> list[int]:
+        """One label, and no more than one request asks for: what has been paid for is kept at once."""
+        ((label, count),) = Counter(missing).most_common(1)
+        return [label] * min(count, n, self.PER_REQUEST)
 
-    def _ask(self, label: int, n: int, chance: random.Random) -> list[str]:
-        known = self.examples[label]
-        shown = "\n".join(
-            f"- {each}" for each in chance.sample(known, min(self.EXAMPLES, len(known)))
-        )
+    def account(self) -> dict[str, float]:
+        return {"requests": self.requests, "spent": self.spent}
+
+    def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
+        """The labels are all the same."""
+        known, n = self.examples[labels[0]], len(labels)
+        examples = random.Random(generator_seed).sample(known, min(self.EXAMPLES, len(known)))
+        shown = "\n".join(f"- {each}" for each in examples)
         text = (
-            f"These sentences from film reviews are of {DESCRIPTIONS[label]} sentiment:\n{shown}\n"
+            f"These sentences from film reviews are of {DESCRIPTIONS[labels[0]]} sentiment:\n{shown}\n"
             f"Write {n} new ones of the same sentiment and style, on different things."
         )
         for _ in range(self.ATTEMPTS):
-            answer = self._request(text)
             try:
-                sentences = json.loads(answer)["sentences"]
-                if all(isinstance(each, str) for each in sentences):
-                    return sentences[:n]
-            except (ValueError, KeyError, TypeError):
+                sentences = json.loads(self._request(text))["sentences"]
+                if isinstance(sentences, list) and all(isinstance(s, str) for s in sentences):
+                    return [(labels[0], sentence) for sentence in sentences[:n]]
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 continue  # not what was asked for
         return []
 
     def _request(self, text: str) -> str:
+        """The arguments that the function is called with."""
         if self.requests >= self.args.max_requests or self.spent >= self.args.max_cost:
             raise LimitReached
-        self.requests += 1
-        schema = {"name": "sentences", "strict": True, "schema": self.SCHEMA}
+        tool = {"type": "function", "function": {"name": self.FUNCTION["name"]}}
         try:
-            answer = self.client.chat.completions.create(
+            raw = self.client.chat.completions.with_raw_response.create(
                 model=self.args.model or "gpt-4",
                 messages=[{"role": "user", "content": text}],
-                response_format={"type": "json_schema", "json_schema": schema},
+                tools=[{"type": "function", "function": self.FUNCTION}],
+                tool_choice=tool,
                 temperature=self.args.temperature,
                 top_p=self.args.top_p,
             )
-        except self.library.APIStatusError as error:  # its text may hold parts of the key
-            problem = f"{type(error).__name__}, status {error.status_code}"
+        except self.library.APIError as error:  # its text may hold parts of the key
+            status = getattr(error, "status_code", None)
+            problem = type(error).__name__ + (f", status {status}" if status else "")
             raise UserError(f"--generator openai: {self.client.base_url}: {problem}") from None
-        except self.library.APIError as error:
-            problem = type(error).__name__
-            raise UserError(f"--generator openai: {self.client.base_url}: {problem}") from None
-        if answer.usage:
-            self.spent += self.args.price_input * answer.usage.prompt_tokens / 1e6
-            self.spent += self.args.price_output * answer.usage.completion_tokens / 1e6
-        return (answer.choices[0].message.content if answer.choices else None) or ""
+        self.requests += 1 + raw.retries_taken
+        answer = raw.parse()
+        words = 1.4 * len(
+            text.split()
+        )  # where the endpoint does not say how many tokens there were
+        usage = answer.usage
+        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (words, words)
+        self.spent += np.dot(tokens, (self.args.price_input, self.args.price_output)).item() / 1e6
+        return answer.choices[0].message.tool_calls[0].function.arguments
 
 
 GENERATORS = {"small": SmallGenerator, "gpt2": Gpt2Generator, "openai": OpenAIGenerator}
@@ -501,13 +517,18 @@ class Draft:
                 f"{folder}: an interrupted run with other flags or files; go on with the same ones, "
                 "give another --output, or remove this folder"
             )
-        if not settings.exists():
-            with atomic_write(settings) as temporary:
-                temporary.write_text(text)
+        self._settings = settings, text  # written when there is something to keep
         whole = self.path.read_text().rpartition("\n")[0] if self.path.exists() else ""
         self.rounds = [json.loads(line) for line in whole.splitlines()]
-        with atomic_write(self.path) as temporary:  # without a line that a kill has cut short
-            temporary.write_text("".join(json.dumps(each) + "\n" for each in self.rounds))
+        if self.path.exists():
+            with atomic_write(self.path) as temporary:  # without a line that a kill has cut short
+                temporary.write_text("".join(json.dumps(each) + "\n" for each in self.rounds))
+
+    def begin(self) -> None:
+        """From now on there is something to keep."""
+        settings, text = self._settings
+        with atomic_write(settings) as temporary:
+            temporary.write_text(text)
 
     def add(self, round: dict) -> None:
         with open(self.path, "a") as file:
@@ -537,10 +558,12 @@ class Screen:
             self.known.add(text)
         self.classifier = classifier
 
-    def sort(self, drawn: list[tuple[int, str]]) -> dict:
-        """A round: the rows that are new, and how many are not."""
+    def sort(self, drawn: list[tuple[int, str]], left: dict[int, int]) -> dict:
+        """A round: the rows that are new, of each label no more than are `left` to find, and how many
+        others there are, by reason."""
         drawn = [(label, one_line_of(text)) for label, text in drawn]
-        round = dict(rows=[], drawn=len(drawn), empty=0, contaminated=0, duplicates=0, unsure=0)
+        reasons = ("empty", "contaminated", "duplicates", "unsure", "surplus")
+        round = {"rows": [], "drawn": len(drawn)} | dict.fromkeys(reasons, 0)
         agrees = self.classifier(drawn) if self.classifier and drawn else [True] * len(drawn)
         for (label, text), sure in zip(drawn, agrees, strict=True):
             if not words_of(text):
@@ -551,9 +574,12 @@ class Screen:
                 round["duplicates"] += 1
             elif not sure:
                 round["unsure"] += 1
-            else:
+            elif left[label] > 0:
+                left[label] -= 1
                 self.known.add(text)
                 round["rows"].append((label, text))
+            else:
+                round["surplus"] += 1
         return round
 
 
@@ -583,6 +609,11 @@ def generate(args: argparse.Namespace) -> None:
     """Write the CSV and its report."""
     output = Path(args.output)
     check_writable(output)
+    for given in (args.sst_train, args.sst_dev, args.sst_test, args.filter_with):
+        if given and not Path(given).is_file():
+            raise UserError(f"{given}: no such file")
+        if given and Path(given).resolve() == output.resolve():
+            raise UserError(f"--output {output}: is read too; give it another name")
     device = pick_device(args.use_gpu)
     seed_everything(args.seed)
     with hold([output], STILL_GOING):
@@ -593,7 +624,8 @@ def generate(args: argparse.Namespace) -> None:
         classifier = None
         if args.filter_with:
             classifier = classifier_of(args.filter_with, args.min_confidence, device)
-        generator.fit(train, dev, folder)
+        generator.fit(train, labelled(dev), folder)
+        draft.begin()
         if args.generator == "openai":
             generator.requests, generator.spent = draft.total("requests"), draft.total("spent")
         screen = Screen(train, (dev or []) + (test or []), classifier, draft)
@@ -605,7 +637,10 @@ def generate(args: argparse.Namespace) -> None:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         show(report)
         print(f"{len(rows)} sentences: {output}")
-        shutil.rmtree(folder)
+        if len(rows) == args.num_samples:
+            shutil.rmtree(folder)
+        else:
+            print(f"fewer than asked for; what there is stays in {folder}, to go on with")
 
 
 def fill(draft: Draft, generator, screen: Screen, args) -> None:
@@ -622,30 +657,18 @@ def fill(draft: Draft, generator, screen: Screen, args) -> None:
             if not missing:
                 return
             chance = random.Random(f"{args.seed} {len(draft.rounds)}")
-            chosen = chance.choices(missing, k=args.batch_size)
-            if (
-                len(missing) < args.batch_size
-            ):  # no more of a label than are missing, but a few spare
-                chosen = (missing * 3)[: args.batch_size]
-            before = generator.requests if args.generator == "openai" else 0
-            spent = generator.spent if args.generator == "openai" else 0
+            chosen = generator.choose(missing, args.batch_size, chance)
+            before = generator.account()
             try:
                 drawn = generator.sample(sorted(chosen), chance.getrandbits(62))
             except LimitReached:
                 warnings.warn("the limit of requests or cost is reached; writing what there is")
                 return
-            round = screen.sort(drawn)
-            left = {label: shares[label] - have[label] for label in LABELS}
-            kept = []
-            for label, text in round["rows"]:
-                if left[label] > 0:
-                    left[label] -= 1
-                    kept.append((label, text))
-            if args.generator == "openai":
-                round |= dict(requests=generator.requests - before, spent=generator.spent - spent)
-            draft.add(round | {"rows": kept})
-            fruitless = 0 if kept else fruitless + 1
-            bar.update(len(kept))
+            round = screen.sort(drawn, {label: shares[label] - have[label] for label in LABELS})
+            used = {key: value - before[key] for key, value in generator.account().items()}
+            draft.add(round | used)
+            fruitless = 0 if round["rows"] else fruitless + 1
+            bar.update(len(round["rows"]))
     warnings.warn(f"{FRUITLESS_ROUNDS} rounds have brought nothing new; writing what there is")
 
 
@@ -656,6 +679,10 @@ def read_real(args) -> tuple[list[Example], list[Example] | None, list[Example] 
         path = getattr(args, f"sst_{split}")
         parts.append(read_examples(path, SST, split) if path else None)
     return tuple(parts)
+
+
+def labelled(examples: list[Example] | None) -> list[Example]:
+    return [each for each in examples or [] if not math.isnan(each.label)]
 
 
 def identity_of(args) -> dict:
@@ -701,9 +728,10 @@ def report_of(draft: Draft, args, dev, test, generator) -> dict:
     report["checked against"] = checked or "neither dev nor test: no files"
     if args.filter_with:
         report["dropped: the classifier is less sure"] = draft.total("unsure")
-        asked = draft.total("unsure") + len(rows)
-        report["the classifier agrees with"] = round(len(rows) / max(asked, 1), 3)
-    if dev and (perplexity := generator.perplexity(dev)):
+        agreed = draft.total("surplus") + len(rows)
+        asked = draft.total("unsure") + agreed
+        report["the classifier agrees with"] = round(agreed / max(asked, 1), 3)
+    if labelled(dev) and (perplexity := generator.perplexity(labelled(dev))):
         report["perplexity on dev"] = round(perplexity, 2)
     if args.generator == "openai":
         report["requests"] = draft.total("requests")

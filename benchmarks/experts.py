@@ -28,6 +28,7 @@ class Contender:
         flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
         gating, bert = KINDS[kind], copy.deepcopy(inputs.bert)
         self.options = mc.parse_options(flags + (["--moe", gating] if gating else []))
+        torch.manual_seed(1)  # the same gate in all
         self.model = mc.MultitaskBERT(MixtureOfExperts.of(bert, gating) if gating else bert)
         with contextlib.redirect_stdout(io.StringIO()):
             self.optimizer = mc.build_optimizer(self.model, self.options)
@@ -45,16 +46,17 @@ class Contender:
         )
 
 
-def even_out(contenders: dict[str, Contender], window) -> list[float]:
-    """Give the gates a bias with which each expert has about as many sentences; the shares."""
-    soft = contenders["soft"].model.eval()
+def even_out(mixture: MixtureOfExperts, model, batch) -> list[float]:
+    """Give the gate a bias with which each expert has about as many of the batch's sentences; the
+    shares."""
     with torch.no_grad():
-        for number in range(100):
-            soft(window[0])
-            shares = torch.bincount(soft.bert.weights.argmax(-1), minlength=N_EXPERTS)
-            shares = shares / shares.sum()
-            soft.bert.route.bias += (1 / N_EXPERTS - shares) / (1 + number)
-        contenders["hard"].model.bert.route.load_state_dict(soft.bert.route.state_dict())
+        model.eval()(batch)
+        logits = mixture.weights.log()  # but for a constant of each row
+        bias = torch.zeros(N_EXPERTS)
+        for number in range(1000):
+            shares = torch.bincount((logits + bias).argmax(-1), minlength=N_EXPERTS) / len(logits)
+            bias += (1 / N_EXPERTS - shares) * logits.std() / (1 + number) ** 0.5
+        mixture.route.bias += bias
     return shares.tolist()
 
 
@@ -77,12 +79,14 @@ def main() -> None:
     inputs = Inputs(args)
     kinds = [args.memory_of] if args.memory_of else list(KINDS)
     contenders = {kind: Contender(kind, inputs, args) for kind in kinds}
+    for each in contenders.values():
+        if each.options.moe:
+            shares = even_out(each.model.bert, each.model, inputs.windows[0][0])
     if args.memory_of:
         for window in inputs.windows:
             contenders[args.memory_of].train(window)
         return print(resident_peak())
 
-    shares = even_out(contenders, inputs.windows[0])
     evaluation, training = ({kind: [] for kind in kinds} for _ in range(2))
     for number, window in enumerate(inputs.windows):
         for kind in kinds[:: 1 if number % 2 else -1]:

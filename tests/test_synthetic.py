@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -216,7 +217,8 @@ def test_a_classifier_filters(small, tmp_path, flags, capsys):
     report = json.loads((tmp_path / "new.report.json").read_text())
     assert report["dropped: the classifier is less sure"] > 0
     capsys.readouterr()
-    assert synthetic.main(chosen[:-1] + ["0.999", "--num_samples", "5"]) == 0
+    other = ["--num_samples", "5", "--output", str(tmp_path / "other.csv")]
+    assert synthetic.main(chosen[:-1] + ["0.999"] + other) == 0
     assert "20 rounds have brought nothing new" in capsys.readouterr().err
 
 
@@ -238,6 +240,8 @@ def test_without_dev_and_test_the_report_says_so(small, tmp_path):
         ),
         (["--filter_with", SST_TRAIN], "not a file of tensors"),
         (["--output", str(SAMPLE)], "it is a folder"),
+        (["--output", SST_TRAIN], "is read too; give it another name"),
+        (["--filter_with", "none.pt"], "none.pt: no such file"),
     ],
 )
 def test_bad_input_is_one_clear_line(small, more, message, capsys):
@@ -345,15 +349,16 @@ class Handler(BaseHTTPRequestHandler):
         number = len(self.server.bodies)
         words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
         sentences = [f"{w} film{number}x{n} {w}{number}" for n, w in enumerate(words)][:wanted]
-        content = {"malformed": "Sure! Here:", "empty": "", "wrong": '{"sentences": 3}'}.get(
-            kind, json.dumps({"sentences": sentences})
-        )
-        choice = dict(
-            index=0, finish_reason="stop", message=dict(role="assistant", content=content)
-        )
+        bad = {"malformed": "Sure! Here:", "wrong": '{"sentences": "abc"}'}
+        call = dict(name="write", arguments=bad.get(kind, json.dumps({"sentences": sentences})))
+        message = dict(role="assistant", content=None)
+        if kind != "empty":
+            message["tool_calls"] = [dict(id="1", type="function", function=call)]
+        choice = dict(index=0, finish_reason="stop", message=message)
         usage = dict(prompt_tokens=1000, completion_tokens=500, total_tokens=1500)
         whole = dict(id="1", object="chat.completion", created=1, model="m", choices=[choice])
-        self.answer(200, json.dumps(whole | {"usage": usage}))
+        text = "<html>" if kind == "html" else json.dumps(whole | {"usage": usage})
+        self.answer(200, text)
 
     def answer(self, status, text):
         self.send_response(status)
@@ -403,7 +408,7 @@ def test_good_answers(ask, tmp_path):
     assert Counter(row["sentiment"] for row in rows) == dict.fromkeys("01234", 4)
     assert set(endpoint.keys) == {f"Bearer {KEY}"}
     body = endpoint.bodies[0]
-    assert body["model"] == "gpt-4" and body["response_format"]["type"] == "json_schema"
+    assert body["model"] == "gpt-4" and body["tool_choice"]["function"]["name"] == "write"
     real = {e.sentences[0].strip() for e in read_examples(SST_TRAIN, TASKS["sst"], "train")}
     examples = re.findall(r"^- (.*)$", body["messages"][0]["content"], re.M)
     assert len(examples) == 8 and set(examples) <= real
@@ -413,7 +418,7 @@ def test_good_answers(ask, tmp_path):
     assert report["spent, dollars"] == pytest.approx(cost, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["malformed", "empty", "wrong", "slow", 429, 500])
+@pytest.mark.parametrize("kind", ["malformed", "empty", "wrong", "html", "slow", 429, 500])
 def test_every_second_answer_is_bad(ask, tmp_path, kind):
     code, shown, _ = ask(lambda n: kind if n % 2 else "good", "--timeout", "1")
     assert code == 0, shown
@@ -428,21 +433,24 @@ def test_a_refused_key_ends_it_at_once_and_is_not_shown(ask, tmp_path):
         assert KEY not in path.read_text()
 
 
-def test_failures_without_end_give_up_and_keep_what_there_is(ask, tmp_path):
-    code, shown, _ = ask(lambda n: "good" if n <= 5 else 500, "--num_samples", "100")
+def test_failures_without_end_give_up_and_keep_what_is_paid_for(ask, tmp_path):
+    code, shown, endpoint = ask(lambda n: "good" if n <= 5 else 500, "--num_samples", "100")
     assert code == 1 and "InternalServerError, status 500" in shown
-    kept = (tmp_path / "new.csv.part" / "rounds.jsonl").read_text()
-    assert len(json.loads(kept.splitlines()[0])["rows"]) > 10
-    code, _, endpoint = ask(lambda n: "good", "--num_samples", "100")
-    assert code == 1  # another endpoint is another run
+    assert len(endpoint.bodies) == 5 + 7  # a request and six more tries
+    kept = (tmp_path / "new.csv.part" / "rounds.jsonl").read_text().splitlines()
+    assert len(kept) == 5 and sum(len(json.loads(line)["rows"]) for line in kept) == 50
 
 
 def test_limits_of_requests_and_cost(ask, tmp_path):
+    """What there is is written, and kept to go on from there."""
     code, shown, endpoint = ask(lambda n: "good", "--max_requests", "3")
     assert code == 0 and len(endpoint.bodies) == 3 and "limit of requests or cost" in shown
-    assert 0 < len(rows_of(tmp_path / "new.csv")) < 20
+    assert len(rows_of(tmp_path / "new.csv")) == 12
+    part = tmp_path / "new.csv.part"
+    assert len((part / "rounds.jsonl").read_text().splitlines()) == 3
+    shutil.rmtree(part)
     code, shown, endpoint = ask(lambda n: "good", "--max_cost", "0.1")
-    assert len(endpoint.bodies) == 2  # of 6 cents each
+    assert code == 0 and len(endpoint.bodies) == 2  # of 6 cents each
 
 
 def test_no_key_is_one_clear_line(monkeypatch, tmp_path, capsys):
