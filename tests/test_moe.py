@@ -236,3 +236,16 @@ def test_what_trains_of_a_mixture(tiny_directory):
         for number in range(N_EXPERTS)
         for kind in ("weight", "bias")
     }
+
+
+def test_experts_with_tags(flags, pipeline_directory, tmp_path):
+    """Each has tables of its own, which learn; the checkpoint gives the same predictions again."""
+    tags = ["--spacy_model", str(pipeline_directory)]
+    assert mc.main(flags + ["--moe", "soft", "--additional_input", *tags]) == 0
+    expected = outcome(tmp_path)
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    model = mc.load_checkpoint(checkpoint)[0]
+    tables = [table for stack in model.bert.stacks for table in stack.new_parameters]
+    assert len(tables) == 2 * (N_EXPERTS + 1) and all(table.any() for table in tables)
+    assert mc.main(flags + ["--evaluate", str(checkpoint), *tags]) == 0
+    assert outcome(tmp_path)[1] == expected[1]
