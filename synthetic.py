@@ -518,6 +518,8 @@ class Draft:
                 "give another --output, or remove this folder"
             )
         self._settings = settings, text  # written when there is something to keep
+        if not settings.exists() and folder.exists():  # of nobody knows which flags
+            shutil.rmtree(folder)
         whole = self.path.read_text().rpartition("\n")[0] if self.path.exists() else ""
         self.rounds = [json.loads(line) for line in whole.splitlines()]
         if self.path.exists():

@@ -97,7 +97,11 @@ def processes_of(run):
     return [int(each) for each in found.stdout.split()]
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(flags, tmp_path, number=signal.SIGTERM):
+def test_a_stopped_run_goes_on_to_the_same_numbers(flags, tmp_path):
+    assert_goes_on_after(signal.SIGTERM, flags, tmp_path)
+
+
+def assert_goes_on_after(number, flags, tmp_path):
     """With dropout, another one in each process."""
     flags += ["--samples_per_epoch", "640"]
     whole = torchrun([flag.replace(str(tmp_path), str(tmp_path / "whole")) for flag in flags])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
@@ -160,6 +161,37 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(search_flags):
     for row in rows:
         failed = "2 steps in a row were not finite" in row[""]
         assert failed == (row["lr"] == "1e+30")
+
+
+GONE = f"""
+import shutil, sys
+sys.path.insert(0, {str(ROOT)!r})
+import hpo, multitask_classifier
+
+load = hpo.Shared.load
+
+def load_and_remove(options, *places):
+    shared = load(options, *places)
+    for folder in (options.data_dir, options.bert_model, options.cache_dir):
+        shutil.rmtree(folder)
+    return shared
+
+hpo.Shared.load = load_and_remove
+sys.exit(multitask_classifier.main(sys.argv[1:]))
+"""
+
+
+def test_trials_load_nothing(search_flags, tmp_path, tiny_directory):
+    """What the search has loaded is gone when they begin."""
+    shutil.copytree(tiny_directory, tmp_path / "bert")
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    more = ["--bert_model", str(tmp_path / "bert"), "--data_dir", str(tmp_path / "data")]
+    command = [sys.executable, "-c", GONE, *search_flags, *more, "--hpo_trials", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert len(rows) == 2 and all(row["objective"] for row in rows)
+    assert not (tmp_path / "data").exists() and not (tmp_path / "bert").exists()
 
 
 @pytest.mark.parametrize(

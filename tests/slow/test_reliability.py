@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import test_data_parallel
 from conftest import ROOT
+from test_data_parallel import assert_goes_on_after
 from test_resume import OPTIMIZERS, assert_same, kill_often, outcome, uninterrupted  # noqa: F401
 
 STEPS_PER_EPOCH = 200
@@ -73,6 +73,4 @@ def test_soak(flags, optimizer, capsys):
 
 
 def test_ctrl_c_stops_several_processes(flags, tmp_path):
-    test_data_parallel.test_a_stopped_run_goes_on_to_the_same_numbers(
-        flags, tmp_path, signal.SIGINT
-    )
+    assert_goes_on_after(signal.SIGINT, flags, tmp_path)
