@@ -59,7 +59,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, dataset: TaskDataset, batch_size: int) -> np.ndarray:
+def predict(
+    model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
+) -> np.ndarray:
     """Predictions [n_rows] in the dataset's order; the processes of a data-parallel run share the
     work, and all get all. The model's training mode is left as found."""
     task = dataset.task
@@ -68,7 +70,7 @@ def predict(model: torch.nn.Module, dataset: TaskDataset, batch_size: int) -> np
     model.eval()
     rows, predictions = [np.empty(0, np.int64)], [torch.empty(0, device=device)]
     progress = dict(total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row")
-    with tqdm(**progress, leave=False) as bar, autocast(device):
+    with tqdm(**progress, leave=False) as bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
             outputs = model(batch.to(device))[task.name]
             rows.append(batch.rows[task.name])
@@ -82,12 +84,15 @@ def predict(model: torch.nn.Module, dataset: TaskDataset, batch_size: int) -> np
 
 
 def evaluate(
-    model: torch.nn.Module, datasets: dict[str, TaskDataset], batch_size: int
+    model: torch.nn.Module,
+    datasets: dict[str, TaskDataset],
+    batch_size: int,
+    precision: str = "auto",
 ) -> dict[str, Evaluation]:
     """Predict every dataset (task name -> dataset) and score those with labels."""
     evaluations = {}
     for name, dataset in datasets.items():
-        predictions = predict(model, dataset, batch_size)
+        predictions = predict(model, dataset, batch_size, precision)
         labelled = not np.isnan(dataset.labels).all()
         scores = score(dataset.task, dataset.labels, predictions) if labelled else {}
         evaluations[name] = Evaluation(dataset, predictions, scores)

@@ -492,7 +492,8 @@ def training_step(
     if with_graph:
         optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
     if isinstance(optimizer, SophiaG) and optimizer.n_steps % options.hess_interval == 0:
-        gauss_newton_gradients(model, window, weights, (options.seed, optimizer.n_steps))
+        seed = options.seed, optimizer.n_steps
+        gauss_newton_gradients(model, window, weights, seed, options.precision)
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)
     losses = {name: torch.zeros((), device=device) for name in (*options.tasks, "sum")}
@@ -500,7 +501,7 @@ def training_step(
         losses |= {name: torch.zeros((), device=device) for name in expert_tags(options)}
     answers = []
     for batch in window:
-        with autocast(device):
+        with autocast(device, options.precision):
             outputs = model(batch, second_derivative=with_graph)
         total = 0.0
         for name, output in outputs.items():
@@ -582,7 +583,11 @@ def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
 
 
 def gauss_newton_gradients(
-    model: MultitaskBERT, window: list[Batch], weights: dict[str, float], seed: tuple[int, ...]
+    model: MultitaskBERT,
+    window: list[Batch],
+    weights: dict[str, float],
+    seed: tuple[int, ...],
+    precision: str = "auto",
 ) -> None:
     """Put into `.grad` the gradient whose square `SophiaG.update_hessian` wants for all tasks at
     once: of each task's mean loss over the step's rows, for labels drawn from the model's own
@@ -590,7 +595,7 @@ def gauss_newton_gradients(
     however the rows are divided among processes."""
     device = next(model.parameters()).device
     for batch in window:
-        with autocast(device):
+        with autocast(device, precision):
             outputs = model(batch)
         total = 0.0
         for name, output in outputs.items():
@@ -848,7 +853,9 @@ class Training:
             freeze_and_unfreeze(self.model, self.options.option, interval, self.epoch)
             self._train_epoch()
             seconds = time.perf_counter() - self.began
-            dev = evaluation.evaluate(self.model, self.data["dev"], self.options.batch_size)
+            dev = evaluation.evaluate(
+                self.model, self.data["dev"], self.options.batch_size, self.options.precision
+            )
             with uninterrupted():
                 self._end_epoch(dev, seconds)
             self._save_or_stop(due=True)
@@ -1185,7 +1192,8 @@ def evaluate_checkpoint(
     model.to(device)
     written, scores = [], {}
     for split in ("dev", "test"):
-        for name, result in evaluation.evaluate(model, data[split], options.batch_size).items():
+        batches = data[split], options.batch_size, options.precision
+        for name, result in evaluation.evaluate(model, *batches).items():
             target = getattr(options, f"{name}_{split}_out")
             if rank() == 0:
                 evaluation.write_predictions(target, result)
@@ -1361,6 +1369,8 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     check_outputs(options)
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
+    if options.precision == "auto":
+        options.precision = checkpoint["options"].get("precision", "auto")
     length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
     data = load_data(options, tokenizer, length, ("dev", "test"), tagger)
     with hold_predictions(options):

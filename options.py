@@ -17,6 +17,7 @@ DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
+PRECISIONS = ("auto", "float32", "bfloat16")
 PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
 PLATEAU_FACTOR = 0.5
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
@@ -149,7 +150,15 @@ def add_run_flags(group) -> None:
         help="take flags from this file, such as a search's best_config.json; those given on the "
         "command line win",
     )
-    flag("--use_gpu", action="store_true", help="train on the GPU (CUDA: bfloat16 autocast)")
+    flag("--use_gpu", action="store_true", help="train on the GPU")
+    flag(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of matrix products, by autocast; bfloat16 is fast on CPUs that have instructions for it "
+        "(avx512_bf16, amx_bf16), slow on others; auto: bfloat16 with CUDA, else float32; default: "
+        "auto",
+    )
     flag(
         "--smoketest",
         action="store_true",

@@ -251,9 +251,10 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def autocast(device: torch.device):
-    """bfloat16 autocast on CUDA; plain float32 everywhere else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, precision: str = "auto"):
+    """bfloat16 autocast, or plain float32; `auto`: bfloat16 on CUDA only."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,11 @@ EXPERIMENTS = {
         },
     },
     "tags": {ADAMW: SEEDS, f"{ADAMW} --additional_input": SEEDS},
-    "moe": {ADAMW: SEEDS, f"{ADAMW} --moe hard": SEEDS, f"{ADAMW} --moe soft": SEEDS},
+    "moe": {
+        f"{ADAMW} --precision bfloat16": SEEDS,
+        f"{ADAMW} --precision bfloat16 --moe hard": SEEDS,
+        f"{ADAMW} --precision bfloat16 --moe soft": SEEDS,
+    },
 }
 
 

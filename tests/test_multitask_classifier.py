@@ -347,13 +347,11 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sophiah", "sophiag"])
-def test_estimates_in_bfloat16_are_finite_and_close(model, data, name, monkeypatch):
+def test_estimates_in_bfloat16_are_finite_and_close(model, data, name):
     """As on a GPU: the passes in bfloat16, weights and estimates in float32."""
-    chosen = options("--optimizer", name, "--lr", "0")
     estimates = []
-    for dtype in (torch.float32, torch.bfloat16):
-        half = dtype is torch.bfloat16
-        monkeypatch.setattr(mc, "autocast", lambda _: torch.autocast("cpu", dtype, enabled=half))
+    for precision in ("float32", "bfloat16"):
+        chosen = options("--optimizer", name, "--lr", "0", "--precision", precision)
         optimizer = mc.build_optimizer(model.eval(), chosen)
         torch.manual_seed(4)
         mc.training_step(model, windows(data, 10, 1), optimizer, chosen)
@@ -596,6 +594,16 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
     assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
     assert read_predictions(tmp_path) == before
     assert mc.main(flags + ["--evaluate", str(checkpoint), "--max_length", "40"]) == 0
+    assert read_predictions(tmp_path) != before
+
+
+def test_precision_of_training_is_kept_for_evaluation(flags, tmp_path):
+    assert mc.main(flags + ["--precision", "bfloat16"]) == 0
+    before = read_predictions(tmp_path)
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    assert mc.main(flags + ["--evaluate", str(checkpoint)]) == 0
+    assert read_predictions(tmp_path) == before
+    assert mc.main(flags + ["--evaluate", str(checkpoint), "--precision", "float32"]) == 0
     assert read_predictions(tmp_path) != before
 
 
