@@ -10,13 +10,14 @@ import hashlib
 import heapq
 import http.client
 import math
+import string
 import sys
 import time
 import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
 SPLITS = ("train", "dev", "test")
+PAIR_ENCODINGS = ("bi", "cross", "both")
 MAX_SIMILARITY = 5.0
+NO_SECOND = 2**31  # where the second sentence of a sequence begins that has none
 NAMED_ROWS = 20  # a warning names this many unusable rows and counts the others
 
 
@@ -130,6 +133,7 @@ TASKS = {
         ),
     )
 }
+PAIR_TASKS = [name for name, task in TASKS.items() if len(task.sentence_columns) == 2]
 
 
 class Example(NamedTuple):
@@ -288,14 +292,32 @@ def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
     return f"{len(problems)} {rows} {kind}: {named}{others}"
 
 
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(sentences: tuple[str, ...]) -> tuple[str, ...]:
+    """Without case, ASCII punctuation and differences in white space; the order of a pair does not
+    count."""
+    words = (text.casefold().translate(_PUNCTUATION).split() for text in sentences)
+    return tuple(sorted(map(" ".join, words)))
+
+
+def overlap(train: list[Example], other: list[Example]) -> int:
+    """How many rows of `other` have the sentences of a training row."""
+    known = {normalised(example.sentences) for example in train}
+    return sum(normalised(example.sentences) in known for example in other)
+
+
 # ------------------------------------------------------------------------------------- tokenizing
 
 
 class TokenColumn(NamedTuple):
-    """The word pieces of one sentence column, one sentence after the other."""
+    """The word pieces of one sentence column, one sentence after the other; or of two columns, both
+    sentences of a row in one sequence."""
 
     pieces: np.ndarray  # [1 or 3, n_tokens]: ids; with tags also part-of-speech and entity ids
     offsets: np.ndarray  # [n_rows + 1] int64: row i is pieces[:, offsets[i]:offsets[i + 1]]
+    first_lengths: np.ndarray | None = None  # [n_rows] tokens before the second sentence
 
     @property
     def lengths(self) -> np.ndarray:
@@ -304,6 +326,34 @@ class TokenColumn(NamedTuple):
     def row(self, index: int) -> np.ndarray:
         """[1 or 3, n_tokens of the row]"""
         return self.pieces[:, self.offsets[index] : self.offsets[index + 1]]
+
+    @classmethod
+    def joint(cls, first: "TokenColumn", second: "TokenColumn", max_length: int) -> "TokenColumn":
+        """[CLS] first [SEP] second [SEP] for each row; where that is too long, the longer sentence is
+        cut first."""
+        rows, first_lengths = [], []
+        for index in range(len(first.offsets) - 1):
+            one, two = first.row(index), second.row(index)[:, 1:]
+            n_one, n_two = joint_lengths(one.shape[1], two.shape[1], max_length)
+            rows += [cut(one, n_one), cut(two, n_two)]
+            first_lengths.append(n_one)
+        lengths = np.array([part.shape[1] for part in rows]).reshape(-1, 2).sum(axis=1)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(np.concatenate(rows, axis=1), offsets, np.array(first_lengths))
+
+
+def joint_lengths(first: int, second: int, most: int) -> tuple[int, int]:
+    """How long [CLS] first [SEP] and second [SEP] may stay to be no longer than `most` together: the
+    longer sentence is cut, and once both are equal, each in turn."""
+    sentences, room = (first - 2, second - 1), most - 3
+    short = min(*sentences, room // 2)
+    long = min(max(sentences), room - short)
+    return (short + 2, long + 1) if sentences[0] <= sentences[1] else (long + 2, short + 1)
+
+
+def cut(pieces: np.ndarray, length: int) -> np.ndarray:
+    """[1 or 3, n] to [1 or 3, length]: the last one, [SEP], stays."""
+    return np.concatenate([pieces[:, : length - 1], pieces[:, -1:]], axis=1)
 
 
 class TaskDataset:
@@ -316,6 +366,7 @@ class TaskDataset:
         cache_dir: where the ids are kept for the next run; None keeps them nowhere.
         limit: keep no more than this many examples.
         tagger: gives the word pieces their tags; None: they have none.
+        encoding: of a pair: "bi", each sentence is a sequence; "cross", both are one; "both".
     """
 
     def __init__(
@@ -328,6 +379,7 @@ class TaskDataset:
         cache_dir: str | Path | None = None,
         limit: int | None = None,
         tagger: Tagger | None = None,
+        encoding: str = "bi",
     ):
         self.path, self.task, self.split = Path(path), task, split
         self.examples = read_examples(path, task, split)
@@ -346,6 +398,9 @@ class TaskDataset:
             TokenColumn(pieces, offsets[start : start + rows + 1])
             for start in range(0, len(sentences), rows)
         ]
+        if encoding != "bi":
+            joint = TokenColumn.joint(*self.columns, max_length)
+            self.columns = [*self.columns, joint] if encoding == "both" else [joint]
         self.n_tokens = sum(column.lengths for column in self.columns)  # [n_rows]
 
     def __len__(self) -> int:
@@ -441,6 +496,7 @@ class Batch:
     input_ids: Tensor  # [n_tokens]
     tags: Tensor | None  # [2, n_tokens] part-of-speech and named-entity ids, where there are any
     position_ids: Tensor  # [n_tokens]
+    token_type_ids: Tensor | None  # [n_tokens] 1 in the second sentence of a sequence, else 0
     lengths: list[int]  # [n_sequences]; stays on the host, so reading it never waits for a GPU
     places: Tensor  # [n_sequences]
     columns: dict[str, list[slice]]  # task -> where its sentence columns stand after `places`
@@ -462,6 +518,7 @@ class Batch:
             input_ids=move(self.input_ids),
             tags=None if self.tags is None else move(self.tags),
             position_ids=move(self.position_ids),
+            token_type_ids=None if self.token_type_ids is None else move(self.token_type_ids),
             places=move(self.places),
             labels={name: move(labels) for name, labels in self.labels.items()},
         )
@@ -471,29 +528,34 @@ def collate(
     parts: dict[str, tuple[TaskDataset, np.ndarray]],
     step_rows: dict[str, int] | None = None,
     picks: dict[str, np.ndarray] | None = None,
+    twice: Collection[str] = (),
 ) -> Batch:
     """Pack the given rows of each task's dataset into one batch, which by default is all that one
-    optimizer step sees."""
+    optimizer step sees. Tasks that are to go through the model `twice` have their columns twice."""
     n_rows = {name: len(rows) for name, (_, rows) in parts.items()}
-    sequences, columns, labels = [], {}, {}
+    sequences, firsts, columns, labels = [], [], {}, {}
     for name, (dataset, rows) in parts.items():
         columns[name] = []
-        for column in dataset.columns:
+        for column in dataset.columns * (2 if name in twice else 1):
             columns[name].append(slice(len(sequences), len(sequences) + len(rows)))
             sequences.extend(column.row(row) for row in rows)
+            joint = column.first_lengths is not None
+            firsts.extend(column.first_lengths[rows] if joint else [NO_SECOND] * len(rows))
         dtype = torch.long if dataset.task.num_classes else torch.float32
         values = np.nan_to_num(dataset.labels[rows], nan=-1)  # -1: no label, never in training
         labels[name] = torch.from_numpy(values).to(dtype)
     lengths = np.array([sequence.shape[1] for sequence in sequences])
     order = np.argsort(lengths, kind="stable")
     places = np.argsort(order)
-    positions = [np.arange(lengths[index]) for index in order]
+    positions = np.concatenate([np.arange(lengths[index]) for index in order])
+    types = positions >= np.repeat(np.array(firsts)[order], lengths[order])
     pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, n_tokens]
     input_ids, *tags = torch.from_numpy(pieces.astype(np.int64))
     return Batch(
         input_ids=input_ids,
         tags=torch.stack(tags) if tags else None,
-        position_ids=torch.from_numpy(np.concatenate(positions)),
+        position_ids=torch.from_numpy(positions),
+        token_type_ids=torch.from_numpy(types.astype(np.int64)) if types.any() else None,
         lengths=lengths[order].tolist(),
         places=torch.from_numpy(places),
         columns=columns,
@@ -544,26 +606,32 @@ def training_windows(
     grad_accumulation: int,
     rank: int = 0,
     n_processes: int = 1,
+    shares: dict[str, float] | None = None,
+    twice: Collection[str] = (),
 ) -> Iterator[list[Batch]]:
     """One epoch: for each optimizer step, the batches whose gradients it adds up. Of `n_processes`
-    that share the rows of each batch, the one of this `rank` gets its own; it may get none."""
-    drawn = {name: samplers[name].draw(samples_per_epoch) for name in datasets}
+    that share the rows of each batch, the one of this `rank` gets its own; it may get none. With
+    `shares`, a task has so many times the rows that the other arguments say."""
+
+    def place(name: str, row: int) -> int:
+        return round(shares[name] * row) if shares else row
+
+    drawn = {name: samplers[name].draw(place(name, samples_per_epoch)) for name in datasets}
     window_size = batch_size * grad_accumulation
     for window in range(0, samples_per_epoch, window_size):
         end = min(window + window_size, samples_per_epoch)
-        step_rows = dict.fromkeys(datasets, end - window)
+        step_rows = {name: place(name, end) - place(name, window) for name in datasets}
         batches = []
         for start in range(window, end, batch_size):
-            chosen = slice(start, min(start + batch_size, end))
-            n_tokens = {
-                name: dataset.n_tokens[drawn[name][chosen]] for name, dataset in datasets.items()
-            }
+            stop = min(start + batch_size, end)
+            chosen = {name: drawn[name][place(name, start) : place(name, stop)] for name in drawn}
+            n_tokens = {name: dataset.n_tokens[chosen[name]] for name, dataset in datasets.items()}
             mine = {
                 n: each for n, each in deal_out(n_tokens, n_processes)[rank].items() if len(each)
             }
-            parts = {name: (datasets[name], drawn[name][chosen][mine[name]]) for name in mine}
-            picks = {name: start - window + each for name, each in mine.items()}
-            batches += [collate(parts, step_rows, picks)] if parts else []
+            parts = {name: (datasets[name], chosen[name][mine[name]]) for name in mine}
+            picks = {n: place(n, start) - place(n, window) + each for n, each in mine.items()}
+            batches += [collate(parts, step_rows, picks, twice)] if parts else []
         yield batches
 
 

@@ -44,6 +44,7 @@ from multitask_classifier import (
     claim_run,
     decisive,
     encoder_like,
+    encodings_of,
     is_out_of_memory,
     load_all,
     model_of,
@@ -135,7 +136,7 @@ class Shared:
             changes = {"hidden_dropout_prob": options.hidden_dropout_prob}
             config = dataclasses.replace(config, **changes)
         with torch.device("meta"):
-            model = MultitaskBERT(encoder_like(config, options.moe))
+            model = MultitaskBERT(encoder_like(config, options.moe), encodings_of(vars(options)))
         weights = {name: torch.tensor(each) for name, each in self.weights.items()}
         model.load_state_dict(weights, assign=True)
         return model

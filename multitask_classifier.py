@@ -44,11 +44,15 @@ from base_bert import BertConfig
 from bert import BertModel, Sequences, pack
 from datasets import (
     MAX_SIMILARITY,
+    PAIR_TASKS,
     SPLITS,
     TASKS,
     Batch,
     EpochSampler,
+    Task,
     TaskDataset,
+    joint_lengths,
+    overlap,
     training_windows,
 )
 from moe import N_EXPERTS, MixtureOfExperts
@@ -175,49 +179,102 @@ class SimilarityHead(nn.Module):
         return MAX_SIMILARITY * F.cosine_similarity(vector_1.float(), vector_2.float())  # [B]
 
 
-class MultitaskBERT(nn.Module):
-    """One BERT, attention pooling, three heads. Heads are named like the rows of TASKS."""
+class JointHead(nn.Module):
+    """For two sentences that the encoder has read as one sequence: logits, or without classes a
+    similarity, which begins in the middle of its scale."""
 
-    def __init__(self, bert: BertModel | MixtureOfExperts):
+    def __init__(self, hidden_size: int, num_classes: int | None):
+        super().__init__()
+        self.hidden = linear_before_relu(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, num_classes or 1)
+        if num_classes is None:
+            nn.init.constant_(self.out.bias, MAX_SIMILARITY / 2)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        output = self.out(F.relu(self.hidden(vector)))
+        return output if output.shape[1] > 1 else output.squeeze(1)  # [B, num_classes] or [B]
+
+
+class MultitaskBERT(nn.Module):
+    """One BERT, attention pooling, three heads. Heads are named like the rows of TASKS.
+
+    Args:
+        encodings: pair task -> one of PAIR_ENCODINGS; "bi" where nothing is said. "both" answers
+            with both, one head each.
+    """
+
+    def __init__(self, bert: BertModel | MixtureOfExperts, encodings: dict[str, str] | None = None):
         super().__init__()
         size = bert.config.hidden_size
         self.bert = bert
         for stack in bert.stacks:  # no head reads them; kept so that each BERT is whole
             stack.pooler.requires_grad_(False)
         self.attention_layer = AttentionLayer(size)
-        self.heads = nn.ModuleDict(
-            {
-                "sst": SentimentHead(size, TASKS["sst"].num_classes),
-                "para": ParaphraseHead(size, TASKS["para"].num_classes),
-                "sts": SimilarityHead(),
-            }
+        self.encodings = {name: "bi" for name in TASKS} | (encodings or {})
+        heads = {
+            "sst": SentimentHead(size, TASKS["sst"].num_classes),
+            "para": ParaphraseHead(size, TASKS["para"].num_classes),
+            "sts": SimilarityHead(),
+        }
+        heads = {name: head for name, head in heads.items() if self.encodings[name] != "cross"}
+        joint = [name for name, encoding in self.encodings.items() if encoding != "bi"]
+        self.heads = nn.ModuleDict(heads)
+        self.joint_heads = nn.ModuleDict(
+            {name: JointHead(size, TASKS[name].num_classes) for name in joint}
         )
 
     def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
-        """Each task's head outputs (logits [B, classes] or similarities [B]) for its rows: one
-        pass through the encoder for all sentence columns of all tasks. With `second_derivative`
-        it is slower, and the outputs can be differentiated twice."""
+        """Each task's outputs (logits [B, classes] or similarities [B]) for its rows; see
+        `answers`."""
+        answers = self.answers(batch, second_derivative)
+        return {name: combine(TASKS[name], outputs) for name, outputs in answers.items()}
+
+    def answers(self, batch: Batch, second_derivative: bool = False) -> dict[str, list[Tensor]]:
+        """The outputs of each task's heads, one after the other, and all again if its columns stand
+        twice in the batch: one pass through the encoder for all sequences of all tasks. With
+        `second_derivative` it is slower, and the outputs can be differentiated twice."""
         sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
-        vectors = self._embed(batch.input_ids, batch.position_ids, sequences, batch.tags)
-        vectors = vectors[batch.places]
+        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
+        vectors = self._embed(*tokens)[batch.places]
         return {
-            name: self.heads[name](*(vectors[column] for column in columns))
+            name: self._answers(name, [vectors[column] for column in columns])
             for name, columns in batch.columns.items()
         }
 
+    def _answers(self, name: str, vectors: list[Tensor]) -> list[Tensor]:
+        outputs, vectors = [], iter(vectors)
+        for vector in vectors:
+            if name in self.heads:
+                pair = len(TASKS[name].sentence_columns) == 2
+                outputs.append(self.heads[name](*([vector, next(vectors)] if pair else [vector])))
+                if name not in self.joint_heads:
+                    continue
+                vector = next(vectors)
+            outputs.append(self.joint_heads[name](vector))
+        return outputs
+
     def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, tags: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tags: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """One vector per sentence: padded [B, S] (and `tags` [2, B, S] where the encoder has
+        """One vector per sequence: padded [B, S] (and `tags` [2, B, S] where the encoder has
         embeddings of them) to [B, D]."""
-        packed = pack(input_ids, attention_mask, tags=tags)
-        vectors = self._embed(packed.input_ids, packed.position_ids, packed.sequences, packed.tags)
-        return vectors[packed.places]
+        packed = pack(input_ids, attention_mask, token_type_ids, tags)
+        tokens = packed.input_ids, packed.position_ids, packed.sequences
+        return self._embed(*tokens, packed.token_type_ids, packed.tags)[packed.places]
 
     def _embed(
-        self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences, tags: Tensor | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sequences: Sequences,
+        token_type_ids: Tensor | None,
+        tags: Tensor | None,
     ) -> Tensor:
-        hidden_states = self.bert.encode(input_ids, position_ids, sequences, tags=tags)
+        hidden_states = self.bert.encode(input_ids, position_ids, sequences, token_type_ids, tags)
         return self.attention_layer(hidden_states, sequences)  # [B, D]
 
     def predict_sentiment(
@@ -236,8 +293,8 @@ class MultitaskBERT(nn.Module):
         tags_2: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, 2]: no paraphrase, paraphrase."""
-        first = self.embed(input_ids_1, mask_1, tags_1)
-        return self.heads["para"](first, self.embed(input_ids_2, mask_2, tags_2))
+        pair = (input_ids_1, mask_1, tags_1), (input_ids_2, mask_2, tags_2)
+        return self._predict_pair("para", *pair)
 
     def predict_similarity(
         self,
@@ -249,8 +306,45 @@ class MultitaskBERT(nn.Module):
         tags_2: Tensor | None = None,
     ) -> Tensor:
         """Similarities [B], -5 to 5; clamp to 0..5 to show or score them."""
-        first = self.embed(input_ids_1, mask_1, tags_1)
-        return self.heads["sts"](first, self.embed(input_ids_2, mask_2, tags_2))
+        pair = (input_ids_1, mask_1, tags_1), (input_ids_2, mask_2, tags_2)
+        return self._predict_pair("sts", *pair)
+
+    def _predict_pair(self, name: str, first: tuple, second: tuple) -> Tensor:
+        vectors = []
+        if name in self.heads:
+            vectors += [self.embed(*first), self.embed(*second)]
+        if name in self.joint_heads:
+            longest = self.bert.config.max_position_embeddings
+            vectors.append(self.embed(*join(first, second, longest)))
+        return combine(TASKS[name], self._answers(name, vectors))
+
+
+def combine(task: Task, outputs: list[Tensor]) -> Tensor:
+    """One answer from those of several heads: the sum of log-probabilities, the mean of
+    similarities."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if task.num_classes:
+        return sum(output.float().log_softmax(dim=-1) for output in outputs)
+    return sum(outputs) / len(outputs)
+
+
+def join(first: tuple, second: tuple, longest: int) -> tuple:
+    """Padded sentences (input_ids [B, S], attention_mask [B, S], tags [2, B, S] or None) and others to
+    the same with both in one sequence, and token_type_ids [B, S]."""
+    rows = []
+    for row in range(len(first[0])):
+        parts = []
+        for ids, mask, tags in (first, second):
+            pieces = ids[None] if tags is None else torch.cat([ids[None], tags])
+            parts.append(pieces[:, row, mask[row].bool()])  # [1 or 3, n]
+        one, two = parts[0], parts[1][:, 1:]
+        n_one, n_two = joint_lengths(one.shape[1], two.shape[1], longest)
+        cut = [one[:, : n_one - 1], one[:, -1:], two[:, : n_two - 1], two[:, -1:]]
+        types = (torch.arange(n_one + n_two, device=one.device) >= n_one).long()
+        rows.append(torch.cat([torch.cat(cut, dim=1), types[None], torch.ones_like(types)[None]]).T)
+    ids, *tags, types, mask = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(-1, 0)
+    return ids, mask, torch.stack(tags) if tags else None, types
 
 
 def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch: int) -> None:
@@ -280,29 +374,29 @@ def freeze_and_unfreeze(model: MultitaskBERT, option: str, interval: int, epoch:
 
 def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer over all weights that may ever train: encoder with and without weight decay
-    (biases and LayerNorm go without), and heads, likewise."""
+    (biases and LayerNorm go without), and heads, likewise; with `--layer_lr_decay`, each layer of the
+    encoder by itself."""
     groups = defaultdict(list)
     poolers = {each for stack in model.bert.stacks for each in stack.pooler.parameters()}
     unused = poolers - set(model.bert.new_parameters)
+    depths = layers_below_heads(model)
     for name, parameter in model.named_parameters():
         encoder = name.startswith("bert.")
         if parameter in unused or (encoder and options.option == "pretrain"):
             continue
-        decays = parameter.ndim > 1
-        groups["encoder" if encoder else "heads", decays].append(parameter)
+        lr = options.lr * options.layer_lr_decay ** depths.get(parameter, 0)
+        groups["encoder" if encoder else "heads", lr, parameter.ndim > 1].append(parameter)
 
     grouped = [parameter for parameters in groups.values() for parameter in parameters]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(set(grouped)) == len(grouped) and set(trained) <= set(grouped)
-    for (part, decays), parameters in groups.items():
+    settings = []
+    for (part, lr, decays), parameters in groups.items():
         count = sum(parameter.numel() for parameter in parameters)
-        decay = options.weight_decay if decays else 0
-        print(f"{part}: {len(parameters)} tensors, {count:,} weights, weight decay {decay:g}")
-
-    settings = [
-        {"params": parameters, "weight_decay": options.weight_decay if decays else 0.0}
-        for (_, decays), parameters in groups.items()
-    ]
+        decay = options.weight_decay if decays else 0.0
+        rate = f", rate {lr:.3g}" * (options.layer_lr_decay != 1)
+        print(f"{part}: {len(parameters)} tensors, {count:,} weights, weight decay {decay:g}{rate}")
+        settings.append({"params": parameters, "weight_decay": decay, "lr": lr})
     if options.optimizer == "adamw":
         return AdamW(settings, lr=options.lr)
     sophia = dict(lr=options.lr, rho=options.rho, betas=SOPHIA_BETAS[options.optimizer])
@@ -312,17 +406,46 @@ def build_optimizer(model: MultitaskBERT, options: argparse.Namespace) -> torch.
     return SophiaG(settings, **sophia)
 
 
+def layers_below_heads(model: MultitaskBERT) -> dict[nn.Parameter, int]:
+    """How many layers lie between a pretrained weight of the encoder and the heads, its own counted."""
+    depths = {}
+    for stack in model.bert.stacks:
+        parts = [*reversed(stack.encoder.layer), stack.embeddings]
+        for depth, part in enumerate(parts, start=1):
+            depths |= dict.fromkeys(part.parameters(), depth)
+    return {
+        each: depth for each, depth in depths.items() if each not in set(model.bert.new_parameters)
+    }
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespace):
-    """`plateau` steps on the mean dev score, `cosine` on each optimizer step; None for `none`."""
+    """`plateau` steps on the mean dev score, `linear` and `cosine` on each optimizer step; None for
+    `none`."""
     if options.scheduler == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
         )
-    if options.scheduler == "cosine":
-        window = options.batch_size * options.grad_accumulation
-        steps = options.epochs * math.ceil(options.samples_per_epoch / window)
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return None
+    if options.scheduler not in EACH_STEP:
+        return None
+    window = options.batch_size * options.grad_accumulation
+    steps = options.epochs * math.ceil(options.samples_per_epoch / window)
+    warm_up = round(options.warmup * steps)
+    fall = EACH_STEP[options.scheduler]
+
+    def factor(step: int) -> float:
+        """Of the rate, for the step of this number, from 0; it rises from the first one on."""
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        return fall((step - warm_up) / max(steps - warm_up, 1))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# How the rate falls, from 1 to 0, over the share of the steps after the warm-up that are over.
+EACH_STEP = {
+    "linear": lambda over: 1 - over,
+    "cosine": lambda over: (1 + math.cos(math.pi * over)) / 2,
+}
 
 
 # -------------------------------------------------------------------------------------- checkpoint
@@ -378,6 +501,11 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def encodings_of(options: dict) -> dict[str, str]:
+    """Pair task -> encoding, of a run's options; those of older runs say nothing."""
+    return {name: options.get(f"{name}_encoding", "bi") for name in PAIR_TASKS}
+
+
 def encoder_like(config: BertConfig, gating: str | None) -> BertModel | MixtureOfExperts:
     """An encoder without trained weights; with a gating, a mixture of experts."""
     return MixtureOfExperts(config, gating) if gating else BertModel(config)
@@ -388,7 +516,8 @@ def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTok
     try:
         config = BertConfig(**checkpoint["bert_config"])
         with torch.device("meta"):  # no time for weights to be replaced
-            model = MultitaskBERT(encoder_like(config, checkpoint["options"].get("moe")))
+            encoder = encoder_like(config, checkpoint["options"].get("moe"))
+            model = MultitaskBERT(encoder, encodings_of(checkpoint["options"]))
         model.load_state_dict(checkpoint["model"], assign=True)
         tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
         check_tags(checkpoint, config)
@@ -465,6 +594,61 @@ def current_versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------- training
 
 
+def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each class, the binary cross entropy of the answer whether it is this one; summed over the
+    classes [B, C], averaged over rows."""
+    truth = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return each.sum(dim=1).mean()
+
+
+def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each border between neighbouring classes, the binary cross entropy of the answer whether
+    the class lies above it, by the softmax; summed over the borders, averaged over rows."""
+    log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
+    below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
+    above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
+    is_above = labels[:, None] >= torch.tensor(borders, device=labels.device)
+    return -torch.where(is_above, above, below).sum(dim=1).mean()
+
+
+SST_TERMS = {"one_vs_all": one_vs_all, "ordinal": ordinal}
+
+
+def label_loss(task: Task, output: Tensor, labels: Tensor, options: argparse.Namespace) -> Tensor:
+    """The mean loss of one head's output [B, ...] with `--label_smoothing` and `--sst_loss`."""
+    if not task.num_classes:
+        return task.loss(output, labels)
+    loss = F.cross_entropy(output, labels, label_smoothing=options.label_smoothing)
+    if task.name == "sst" and options.sst_loss in SST_TERMS:
+        loss = loss + SST_TERMS[options.sst_loss](output, labels)
+    return loss
+
+
+def disagreement(task: Task, one: Tensor, two: Tensor) -> Tensor:
+    """The mean of both Kullback-Leibler divergences of two passes' logits [B, C]; of similarities [B]
+    the squared difference."""
+    if not task.num_classes:
+        return F.mse_loss(one, two)
+    logs = one.log_softmax(dim=1), two.log_softmax(dim=1)
+    both = [F.kl_div(*pair, reduction="batchmean", log_target=True) for pair in (logs, logs[::-1])]
+    return sum(both) / 2
+
+
+def task_loss(
+    task: Task, outputs: list[Tensor], labels: Tensor, options: argparse.Namespace
+) -> Tensor:
+    """The mean loss of all heads and passes; with `--rdrop` plus half of its weight times the passes'
+    disagreement (Liang et al. 2021, "R-Drop", arXiv 2106.14448, equation 4 divided by 2)."""
+    loss = sum(label_loss(task, output, labels, options) for output in outputs) / len(outputs)
+    weight = dict(zip(TASKS, options.rdrop))[task.name]
+    if weight:
+        n_heads = len(outputs) // 2
+        pairs = zip(outputs[:n_heads], outputs[n_heads:])
+        loss = loss + weight / 2 * sum(disagreement(task, *pair) for pair in pairs) / n_heads
+    return loss
+
+
 class NotFinite(ArithmeticError):
     """A step's loss or gradient is infinite or not a number."""
 
@@ -502,17 +686,19 @@ def training_step(
     answers = []
     for batch in window:
         with autocast(device, options.precision):
-            outputs = model(batch, second_derivative=with_graph)
+            outputs = model.answers(batch, second_derivative=with_graph)
         total = 0.0
-        for name, output in outputs.items():
+        for name, task_outputs in outputs.items():
             task, labels = TASKS[name], batch.labels[name]
+            task_outputs = [output.float() for output in task_outputs]
             # The share of all rows of the step, so that the batches of all processes make one.
             share = len(labels) / batch.step_rows[name]
-            loss = task.loss(output.float(), labels) * share
+            loss = task_loss(task, task_outputs, labels, options) * share
             total = total + weights[name] * loss
             losses[name] += loss.detach()
             losses["sum"] += weights[name] * loss.detach()
-            answers.append((name, labels, task.decode(output.detach().float())))
+            combined = combine(task, [output.detach() for output in task_outputs])
+            answers.append((name, labels, task.decode(combined)))
         if options.moe:
             total = total + add_routing(losses, model, batch, options)
         if with_graph:
@@ -544,16 +730,26 @@ def add_routing(
     losses: dict[str, Tensor], model: MultitaskBERT, batch: Batch, options: argparse.Namespace
 ) -> Tensor:
     """Note how the gate has spread the batch's sentences; the loss for an uneven spread."""
-    n_sentences = {n: rows * len(TASKS[n].sentence_columns) for n, rows in batch.step_rows.items()}
+    n_sequences = {
+        name: rows * sequences_per_row(name, model.encodings, options.rdrop)
+        for name, rows in batch.step_rows.items()
+    }
     choice = F.one_hot(model.bert.choice, N_EXPERTS).float()[batch.places]
     for name, columns in batch.columns.items():
-        shares = torch.cat([choice[column] for column in columns]).sum(0) / n_sentences[name]
+        shares = torch.cat([choice[column] for column in columns]).sum(0) / n_sequences[name]
         for number, share in enumerate(shares, start=1):
             losses[f"moe/{name}_expert_{number}"] += share
-    balance = model.bert.balance_loss() * (len(batch.lengths) / sum(n_sentences.values()))
+    balance = model.bert.balance_loss() * (len(batch.lengths) / sum(n_sequences.values()))
     losses["balance"] += balance.detach()
     losses["sum"] += options.moe_balance * balance.detach()
     return options.moe_balance * balance
+
+
+def sequences_per_row(name: str, encodings: dict[str, str], rdrop: tuple[float, ...]) -> int:
+    """What one row of a task gives the encoder to read."""
+    n_columns = len(TASKS[name].sentence_columns)
+    joint = {"bi": n_columns, "cross": 1, "both": n_columns + 1}[encodings[name]]
+    return joint * (2 if dict(zip(TASKS, rdrop))[name] else 1)
 
 
 def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
@@ -596,13 +792,15 @@ def gauss_newton_gradients(
     device = next(model.parameters()).device
     for batch in window:
         with autocast(device, precision):
-            outputs = model(batch)
+            answers = model.answers(batch)
         total = 0.0
-        for name, output in outputs.items():
-            task, output, n_rows = TASKS[name], output.float(), batch.step_rows[name]
-            labels = task.draw(output.detach(), step_noise(batch, name, seed).to(device))
-            loss = task.loss(output, labels) * (len(labels) / n_rows)
-            total = total + (weights[name] * n_rows) ** 0.5 * loss
+        for name, outputs in answers.items():
+            task, n_rows = TASKS[name], batch.step_rows[name]
+            for number, output in enumerate(map(Tensor.float, outputs)):  # each for itself
+                noise = step_noise(batch, name, (*seed, number))
+                labels = task.draw(output.detach(), noise.to(device))
+                loss = task.loss(output, labels) * (len(labels) / n_rows)
+                total = total + (weights[name] * n_rows / len(outputs)) ** 0.5 * loss
         total.backward()
     sum_gradients(model, [])
 
@@ -662,7 +860,7 @@ class RunLog:
     def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
         self.n_steps += 1
         values = {n if "/" in n else f"loss/{n}": loss for n, loss in losses.items()}
-        values["lr"] = optimizer.param_groups[0]["lr"]
+        values["lr"] = max(group["lr"] for group in optimizer.param_groups)  # the heads'
         self.waiting.append((self.n_steps, values))
         if len(self.waiting) == LOG_EVERY:
             self.flush(optimizer, bar)
@@ -756,6 +954,12 @@ class Training:
         self.model, self.tokenizer, self.tagger = model, tokenizer, tagger
         self.data, self.options, self.path, self.log = data, options, path, log
         freeze_and_unfreeze(model, options.option, options.unfreeze_interval, epoch=0)
+        self.average = (
+            None  # of the weights over the steps, which is then what is evaluated and kept
+        )
+        if options.ema:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)
+            self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
         self.optimizer = build_optimizer(model, options)
         self.scheduler = build_scheduler(self.optimizer, options)
         self.samplers = {
@@ -787,6 +991,7 @@ class Training:
         return content | {
             "training": {
                 "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "samplers": self.drawn_from,
                 "of_processes": gather(
@@ -809,6 +1014,8 @@ class Training:
         """Go on from what `state` returned; the model has its weights already."""
         saved = state["training"]
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         if self.scheduler:
             self.scheduler.load_state_dict(saved["scheduler"])
         for name, sampler in self.samplers.items():
@@ -854,12 +1061,19 @@ class Training:
             self._train_epoch()
             seconds = time.perf_counter() - self.began
             dev = evaluation.evaluate(
-                self.model, self.data["dev"], self.options.batch_size, self.options.precision
+                self._final_model(),
+                self.data["dev"],
+                self.options.batch_size,
+                self.options.precision,
             )
             with uninterrupted():
                 self._end_epoch(dev, seconds)
             self._save_or_stop(due=True)
             after_epoch(self)
+
+    def _final_model(self) -> MultitaskBERT:
+        """What the run would end with here."""
+        return self.average.module if self.average else self.model
 
     def _save_or_stop(self, due: bool) -> None:
         """Between two steps, all processes together: what one of them wishes."""
@@ -881,13 +1095,19 @@ class Training:
             options.grad_accumulation,
             rank(),
             n_processes(),
+            dict(zip(TASKS, options.batch_shares)),
+            [name for name, weight in zip(TASKS, options.rdrop) if weight],
         )
-        per_row = sum(len(each.columns) for each in self.data["train"].values())
+        per_row = sum(
+            share * sequences_per_row(name, model.encodings, options.rdrop)
+            for name, share in zip(TASKS, options.batch_shares)
+            if name in self.data["train"]
+        )
         with tqdm(
             desc=f"epoch {self.epoch + 1}",
             unit=" sentences",
-            initial=self._rows_seen() * per_row,
-            total=options.samples_per_epoch * per_row,
+            initial=round(self._rows_seen() * per_row),
+            total=round(options.samples_per_epoch * per_row),
         ) as bar:
             for window in itertools.islice(windows, self.n_windows, None):
                 with uninterrupted():
@@ -911,13 +1131,15 @@ class Training:
         try:
             losses, answers = training_step(model, window, self.optimizer, self.options)
             self.bad_steps = 0
+            if self.average:
+                self.average.update_parameters(model)
             self.answers.extend(answers)
             self.log.step(losses, self.optimizer, bar)
         except NotFinite as error:
             problem = error
             self.n_skipped += 1
             self.bad_steps += 1
-        if self.options.scheduler == "cosine":
+        if self.options.scheduler in EACH_STEP:
             self.scheduler.step()
         self.n_windows += 1
         bar.update(bar.total * self._rows_seen() // self.options.samples_per_epoch - bar.n)
@@ -964,7 +1186,7 @@ class Training:
             return ""  # a model
         checkpoint = self.path.with_suffix(".pt")
         content = checkpoint_content(
-            self.model, self.tokenizer, self.options, self.epoch, self.scores, self.tagger
+            self._final_model(), self.tokenizer, self.options, self.epoch, self.scores, self.tagger
         )
         start = time.perf_counter()
         try:
@@ -1032,7 +1254,7 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         else:
             path, log_directory = by_first(lambda: claim_run(options, options.option))
             held.enter_context(hold([path], STILL_GOING))
-        describe_run(options, path.stem, device, data["train"], tokenizer, tagger)
+        describe_run(options, path.stem, device, data, tokenizer, tagger)
         if options.optimizer == "sophiah":
             keep_freed_memory()
         copy_from_first([*model.to(device).state_dict().values()])
@@ -1211,9 +1433,15 @@ def evaluate_checkpoint(
 
 
 def load_data(
-    options, tokenizer, max_length, splits, tagger: Tagger | None = None
+    options,
+    tokenizer,
+    max_length,
+    splits,
+    tagger: Tagger | None = None,
+    encodings: dict[str, str] | None = None,
 ) -> dict[str, dict[str, TaskDataset]]:
     """split -> task -> dataset, for the chosen tasks."""
+    encodings = encodings or {}
     data = {
         split: {
             name: TaskDataset(
@@ -1225,6 +1453,7 @@ def load_data(
                 options.cache_dir,
                 SMOKETEST_ROWS if options.smoketest else None,
                 tagger,
+                encodings.get(name, "bi"),
             )
             for name in options.tasks
         }
@@ -1268,7 +1497,8 @@ def load_model(options, path: Path | None, state: dict | None) -> tuple:
     check_new_tables(bert, source, tagger)
     if options.moe:
         bert = MixtureOfExperts.of(bert, options.moe)
-    return MultitaskBERT(bert), BertTokenizer.from_pretrained(source, local), tagger, source
+    model = MultitaskBERT(bert, encodings_of(vars(options)))
+    return model, BertTokenizer.from_pretrained(source, local), tagger, source
 
 
 def load_all(options, path: Path | None = None, state: dict | None = None) -> tuple:
@@ -1276,7 +1506,8 @@ def load_all(options, path: Path | None = None, state: dict | None = None) -> tu
     seed_everything(options.seed)
     model, tokenizer, tagger, source = load_model(options, path, state)
     max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-    return model, tokenizer, tagger, load_data(options, tokenizer, max_length, SPLITS, tagger)
+    data = load_data(options, tokenizer, max_length, SPLITS, tagger, model.encodings)
+    return model, tokenizer, tagger, data
 
 
 def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> None:
@@ -1331,15 +1562,21 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def describe_run(
-    options, run: str, device, train: dict[str, TaskDataset], tokenizer, tagger: Tagger | None
+    options,
+    run: str,
+    device,
+    data: dict[str, dict[str, TaskDataset]],
+    tokenizer,
+    tagger: Tagger | None,
 ) -> None:
-    """Show all options, and one example per task as the model will see it."""
+    """Show all options, one example per task as the model will see it, and how many rows of dev and
+    test the training set gives away."""
     threads = torch.get_num_threads()
     print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
     values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
     whole = dict(break_on_hyphens=False, break_long_words=False)
     print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
-    for name, dataset in train.items():
+    for name, dataset in data["train"].items():
         print(f"{name}: {len(dataset)} training rows; the first: label {dataset.labels[0]:g}")
         for column in dataset.columns:
             ids, *tags = column.row(0)
@@ -1347,6 +1584,13 @@ def describe_run(
             if tagger:
                 pieces = [f"{piece}{tagger.describe(*each)}" for piece, *each in zip(pieces, *tags)]
             print(f"    {' '.join(pieces)}")
+        known = {
+            split: overlap(dataset.examples, data[split][name].examples) for split in SPLITS[1:]
+        }
+        rows = ", ".join(
+            f"{n} of {len(data[split][name])} {split} rows" for split, n in known.items()
+        )
+        print(f"    known from training: {rows}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1372,7 +1616,7 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     if options.precision == "auto":
         options.precision = checkpoint["options"].get("precision", "auto")
     length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
-    data = load_data(options, tokenizer, length, ("dev", "test"), tagger)
+    data = load_data(options, tokenizer, length, ("dev", "test"), tagger, model.encodings)
     with hold_predictions(options):
         return evaluate_checkpoint(options.evaluate, data, options, device)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import SPLITS, TASKS
+from datasets import PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
 from moe import GATINGS
 from utils import UserError, one_line
 
@@ -126,18 +126,71 @@ def add_training_flags(group) -> None:
     )
     flag(
         "--scheduler",
-        choices=["plateau", "cosine", "none"],
+        choices=["plateau", "linear", "cosine", "none"],
         default="plateau",
         help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
-        f"improved for {PLATEAU_PATIENCE + 1} epochs, cosine lowers it to 0 step by step; "
+        f"improved for {PLATEAU_PATIENCE + 1} epochs, linear and cosine lower it to 0 step by step; "
         "default: plateau",
     )
     flag(
+        "--warmup",
+        type=probability,
+        default=0.0,
+        metavar="SHARE",
+        help="of all steps, in which linear and cosine first raise the rate; default: 0",
+    )
+    flag(
+        "--layer_lr_decay",
+        type=share,
+        default=1.0,
+        metavar="FACTOR",
+        help="rate of each layer of the encoder as a multiple of the rate of what lies above it, "
+        "counted from the heads; default: 1",
+    )
+    flag(
+        "--ema",
+        type=probability,
+        default=0.0,
+        metavar="DECAY",
+        help="evaluate and keep an exponential moving average of the weights, of which each step "
+        "keeps this share; default: 0, the weights themselves",
+    )
+    flag(
         "--loss_weights",
-        type=loss_weights,
+        type=task_numbers,
         default=(1.0,) * len(TASKS),
         metavar=",".join(TASKS).upper(),
         help="weights of the tasks' losses in their sum; default: all 1",
+    )
+    flag(
+        "--sst_loss",
+        choices=["cross_entropy", "one_vs_all", "ordinal"],
+        default="cross_entropy",
+        help="one_vs_all adds a binary cross entropy for each class, ordinal one for each border "
+        "between classes; default: cross_entropy",
+    )
+    flag(
+        "--label_smoothing",
+        type=probability,
+        default=0.0,
+        metavar="SHARE",
+        help="of each class label that is spread over all classes; default: 0",
+    )
+    flag(
+        "--rdrop",
+        type=task_numbers,
+        default=(0.0,) * len(TASKS),
+        metavar=",".join(TASKS).upper(),
+        help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
+        "makes is a loss, with these weights (alpha in the paper); default: all 0, once",
+    )
+    flag(
+        "--batch_shares",
+        type=batch_shares,
+        default=(1.0,) * len(TASKS),
+        metavar=",".join(TASKS).upper(),
+        help="rows of each task in a batch (and in an epoch) as multiples of --batch_size (and "
+        "--samples_per_epoch); default: all 1",
     )
 
 
@@ -210,6 +263,15 @@ def add_model_flags(group) -> None:
         help="the spaCy pipeline of --additional_input, installed or a directory; default: "
         f"{DEFAULT_SPACY_MODEL}",
     )
+    for name in PAIR_TASKS:
+        flag(
+            f"--{name}_encoding",
+            choices=PAIR_ENCODINGS,
+            default="bi",
+            help=f"of {TASKS[name].title} pairs; bi: the encoder reads each sentence by itself; cross: "
+            "both in one sequence; both: both ways, with a head each, whose answers are averaged; "
+            "default: bi",
+        )
     flag(
         "--moe",
         choices=GATINGS,
@@ -372,6 +434,8 @@ def parse_options(
         parser.error(
             "--additional_input adds to the encoder, which --option pretrain does not train"
         )
+    if options.warmup and options.scheduler not in ("linear", "cosine"):
+        parser.error("--warmup: only with --scheduler linear or cosine")
     if options.spacy_model and not (options.additional_input or options.evaluate):
         parser.error("--spacy_model: only for --additional_input")
     if options.moe and options.option == "pretrain":
@@ -470,11 +534,22 @@ positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 max_length = number(int, lambda value: value > 2, "a whole number above 2")
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
-def loss_weights(text: str) -> tuple[float, ...]:
-    weights = tuple(non_negative_float(part) for part in text.split(","))
-    if len(weights) != len(TASKS):
+def task_numbers(text: str) -> tuple[float, ...]:
+    """One number for each task."""
+    numbers = tuple(non_negative_float(part) for part in text.split(","))
+    if len(numbers) != len(TASKS):
         raise argparse.ArgumentTypeError(f"must be {len(TASKS)} numbers, not {text!r}")
-    return weights
+    return numbers
+
+
+def batch_shares(text: str) -> tuple[float, ...]:
+    shares = task_numbers(text)
+    if not all(shares):
+        raise argparse.ArgumentTypeError(
+            f"must be above 0, not {text!r}; --sst, --para and --sts " "leave tasks out"
+        )
+    return shares

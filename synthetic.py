@@ -33,7 +33,7 @@ from bert import BertLayer, BertSelfAttention, Sequences
 from datasets import TASKS, Example, read_examples
 from multitask_classifier import is_out_of_memory, load_checkpoint
 from optimizer import AdamW
-from options import non_negative_float, positive_float, positive_int, probability, seed
+from options import PRECISIONS, non_negative_float, positive_float, positive_int, probability, seed
 from tokenizer import BertTokenizer
 from utils import (
     Terminated,
@@ -232,7 +232,7 @@ class SmallGenerator(Generator):
             chosen = order.permutation(len(rows))
             batches = [chosen[i : i + self.BATCH] for i in range(0, len(rows), self.BATCH)]
             for batch in tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False):
-                with autocast(self.device):
+                with autocast(self.device, self.args.precision):
                     loss = self._loss([rows[row] for row in batch]).mean()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -329,7 +329,7 @@ class Gpt2Generator(Generator):
             starts = range(0, len(train), self.BATCH)
             for start in tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False):
                 batch = [train[row] for row in chosen[start : start + self.BATCH]]
-                with autocast(self.device):
+                with autocast(self.device, self.args.precision):
                     loss = self._losses(batch).mean()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -772,6 +772,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     flag("--seed", type=seed, default=11711, help="default: 11711")
     flag("--use_gpu", action="store_true")
+    flag(
+        "--precision", choices=PRECISIONS, default="auto", help="of training, as for training BERT"
+    )
     flag("--local_files_only", action="store_true", help="download no model")
     flag("--epochs", type=positive_int, help="default: 12 for small, 2 for gpt2")
     flag("--lr", type=positive_float, help="constant; default: 2e-3 for small, 3e-5 for gpt2")

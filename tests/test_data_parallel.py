@@ -31,6 +31,20 @@ SETTINGS = {
         *("--moe", "hard", "--moe_balance", "0", "--optimizer", "sophiag", "--hess_interval", "3"),
     ],
     "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--loss_weights", "1,2,0.5"],
+    "adamw, pairs both ways, R-Drop, average, other shares": [
+        *(
+            "--para_encoding",
+            "both",
+            "--sts_encoding",
+            "cross",
+            "--rdrop",
+            "1,0.5,0",
+            "--ema",
+            "0.8",
+        ),
+        *("--batch_shares", "1,1.5,0.5", "--scheduler", "linear", "--layer_lr_decay", "0.9"),
+        *("--sst_loss", "ordinal", "--label_smoothing", "0.1"),
+    ],
     # the last step of an epoch has one row of each task, so that a process may have none of some
     "adamw, steps of one row": ["--batch_size", "1", "--samples_per_epoch", "20"],
     "sophiah, fewer rows than processes": [

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, SAMPLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -242,6 +243,16 @@ def test_a_mutated_file_is_read_with_its_bad_rows_named_or_refused(tmp_path, tas
         assert example.id and math.isnan(example.label) or task.parse_label(str(example.label)) >= 0
 
 
+def test_overlap_counts_rows_that_training_gives_away():
+    def rows(*sentences):
+        return [datasets.Example(each, 0.0, "id") for each in sentences]
+
+    train = rows(("It's  good.", "Fine"), ("A b", "c"), ("A b", "d"))
+    other = rows(("fine!", "its good"), ("a B", "C"), ("a B", "C"), ("ab", "c"), ("a b", "a b"))
+    assert datasets.overlap(train, other) == 3
+    assert datasets.overlap(rows(("x",)), rows(("X",), ("y",))) == 1
+
+
 # ------------------------------------------------------------------------------------- tokenizing
 
 
@@ -341,6 +352,36 @@ def test_a_batch_holds_each_sentence_once_and_knows_its_place(dataset, minilm_to
     assert batch.labels["sst"].dtype == torch.long and batch.labels["sts"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("max_length", [512, 21, 12, 5])
+def test_a_joint_column_is_a_pair_of_transformers(dataset, minilm_path, max_length):
+    """Also cut as there. The sentences themselves are not, so that only the pair is too long."""
+    data = dataset("para", "dev", limit=200)
+    peer = transformers.AutoTokenizer.from_pretrained(minilm_path)
+    column = datasets.TokenColumn.joint(*data.columns, max_length)
+    batch = collate({"para": (dataset("para", "dev", limit=200, encoding="cross"), np.arange(200))})
+    types = batch.token_type_ids.split(batch.lengths)
+    for row, example in enumerate(data.examples):
+        pair = peer(*example.sentences, truncation="longest_first", max_length=max_length)
+        assert column.row(row).tolist() == [pair["input_ids"]]
+        assert column.first_lengths[row] == pair["token_type_ids"].count(0)
+        if max_length == 512:
+            assert types[batch.places[row]].tolist() == pair["token_type_ids"]
+
+
+def test_a_pair_is_read_both_ways(dataset):
+    both = dataset("sts", encoding="both")
+    bi, cross = dataset("sts"), dataset("sts", encoding="cross")
+    assert len(both.columns) == 3 and len(cross.columns) == 1
+    assert np.array_equal(both.n_tokens, bi.n_tokens + cross.n_tokens)
+    rows = np.array([3, 1])
+    batch = collate({"sts": (both, rows), "sst": (dataset("sst"), rows)}, twice=["sst"])
+    assert len(batch.columns["sts"]) == 3 and len(batch.columns["sst"]) == 2
+    sequences = batch.input_ids.split(batch.lengths)
+    for copies in zip(*(batch.places[column] for column in batch.columns["sst"])):
+        assert sequences[copies[0]].equal(sequences[copies[1]]) and copies[0] != copies[1]
+    assert collate({"sts": (bi, rows)}).token_type_ids is None
+
+
 def test_sampler_uses_up_all_rows_before_it_repeats_one():
     sampler = EpochSampler(n_rows=7, seed=0)
     draws = [sampler.draw(5) for _ in range(7)]
@@ -369,6 +410,25 @@ def test_windows_cut_an_epoch_into_steps_and_batches(dataset):
     for name in TASKS:
         drawn = np.concatenate([batch.rows[name] for window in windows for batch in window])
         assert np.array_equal(drawn, EpochSampler(len(data[name]), seed=4).draw(23))
+
+
+def test_tasks_have_other_shares_of_a_batch(dataset):
+    data = {name: dataset(name) for name in TASKS}
+    samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
+    shares = {"sst": 1, "para": 2.5, "sts": 0.4}
+    windows = list(training_windows(data, samplers, 23, 5, 2, shares=shares))
+    sizes = {n: [[len(b.rows.get(n, [])) for b in window] for window in windows] for n in TASKS}
+    assert sizes["sst"] == [[5, 5], [5, 5], [3]]
+    assert sizes["para"] == [[12, 13], [13, 12], [8]]  # up to the rows 12, 25, 38, 50, 58
+    assert sizes["sts"] == [[2, 2], [2, 2], [1]]  # 2, 4, 6, 8, 9
+    for name in TASKS:
+        drawn = np.concatenate([batch.rows[name] for window in windows for batch in window])
+        assert np.array_equal(drawn, EpochSampler(len(data[name]), seed=4).draw(len(drawn)))
+        for window in windows:
+            rows = sum(len(batch.rows[name]) for batch in window)
+            assert {batch.step_rows[name] for batch in window} == {rows}
+            picks = np.concatenate([batch.picks[name] for batch in window])
+            assert picks.tolist() == list(range(rows))
 
 
 @pytest.mark.parametrize("n_processes", [2, 3, 40])

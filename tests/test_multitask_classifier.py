@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, SAMPLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert
+import datasets
 import multitask_classifier as mc
 from bert import BertModel, Dropout
 from datasets import TASKS, EpochSampler, TaskDataset, collate, training_windows
@@ -135,6 +137,51 @@ def test_swapping_the_sentences_changes_nothing(model, data, tiny_directory):
     two = padded(tokenizer, data, [1, 2], "para", 1)
     for method in (model.predict_paraphrase, model.predict_similarity):
         torch.testing.assert_close(method(*one, *two), method(*two, *one))
+
+
+@pytest.mark.parametrize("encoding", ["cross", "both"])
+@pytest.mark.parametrize("name", ["para", "sts"])
+def test_pairs_in_one_sequence_equal_their_formula(tiny_directory, encoding, name):
+    """Packed and padded, against the heads on vectors of transformers' pairs."""
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), {name: encoding}).eval()
+    task, rows = TASKS[name], [1, 2, 5]
+    path = SAMPLE / task.filename("train")
+    dataset = TaskDataset(path, task, "train", tokenizer, 128, encoding=encoding)
+    peer = transformers.AutoTokenizer.from_pretrained(tiny_directory)
+    pairs = list(zip(*(dataset.examples[row].sentences for row in rows)))
+    joint = peer(*map(list, pairs), padding=True, return_tensors="pt")
+    vectors = model.embed(
+        joint["input_ids"], joint["attention_mask"], token_type_ids=joint["token_type_ids"]
+    )
+    expected = model.joint_heads[name](vectors)
+    bi = [peer(list(each), padding=True, return_tensors="pt") for each in pairs]
+    bi = [(each["input_ids"], each["attention_mask"]) for each in bi]
+    if encoding == "both":
+        other = model.heads[name](*(model.embed(*each) for each in bi))
+        if name == "sts":
+            expected = (other + expected) / 2
+        else:  # the product of both distributions
+            product = other.softmax(dim=1) * expected.softmax(dim=1)
+            expected = product.log()
+    else:
+        assert name not in model.heads
+    packed = model(collate({name: (dataset, np.array(rows))}))[name]
+    torch.testing.assert_close(packed, expected)
+    method = model.predict_paraphrase if name == "para" else model.predict_similarity
+    torch.testing.assert_close(method(*bi[0], *bi[1]), expected)
+
+
+def test_pairs_that_are_too_long_are_cut_alike_packed_and_padded():
+    ids = [torch.randint(5, 90, (2, length)) for length in (50, 30)]
+    first, second = ((each, torch.ones_like(each), each[None].repeat(2, 1, 1)) for each in ids)
+    joint, mask, tags, types = mc.join(first, second, 40)
+    assert joint.shape == mask.shape == types.shape == (2, 40) and mask.all()
+    assert tags.shape == (2, 2, 40) and tags.equal(joint[None].expand(2, 2, 40))
+    columns = [datasets.TokenColumn(each[:1].numpy(), np.array([0, each.shape[1]])) for each in ids]
+    column = datasets.TokenColumn.joint(*columns, 40)
+    assert column.row(0)[0].tolist() == joint[0].tolist()
+    assert types[0].tolist() == [0] * column.first_lengths[0] + [1] * (40 - column.first_lengths[0])
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -439,6 +486,123 @@ def test_schedulers(model):
     assert mc.build_scheduler(optimizer, options("--scheduler", "none")) is None
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_warm_up_and_fall_are_those_of_transformers(model, name):
+    """With one step more at each end, where its rate is 0 and nothing would be learned."""
+    flags = ["--epochs", "3", "--samples_per_epoch", "640", "--warmup", "0.2", "--lr", "0.5"]
+    chosen = options("--scheduler", name, *flags)
+    optimizer = mc.build_optimizer(model, chosen)
+    scheduler = mc.build_scheduler(optimizer, chosen)
+    peer_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    peer = transformers.get_scheduler(name, peer_optimizer, 7, 31)
+    for step in range(30):
+        if step < 7:
+            peer_optimizer.step(), peer.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(peer.get_last_lr()[0])
+        optimizer.step(), scheduler.step()
+        if step >= 6:
+            peer_optimizer.step(), peer.step()
+
+
+def test_lower_layers_have_lower_rates(model):
+    optimizer = mc.build_optimizer(model, options("--lr", "0.1", "--layer_lr_decay", "0.5"))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    n_layers = model.bert.config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if layer := re.match(r"bert\.encoder\.layer\.(\d+)\.", name):
+            expected = 0.1 * 0.5 ** (n_layers - int(layer[1]))
+        elif name.startswith("bert.embeddings."):
+            expected = 0.1 * 0.5 ** (n_layers + 1)
+        elif name.startswith("bert.pooler."):
+            continue
+        else:
+            expected = 0.1
+        assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(flags, tmp_path, monkeypatch):
+    """Against the weights after each step: 0.9 of the average, 0.1 of them."""
+    average, step = {}, mc.training_step
+
+    def noted(model, *arguments):
+        result = step(model, *arguments)
+        for name, value in model.state_dict().items():
+            value = value.double()
+            average[name] = 0.9 * average[name] + 0.1 * value if name in average else value.clone()
+        return result
+
+    monkeypatch.setattr(mc, "training_step", noted)
+    assert mc.main(flags + ["--ema", "0.9", "--epochs", "1"]) == 0
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    kept = mc.load_checkpoint(checkpoint)[0].state_dict()
+    assert kept.keys() == average.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+LOGITS = np.array([[2.0, -1.0, 0.5, 0.0, 1.0], [-3.0, 0.2, 1.0, 4.0, -2.0], [0.0] * 5])
+LABELS = np.array([0, 4, 2])
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def numpy_cross_entropy(smoothing=0.0):
+    truth = (1 - smoothing) * np.eye(5)[LABELS] + smoothing / 5
+    return -(truth * np.log(softmax(LOGITS))).sum(axis=1).mean()
+
+
+def numpy_one_vs_all():
+    sigmoid = 1 / (1 + np.exp(-LOGITS))
+    answers = np.where(np.eye(5)[LABELS] == 1, sigmoid, 1 - sigmoid)
+    return -np.log(answers).sum(axis=1).mean()
+
+
+def numpy_ordinal():
+    total = 0
+    for row, label in zip(softmax(LOGITS), LABELS):
+        for border in range(1, 5):
+            total -= np.log(row[border:].sum() if label >= border else row[:border].sum())
+    return total / len(LABELS)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], numpy_cross_entropy()),
+        (["--label_smoothing", "0.2"], numpy_cross_entropy(0.2)),
+        (["--sst_loss", "one_vs_all"], numpy_cross_entropy() + numpy_one_vs_all()),
+        (["--sst_loss", "ordinal"], numpy_cross_entropy() + numpy_ordinal()),
+    ],
+)
+def test_losses_of_classes_equal_their_formulas(flags, expected):
+    outputs = [torch.tensor(LOGITS)]
+    loss = mc.task_loss(TASKS["sst"], outputs, torch.tensor(LABELS), options(*flags))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_rdrop_equals_its_formula():
+    """Equation 4 of the paper, halved: of each head, -log P1 - log P2 + alpha (KL12 + KL21) / 2."""
+    passes = [LOGITS, LOGITS[::-1], LOGITS * 0.5, LOGITS + np.arange(5)]  # 2 heads, then again
+    total = 0
+    for one, two in zip(map(softmax, passes[:2]), map(softmax, passes[2:])):
+        likelihood = -np.log(one[range(3), LABELS]) - np.log(two[range(3), LABELS])
+        divergence = (one * np.log(one / two)).sum(axis=1) + (two * np.log(two / one)).sum(axis=1)
+        total += (likelihood + 0.7 * divergence / 2).mean() / 2
+    outputs, labels = [torch.tensor(each.copy()) for each in passes], torch.tensor(LABELS)
+    loss = mc.task_loss(TASKS["para"], outputs, labels, options("--rdrop", "0,0.7,2"))
+    assert loss.item() == pytest.approx(total / 2)
+    values = [torch.tensor([1.0, 2.0, 4.5]), torch.tensor([1.5, 2.0, 4.0])]
+    truth = torch.tensor([0.0, 3.0, 5.0])
+    expected = np.mean([[1, 1, 0.25], [2.25, 1, 1]]) + 2 / 2 * np.mean([0.25, 0, 0.25])
+    loss = mc.task_loss(TASKS["sts"], values, truth, options("--rdrop", "0,0.7,2"))
+    assert loss.item() == pytest.approx(expected)
+
+
 # -------------------------------------------------------------------------------------- whole runs
 
 
@@ -595,6 +759,19 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
     assert read_predictions(tmp_path) == before
     assert mc.main(flags + ["--evaluate", str(checkpoint), "--max_length", "40"]) == 0
     assert read_predictions(tmp_path) != before
+
+
+def test_a_run_with_all_levers(flags, tmp_path, capsys):
+    """Its checkpoint gives the same predictions again."""
+    flags += ["--para_encoding", "both", "--sts_encoding", "cross", "--rdrop", "1,1,1"]
+    flags += ["--scheduler", "linear", "--warmup", "0.1", "--layer_lr_decay", "0.9", "--ema", "0.9"]
+    flags += ["--sst_loss", "one_vs_all", "--batch_shares", "1,1.5,0.5"]
+    assert mc.main(flags) == 0
+    before, shown = read_predictions(tmp_path), capsys.readouterr().out
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    assert mc.main([*flags[:2], *flags[2:], "--evaluate", str(checkpoint)]) == 0
+    assert read_predictions(tmp_path) == before
+    assert capsys.readouterr().out.strip().split("predictions:")[0] in shown
 
 
 def test_precision_of_training_is_kept_for_evaluation(flags, tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from options import build_parser, loss_weights, parse_options
+from options import build_parser, parse_options, task_numbers
 from utils import UserError
 
 
@@ -101,9 +101,9 @@ def test_flags_that_cannot_work_are_refused(flags, message, capsys):
 
 
 def test_weights_of_losses_are_numbers():
-    assert loss_weights("1,0,2.5") == (1.0, 0.0, 2.5)
+    assert task_numbers("1,0,2.5") == (1.0, 0.0, 2.5)
     with pytest.raises(argparse.ArgumentTypeError):
-        loss_weights("1,-1,1")
+        task_numbers("1,-1,1")
 
 
 def write_config(path, content):

@@ -20,7 +20,16 @@ import multitask_classifier as mc
 from utils import UserError
 
 OPTIMIZERS = {
-    "adamw": ["--scheduler", "cosine"],
+    "adamw": [
+        "--scheduler",
+        "linear",
+        "--ema",
+        "0.9",
+        "--para_encoding",
+        "both",
+        "--rdrop",
+        "1,0,0",
+    ],
     "sophiah": ["--optimizer", "sophiah", "--hess_interval", "3"],
     "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--unfreeze_interval", "1"],
 }
