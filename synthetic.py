@@ -148,6 +148,13 @@ class CausalLM(nn.Module):
         """Logits [B, S, V] of the token after each one of `ids` [B, S], of which the first stands at
         position `start`. The embeddings of `labels` [B] are added to those of all tokens, since a
         label before the sentence alone is soon forgotten."""
+        return self.logits(self.states(ids, start, labels))
+
+    def logits(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.words.weight)  # [..., D] to [..., V]
+
+    def states(self, ids: Tensor, start: int = 0, labels: Tensor | None = None) -> Tensor:
+        """What `forward` has before the last multiplication, [B, S, D]."""
         n_sequences, length = ids.shape
         positions = torch.arange(start, start + length, device=ids.device)
         embeddings = self.words(ids) + self.positions(positions)
@@ -158,7 +165,7 @@ class CausalLM(nn.Module):
         sequences = Sequences.of([length] * n_sequences, ids.device)
         for layer in self.layers:
             states = layer(states, sequences)
-        return F.linear(states, self.words.weight).view(n_sequences, length, -1)
+        return states.view(n_sequences, length, -1)
 
     def keep_past(self, n_sequences: int | None) -> None:
         """From now on for so many sequences; None: no longer."""
@@ -295,9 +302,10 @@ class SmallGenerator(Generator):
         longest = max(map(len, rows))
         padded = [row + [-100] * (longest - len(row)) for row in rows]
         ids = torch.tensor(padded, device=self.device)  # [B, S]
-        logits = self.model(ids[:, :-1].clamp_min(0), labels=ids[:, 0]).float().flatten(0, 1)
-        losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-        return losses[ids[:, 1:].flatten() >= 0]
+        real = ids[:, 1:] >= 0  # most of the work is the multiplication by all words
+        states = self.model.states(ids[:, :-1].clamp_min(0), labels=ids[:, 0])[real]
+        logits = self.model.logits(states).float()
+        return F.cross_entropy(logits, ids[:, 1:][real], reduction="none")
 
 
 class Gpt2Generator(Generator):
