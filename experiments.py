@@ -1,6 +1,6 @@
 """Train recipes with several seeds, and make the README's tables and curves from what they gave.
 
-    python experiments.py run NAME... --data_dir data --bert_model minilm --seeds 3
+    python experiments.py run NAME... --data_dir data --bert_model minilm
     python experiments.py table
     python experiments.py plot
 
@@ -108,7 +108,7 @@ NOTE = """\
 Dev scores of the best epoch, mean ± standard deviation over seeds; budget: epochs × rows of each task
 in one. Not comparable: """
 TASK_NOTE = f"""{NOTE}the last column with what stands beside it (another encoder, other data,
-one seed), and rows of different encoder, training rows, budget or precision with each other."""
+one number without spread), and rows of different encoder, training rows, budget or precision with each other."""
 COMPARISON_NOTE = f"""{NOTE}rows of different encoder, budget or precision with each other,
 and seconds where threads differ."""
 
@@ -609,8 +609,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--seeds",
         type=int,
         choices=range(1, len(SEEDS) + 1),
-        default=1,
-        help="how many; default: 1",
+        default=3,
+        help="how many; default: 3",
     )
     flag(
         "--budget",

@@ -55,7 +55,7 @@ def trained(flags, tmp_path_factory):
         patch.setitem(ex.BUDGETS, "full", BUDGET)
         write_recipes(baseline=RECIPE, bad=TOO_LONG)
         with contextlib.redirect_stdout(shown):
-            status = ex.main(["run", "bad", "baseline", "--jobs", "2", *flags])
+            status = ex.main(["run", "bad", "baseline", "--jobs", "2", "--seeds", "1", *flags])
     return folder, status, shown.getvalue()
 
 
@@ -141,7 +141,7 @@ def test_only_what_is_not_done_is_run(trained, flags, tmp_path, monkeypatch):
 
     def started_by(*more):
         started.clear()
-        assert ex.main(["run", "baseline", *flags, *more]) == bool(started)
+        assert ex.main(["run", "baseline", "--seeds", "1", *flags, *more]) == bool(started)
         return started
 
     data = tmp_path / "data"
@@ -159,7 +159,17 @@ def test_only_what_is_not_done_is_run(trained, flags, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, place, capsys):
-    command = ["run", "baseline", *flags, "--epochs", "3", "--samples_per_epoch", "256"]
+    command = [
+        "run",
+        "baseline",
+        "--seeds",
+        "1",
+        *flags,
+        "--epochs",
+        "3",
+        "--samples_per_epoch",
+        "256",
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     script = [sys.executable, "-u", ROOT / "experiments.py"]
     with subprocess.Popen(script + command, **pipes) as program:
