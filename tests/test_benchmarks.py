@@ -1,5 +1,3 @@
-import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -28,31 +26,3 @@ def test_benchmarks_run(script, tiny_directory, pipeline_directory):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\|.*(this project|AdamW|one encoder|processes)", done.stdout, re.MULTILINE)
-
-
-def test_the_training_benchmark_trains_what_is_missing(
-    tiny_directory, pipeline_directory, tmp_path, monkeypatch, capsys
-):
-    spec = importlib.util.spec_from_file_location("training", ROOT / "benchmarks" / "training.py")
-    training = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(training)
-    settings = ["--additional_input", "--optimizer sophiah --hess_interval 2"]
-    monkeypatch.setattr(training, "EXPERIMENTS", {"tags": dict.fromkeys(settings, (1,))})
-    monkeypatch.setattr(training, "BUDGET", f"--smoketest --bert_model {tiny_directory}")
-    monkeypatch.setattr(training, "RESULTS", tmp_path / "results.json")
-    command = ["training.py", "tags", "--jobs", "2", "--data_dir", str(ROOT / "data" / "sample")]
-    command += ["--spacy_model", str(pipeline_directory)]
-    monkeypatch.setattr(sys, "argv", command)
-    training.main()
-    first = capsys.readouterr().out
-    assert len(re.findall(r"^\| `--\w+", first, re.MULTILINE)) == 2
-
-    results = json.loads(training.RESULTS.read_text())
-    name = training.run_name(settings[1], 1)
-    results[name]["sst_accuracy"] = 9.0  # would not last if this run were made again
-    del results[training.run_name(settings[0], 1)]
-    training.RESULTS.write_text(json.dumps(results))
-    training.main()
-    again = json.loads(training.RESULTS.read_text())
-    assert again[name] == results[name] and len(again) == 2
-    assert "9.000" in capsys.readouterr().out
