@@ -584,7 +584,9 @@ def current_versions() -> dict[str, str]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", ".", ":!results"
+        )  # made by runs
         commit = git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "not in a git checkout"
