@@ -229,7 +229,8 @@ class SmallGenerator(Generator):
             torch.save(self.model.state_dict(), temporary)
 
     def _train(self, train, dev) -> None:
-        """The epoch that models the dev set best is kept; without one, the last."""
+        """The epoch that models the dev set best is kept, and the first that does so worse by a tenth is
+        the last; without a dev set, all are trained and the last is kept."""
         epochs = self.args.epochs or self.EPOCHS
         rows, best, weights = self._rows(train), math.inf, None
         optimizer = AdamW(self.model.parameters(), lr=self.args.lr or self.LR, weight_decay=0.05)
@@ -250,6 +251,8 @@ class SmallGenerator(Generator):
             if not perplexity >= best:
                 best = perplexity
                 weights = {n: each.clone() for n, each in self.model.state_dict().items()}
+            elif perplexity > 1.1 * best:
+                break
         self.model.load_state_dict(weights)
 
     @torch.no_grad()

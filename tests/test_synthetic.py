@@ -133,6 +133,23 @@ def rows_of(path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
+def test_small_keeps_its_best_epoch_and_stops_when_it_overfits(small, tmp_path, monkeypatch):
+    """Dev perplexities as if: worse by less than a tenth, the best, worse by more."""
+    left, seen = iter([50.0, 54.0, 40.0, 43.0, 45.0, 1.0]), []
+
+    def perplexity(self, examples):
+        seen.append(self.model.words.weight.detach().clone())
+        return next(left)
+
+    monkeypatch.setattr(synthetic.SmallGenerator, "perplexity", perplexity)
+    args = synthetic.parse([*small, "--epochs", "9"])
+    generator = synthetic.SmallGenerator(args, torch.device("cpu"))
+    train = read_examples(SST_TRAIN, TASKS["sst"], "train")[:100]
+    generator.fit(train, train[:10], tmp_path)
+    assert len(seen) == 5
+    assert torch.equal(generator.model.words.weight, seen[2])
+
+
 def test_small_for_real(small, tmp_path, capsys):
     assert synthetic.main(small) == 0
     rows = rows_of(tmp_path / "new.csv")
