@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -99,8 +100,10 @@ def test_kept_states_give_the_same(model):
     torch.testing.assert_close(model(ids), expected)
 
 
-def test_nucleus_sampling_has_the_published_distribution():
+@pytest.mark.parametrize("looked_at_first", [1, 2, 3, 1000])
+def test_nucleus_sampling_has_the_published_distribution(looked_at_first, monkeypatch):
     """Of 0.4, 0.3, 0.2, 0.1 the first three reach 0.8; what is left is drawn in proportion."""
+    monkeypatch.setattr(synthetic, "LIKELY", looked_at_first)
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(60_000, 4)
     shares = torch.bincount(nucleus(logits, 0.8, 1.0), minlength=4) / 60_000
     expected = torch.tensor([0.0, 0.4, 0.2, 0.3]) / 0.9
@@ -148,6 +151,21 @@ def test_small_keeps_its_best_epoch_and_stops_when_it_overfits(small, tmp_path, 
     generator.fit(train, train[:10], tmp_path)
     assert len(seen) == 5
     assert torch.equal(generator.model.words.weight, seen[2])
+
+
+def test_small_learns_more_than_how_frequent_words_are(small, tmp_path):
+    train, dev = (
+        read_examples(SAMPLE / TASKS["sst"].filename(split), TASKS["sst"], split)
+        for split in ("train", "dev")
+    )
+    generator = synthetic.SmallGenerator(
+        synthetic.parse([*small, "--epochs", "4"]), torch.device("cpu")
+    )
+    generator.fit(train, dev, tmp_path)
+    counts = Counter(piece for row in generator._rows(train) for piece in row[1:])
+    pieces = [piece for row in generator._rows(dev) for piece in row[1:]]
+    by_frequency = np.exp(-np.mean([np.log(counts[p] / counts.total()) for p in pieces]))
+    assert generator.perplexity(dev) < by_frequency / 3
 
 
 def test_small_for_real(small, tmp_path, capsys):
