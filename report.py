@@ -168,7 +168,7 @@ def score_table(results: dict[str, Result], n_resamples: int, seed: int) -> list
         main.append(resampled[result.task.metrics[0]])
     if len(table) > 1:
         value = mean_score({name: each.evaluation.scores for name, each in results.items()})
-        mean = {"of the first metrics": Score.of(value, np.mean(main, axis=0))}
+        mean = {"first metrics": Score.of(value, np.mean(main, axis=0))}
         table.append(ScoreRow("mean", sum(row.n_rows for row in table), mean))
     return table
 

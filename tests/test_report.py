@@ -302,7 +302,7 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
     expected = mc.evaluate_only(mc.parse_options(again))
     titles = {task.title: name for name, task in TASKS.items()}
     scores = {
-        (titles[row[0]], row[2].replace(" ", "_")): row[3]
+        (titles[row[0]], row[1].replace(" ", "_")): row[2]
         for row in found.rows
         if row[0] in titles and len(row) == 5
     }
@@ -329,10 +329,10 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
 def test_the_mean_has_an_interval_of_its_own(trained, page):
     rows = [row for row in page(trained()).rows if len(row) == 5 and row[0] != "task"]
     (mean,) = [row for row in rows if row[0] == "mean"]
-    main = [float(row[3]) for row in rows if row[2] in ("accuracy", "pearson")]
-    assert float(mean[3]) == pytest.approx(np.mean(main), abs=1e-4)
-    low, high = map(float, mean[4].split(" to "))
-    widths = [np.diff([float(x) for x in row[4].split(" to ")])[0] for row in rows]
+    main = [float(row[2]) for row in rows if row[1] in ("accuracy", "pearson")]
+    assert float(mean[2]) == pytest.approx(np.mean(main), abs=1e-4)
+    low, high = map(float, mean[3].split(" to "))
+    widths = [np.diff([float(x) for x in row[3].split(" to ")])[0] for row in rows]
     assert 0 < high - low < max(widths)  # three tasks' accidents partly cancel
 
 
