@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -59,28 +60,38 @@ class Evaluation:
 
 
 @torch.no_grad()
-def predict(
+def outputs(
     model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
-) -> np.ndarray:
-    """Predictions [n_rows] in the dataset's order; the processes of a data-parallel run share the
-    work, and all get all. The model's training mode is left as found."""
+) -> torch.Tensor:
+    """The model's answers, logits [n_rows, classes] or similarities [n_rows], float32, on the CPU, in
+    the dataset's order; the processes of a data-parallel run share the work, and all get all. The
+    model's training mode is left as found."""
     task = dataset.task
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    rows, predictions = [np.empty(0, np.int64)], [torch.empty(0, device=device)]
+    rows, answers = [], []
     progress = dict(total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row")
     with tqdm(**progress, leave=False) as bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
-            outputs = model(batch.to(device))[task.name]
+            answers.append(model(batch.to(device))[task.name].float())
             rows.append(batch.rows[task.name])
-            predictions.append(task.decode(outputs.float()))
             bar.update(len(rows[-1]) * n_processes())
     model.train(was_training)
-    in_order = np.empty(len(dataset))
-    for some, values in gather((np.concatenate(rows), torch.cat(predictions).cpu().numpy())):
+    width = [task.num_classes] if task.num_classes else []
+    in_order = torch.empty(len(dataset), *width)
+    mine = [(each, answer.cpu()) for each, answer in zip(rows, answers)]
+    for some, values in itertools.chain(*gather(mine)):
         in_order[some] = values
     return in_order
+
+
+def predict(
+    model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
+) -> np.ndarray:
+    """Predictions [n_rows] on the label's scale; see `outputs`."""
+    answers = outputs(model, dataset, batch_size, precision)
+    return dataset.task.decode(answers).double().numpy()
 
 
 def evaluate(
@@ -110,17 +121,24 @@ def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
             writer.writerow((id, int(value) if task.num_classes else f"{value:.6f}"))
 
 
-def confusion_figure(evaluation: Evaluation):
-    """A matplotlib figure: rows are true classes, columns predicted ones, cells counts."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+def confusion_counts(evaluation: Evaluation) -> np.ndarray:
+    """[classes, classes] numbers of labelled rows: true classes by predicted ones."""
+    from sklearn.metrics import confusion_matrix
 
     labels = evaluation.dataset.labels
     labelled = ~np.isnan(labels)
     classes = list(range(evaluation.dataset.task.num_classes))
-    counts = confusion_matrix(labels[labelled], evaluation.predictions[labelled], labels=classes)
+    return confusion_matrix(labels[labelled], evaluation.predictions[labelled], labels=classes)
+
+
+def confusion_figure(evaluation: Evaluation):
+    """A matplotlib figure: rows are true classes, columns predicted ones, cells counts."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     figure = Figure(figsize=(5, 4.5), layout="constrained")
-    ConfusionMatrixDisplay(counts).plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
+    display = ConfusionMatrixDisplay(confusion_counts(evaluation))
+    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
     figure.suptitle(f"{evaluation.dataset.task.title}, {evaluation.dataset.split}")
     return figure
 

@@ -303,9 +303,9 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
         **run.identity,
         "rows": "/".join(dict(re.findall(r"^(\w+): (\d+) training rows", text, re.M)).values()),
         **{
-            score: f"{events.Scalars(f'final/{score}')[-1].value:.6f}"
+            score: f"{events.Scalars(f'best/{score}')[-1].value:.6f}"
             for score in SCORES
-            if f"final/{score}" in tags
+            if f"best/{score}" in tags
         },
         "best_epoch": epoch,
         "seconds_per_epoch": f"{sum(epochs.values()) / len(epochs):.1f}",

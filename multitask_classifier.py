@@ -34,6 +34,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ from datasets import (
     EpochSampler,
     Task,
     TaskDataset,
+    collate,
     joint_lengths,
     overlap,
     training_windows,
@@ -104,6 +106,9 @@ SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
 # Optimizer steps between two writes to TensorBoard: each one waits for the GPU. A prime, so that
 # what is looked at is now sooner, now later after an estimate of the Hessian.
 LOG_EVERY = 7
+PROJECTED_ROWS = (
+    256  # sentences in TensorBoard's projector; each one's vector is some kilobytes of text
+)
 STILL_GOING = "is the state of a run that is still going"
 
 # ------------------------------------------------------------------------------------------ model
@@ -119,15 +124,21 @@ class AttentionLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """[N, D] packed hidden states to [B, D]."""
+        rows, weights = self.weigh(hidden_states, sequences)
+        weighted = weights[:, None] * hidden_states  # [N, D]
+        n_sequences = len(sequences.lengths)
+        return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
+
+    def weigh(self, hidden_states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """For each token the number of its sequence [N] and its weight there [N]; a sequence's weights
+        sum to 1."""
         scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(1)  # [N]
         n_sequences, longest = len(sequences.lengths), max(sequences.lengths)
         rows = torch.repeat_interleave(sequences.offsets.diff(), output_size=len(scores))  # [N]
         columns = torch.arange(len(scores), device=scores.device) - sequences.offsets[rows]
         padded = scores.new_full((n_sequences, longest), -torch.inf)
         padded = padded.index_put((rows, columns), scores)
-        weights = padded.softmax(dim=1)[rows, columns]  # [N]
-        weighted = weights[:, None] * hidden_states  # [N, D]
-        return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
+        return rows, padded.softmax(dim=1)[rows, columns]
 
 
 def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
@@ -233,13 +244,26 @@ class MultitaskBERT(nn.Module):
         """The outputs of each task's heads, one after the other, and all again if its columns stand
         twice in the batch: one pass through the encoder for all sequences of all tasks. With
         `second_derivative` it is slower, and the outputs can be differentiated twice."""
-        sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
-        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
-        vectors = self._embed(*tokens)[batch.places]
+        vectors = self.vectors(batch, second_derivative)
         return {
             name: self._answers(name, [vectors[column] for column in columns])
             for name, columns in batch.columns.items()
         }
+
+    def vectors(self, batch: Batch, second_derivative: bool = False) -> Tensor:
+        """One vector per sequence [B, D], in the order of the batch's columns."""
+        sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
+        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
+        return self._embed(*tokens)[batch.places]
+
+    def token_weights(self, batch: Batch) -> list[Tensor]:
+        """How much each token counts in its sequence's vector: [n_tokens] for each sequence, in the
+        order of the batch's columns."""
+        sequences = Sequences.of(batch.lengths, batch.input_ids.device)
+        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
+        _, weights = self.attention_layer.weigh(self.bert.encode(*tokens), sequences)
+        by_length = weights.split(batch.lengths)
+        return [by_length[place] for place in batch.places.tolist()]
 
     def _answers(self, name: str, vectors: list[Tensor]) -> list[Tensor]:
         outputs, vectors = [], iter(vectors)
@@ -832,7 +856,10 @@ class NoWriter:
     """A SummaryWriter that writes nothing."""
 
     def __getattr__(self, name: str):
-        return lambda *_, **__: None
+        return self
+
+    def __call__(self, *_, **__):
+        return self
 
 
 class RunLog:
@@ -911,18 +938,41 @@ class RunLog:
                 gc.collect()  # a figure is full of reference cycles, which would lie about for epochs
 
     def hyper_parameters(self, options: argparse.Namespace, scores: dict[str, dict]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
         simple = (bool, int, float, str)
         values = {
             key: value if isinstance(value, simple) else str(value)
-            for key, value in vars(options).items()
+            for key, value in decisive(vars(options)).items()
         }
-        metrics = {
-            f"final/{name}_{metric}": value
-            for name, metrics in scores.items()
-            for metric, value in metrics.items()
-        }
+        # Not by add_hparams: it would write what columns there are too, and with these from just one
+        # run TensorBoard could not put the flags in which runs differ first.
+        _, *session = hparams(values, {})
         with self._going_on():
-            self.writer.add_hparams(values, metrics, run_name=".")
+            for summary in session:
+                self.writer.file_writer.add_summary(summary)
+            for name, metrics in scores.items():
+                for metric, value in metrics.items():
+                    self.writer.add_scalar(f"best/{name}_{metric}", value)
+
+    @torch.no_grad()
+    def sentences(
+        self, model: MultitaskBERT, dataset: TaskDataset, batch_size: int, precision: str
+    ) -> None:
+        """The vectors of a dataset's first sentences, with labels, for TensorBoard's projector."""
+        rows = np.arange(min(len(dataset), PROJECTED_ROWS))
+        device, vectors = next(model.parameters()).device, []
+        with autocast(device, precision):
+            for start in range(0, len(rows), batch_size):
+                part = {dataset.task.name: (dataset, rows[start : start + batch_size])}
+                vectors.append(model.eval().vectors(collate(part).to(device)))
+        vectors = torch.cat(vectors).double().cpu().numpy().round(3)  # all digits are written
+        examples = [dataset.examples[row] for row in rows]
+        shown = [(" ".join(each.sentences[0].split()), f"{each.label:g}") for each in examples]
+        tag = f"{dataset.split}/{dataset.task.name}"
+        with self._going_on():
+            heads = ["sentence", "label"]
+            self.writer.add_embedding(vectors, shown, metadata_header=heads, tag=tag)
 
     def show_profile(self, text: str) -> None:
         print(f"\n{text}\n")
@@ -1286,7 +1336,15 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
                 raise UserError(
                     f"{checkpoint} could not be written; saved: {training.describe_saved()}"
                 )
-            scores = evaluate_checkpoint(checkpoint, training.data, options, device)
+            model, _, content = load_checkpoint(checkpoint)
+            model.to(device)
+            scores = evaluate_checkpoint(
+                checkpoint, model, content["epoch"], training.data, options
+            )
+            if "sst" in scores:
+                log.sentences(
+                    model, training.data["dev"]["sst"], options.batch_size, options.precision
+                )
             log.hyper_parameters(options, scores)
             training.save_finished()
             training.signals.clear()  # too late to stop
@@ -1409,11 +1467,13 @@ def restored_training(*parts, path: Path, state: dict) -> Training:
 
 
 def evaluate_checkpoint(
-    path: str | Path, data: dict[str, dict[str, TaskDataset]], options, device
+    path: str | Path,
+    model: MultitaskBERT,
+    epoch: int,
+    data: dict[str, dict[str, TaskDataset]],
+    options: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
-    """Load a checkpoint, write dev and test predictions, print the table, return dev scores."""
-    model, _, checkpoint = load_checkpoint(path)
-    model.to(device)
+    """Write dev and test predictions of a checkpoint's model, print the table, return dev scores."""
     written, scores = [], {}
     for split in ("dev", "test"):
         batches = data[split], options.batch_size, options.precision
@@ -1429,7 +1489,7 @@ def evaluate_checkpoint(
         for metric, value in metrics.items():
             print(f"{TASKS[name].title:<12}{metric:<12}{value:.4f}")
     print(f"{'mean':<24}{evaluation.mean_score(scores):.4f}\n")
-    print(f"checkpoint: {path} (epoch {checkpoint['epoch']})")
+    print(f"checkpoint: {path} (epoch {epoch})")
     print(f"predictions: {', '.join(written)}")
     return scores
 
@@ -1598,9 +1658,9 @@ def describe_run(
 # ------------------------------------------------------------------------------------------- main
 
 
-def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """`--evaluate`: the checkpoint's dev scores and predictions."""
-    device = pick_device(options.use_gpu)
+def load_trained(options: argparse.Namespace) -> tuple:
+    """The model of the checkpoint that `--evaluate` names, its tokenizer, its tagger or None, and all
+    else it holds. What `options` leave open is set as it was in training."""
     model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
     if checkpoint.get("tags") is not None:
         options.spacy_model = options.spacy_model or checkpoint["options"]["spacy_model"]
@@ -1612,15 +1672,24 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             f"{options.evaluate}: was not trained on {', '.join(untrained)}, "
             f"only on {', '.join(trained)}"
         )
-    check_outputs(options)
     if options.max_length is None:
         options.max_length = checkpoint["options"]["max_length"]
     if options.precision == "auto":
         options.precision = checkpoint["options"].get("precision", "auto")
-    length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
-    data = load_data(options, tokenizer, length, ("dev", "test"), tagger, model.encodings)
+    options.max_length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
+    return model, tokenizer, tagger, checkpoint
+
+
+def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """`--evaluate`: the checkpoint's dev scores and predictions."""
+    device = pick_device(options.use_gpu)
+    model, tokenizer, tagger, checkpoint = load_trained(options)
+    check_outputs(options)
+    splits, length = ("dev", "test"), options.max_length
+    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
     with hold_predictions(options):
-        return evaluate_checkpoint(options.evaluate, data, options, device)
+        model.to(device)
+        return evaluate_checkpoint(options.evaluate, model, checkpoint["epoch"], data, options)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT, SAMPLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert
@@ -665,7 +666,7 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     assert scalars == (
         {f"loss/{name}" for name in (*TASKS, "sum")}
         | {f"{split}/{metric}" for split in ("train", "dev") for metric in metrics}
-        | {f"final/{metric}" for metric in metrics}
+        | {f"best/{metric}" for metric in metrics}
         | {"lr", "dev/mean"}
     )
     assert [event.step for event in events.Scalars("loss/sts")] == list(range(1, 9))  # 2 x 64 / 16
@@ -673,7 +674,40 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     total = sum(events.Scalars(f"loss/{name}")[3].value for name in TASKS)
     assert events.Scalars("loss/sum")[3].value == pytest.approx(total)
     assert events.Tags()["images"] == ["dev/sst_confusion"]
-    assert any("hparams" in name for name in events.summary_metadata)
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hyper_parameters = parse_session_start_info_plugin_data(content).hparams
+    assert hyper_parameters["lr"].number_value == 8e-5
+    assert hyper_parameters["rho"].string_value == "None"
+    # what is elsewhere in each run would crowd out what differs, and so would a list of columns
+    assert not {"models_dir", "cache_dir", "sst_dev_out"} & set(hyper_parameters)
+    assert "_hparams_/experiment" not in events.summary_metadata
+    assert list(run.glob("*/*/tensors.tsv"))
+
+
+def test_tensorboards_projector_has_dev_sentences(model, tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(mc, "PROJECTED_ROWS", 4)
+    texts = ["a longer film", "a\ttab", "two\nlines", "good .", "not shown"]
+    with open(tmp_path / "dev.csv", "w", newline="") as file:
+        rows = [[f"i{n}", text, n % 5] for n, text in enumerate(texts)]
+        csv.writer(file, delimiter="\t").writerows([["id", "sentence", "sentiment"], *rows])
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    dataset = TaskDataset(tmp_path / "dev.csv", TASKS["sst"], "dev", tokenizer, 128)
+    log = mc.RunLog(tmp_path / "log")
+    log.sentences(model, dataset, batch_size=3, precision="float32")
+    log.close()
+
+    config = (tmp_path / "log" / "projector_config.pbtxt").read_text()
+    assert 'tensor_name: "dev/sst:' in config
+    metadata, tensors = (
+        [line.split("\t") for line in (tmp_path / "log" / path).read_text().splitlines()]
+        for path in re.findall(r'_path: "(.*)"', config)
+    )
+    shown = ["a longer film", "a tab", "two lines", "good ."]
+    assert metadata == [["sentence", "label"], *([s, str(n)] for n, s in enumerate(shown))]
+    batch = tokenizer(texts[:4], padding=True, return_tensors="pt")
+    expected = model.eval().embed(batch["input_ids"], batch["attention_mask"])
+    found = torch.tensor([[float(value) for value in line] for line in tensors])
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=6e-4)  # three decimals
 
 
 @pytest.mark.parametrize("name", ["sophiah", "sophiag"])
