@@ -34,6 +34,7 @@ from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
 from datasets import TASKS, EpochSampler, evaluation_batches, training_windows  # noqa: E402
 from evaluation import predict  # noqa: E402
+from options import PRECISIONS  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
 from utils import autocast, pick_device, seed_everything  # noqa: E402
 
@@ -76,7 +77,7 @@ def pad_columns(dataset, rows, device):
 
 def peer_step(model, optimizer, data, batch, options, device):
     total = 0.0
-    with autocast(device):
+    with autocast(device, options.precision):
         for name, rows in batch.rows.items():
             output = model(name, pad_columns(data[name], rows, device))
             total = total + TASKS[name].loss(output.float(), batch.labels[name].to(device))
@@ -87,11 +88,11 @@ def peer_step(model, optimizer, data, batch, options, device):
 
 
 @torch.no_grad()
-def peer_predict(model, dataset, batch_size, device):
+def peer_predict(model, dataset, batch_size, device, precision):
     model.eval()
     for start in range(0, len(dataset), batch_size):
         rows = range(start, min(start + batch_size, len(dataset)))
-        with autocast(device):
+        with autocast(device, precision):
             output = model(dataset.task.name, pad_columns(dataset, rows, device))
         dataset.task.decode(output.float()).cpu()
     model.train()
@@ -109,8 +110,10 @@ def encoder_flops(config: BertConfig, lengths: list[int], training: bool) -> flo
 class MatrixRate:
     """Multiplies matrices of one encoder layer's shapes, forward and backward, timed."""
 
-    def __init__(self, config: BertConfig, tokens: int, device: torch.device):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def __init__(self, config: BertConfig, tokens: int, device: torch.device, precision: str):
+        with autocast(device, precision):
+            half = torch.is_autocast_enabled(device.type)
+        dtype = torch.bfloat16 if half else torch.float32
         size, inner = config.hidden_size, config.intermediate_size
         self.pairs = [
             (
@@ -148,6 +151,7 @@ class Inputs:
         seed_everything(0)
         self.device = pick_device(args.use_gpu)
         flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+        flags += ["--precision", args.precision]
         self.options = mc.parse_options(flags)
         tokenizer = BertTokenizer.from_pretrained(args.bert_model)
         self.bert = BertModel(BASE) if args.base else BertModel.from_pretrained(args.bert_model)
@@ -169,7 +173,7 @@ class Ours:
         mc.training_step(self.model, window, self.optimizer, self.inputs.options)
 
     def evaluate(self, dataset):
-        predict(self.model, dataset, BATCH_SIZE)
+        predict(self.model, dataset, BATCH_SIZE, self.inputs.options.precision)
 
 
 class Peer:
@@ -185,7 +189,8 @@ class Peer:
         )
 
     def evaluate(self, dataset):
-        peer_predict(self.model, dataset, BATCH_SIZE, self.inputs.device)
+        precision = self.inputs.options.precision
+        peer_predict(self.model, dataset, BATCH_SIZE, self.inputs.device, precision)
 
 
 CONTENDERS = {OURS: Ours, PEER: Peer}
@@ -217,6 +222,7 @@ class Worker:
     def __init__(self, name: str, args):
         command = [sys.executable, __file__, "--worker", name, "--steps", str(args.steps)]
         command += ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+        command += ["--precision", args.precision]
         command += ["--use_gpu"] * args.use_gpu + ["--base"] * args.base
         own = {"GOMP_SPINCOUNT": "1000"} if name == OURS else {}  # as multitask_classifier.py sets
         self.process = subprocess.Popen(
@@ -252,7 +258,7 @@ def resident_peak() -> float:
 def measure(inputs: Inputs, workers: dict[str, Worker], args) -> dict[str, dict]:
     """Steps of both and of the matrix multiplication in turns; then evaluations in turns."""
     mean_tokens = int(statistics.mean(sum(window[0].lengths) for window in inputs.windows))
-    matrices = MatrixRate(inputs.bert.config, mean_tokens, inputs.device)
+    matrices = MatrixRate(inputs.bert.config, mean_tokens, inputs.device, args.precision)
     matrices()
     steps, evaluations = ({name: [] for name in workers} for _ in range(2))
     rates = []
@@ -313,7 +319,8 @@ def main() -> None:
     flag("--steps", type=int, default=30, help="measured steps; default: 30")
     flag("--evaluations", type=int, default=3, help="measured evaluations; default: 3")
     flag("--quick", action="store_true", help="one step, one evaluation: does it run?")
-    flag("--use_gpu", action="store_true", help="bfloat16 on the GPU")
+    flag("--use_gpu", action="store_true")
+    flag("--precision", choices=PRECISIONS, default="auto", help="as in training; default: auto")
     flag("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
