@@ -159,12 +159,12 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
     examples, unusable, unscored, repeated = [], [], [], []
     ids = set()
     needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
-    rows = _csv_rows(Path(path))
+    rows = csv_rows(Path(path))
     header = next(rows, ("line 1", []))[1]
-    columns = _find_columns(path, header, needed)
+    columns = find_columns(path, header, needed)
     for place, cells in rows:
         try:
-            _check_quotes(cells)
+            check_quotes(cells)
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} cells instead of {len(header)}")
             examples.append(_to_example(cells, columns, task, split))
@@ -199,7 +199,7 @@ class _Unscored(ValueError):
         self.example = example
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(the row's line or lines, cells) of a tab-separated file; blank lines are passed over."""
     csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
     try:
@@ -239,9 +239,9 @@ def _first_line_not_utf8(path: Path) -> int:
     raise AssertionError("the file has changed since")
 
 
-def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
+def find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
     try:
-        _check_quotes(header)
+        check_quotes(header)
     except ValueError as problem:
         raise UserError(f"{path}: in the header, line 1: {problem}") from None
     missing = [name for name in needed if name not in header]
@@ -260,7 +260,7 @@ def _find_columns(path: str | Path, header: list[str], needed: list[str]) -> dic
     return {name: header.index(name) for name in needed}
 
 
-def _check_quotes(cells: list[str]) -> None:
+def check_quotes(cells: list[str]) -> None:
     """ValueError for a cell that has swallowed whole rows, since a quote is missing."""
     if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
         raise ValueError("one cell over several lines, with tabs in it; is a quote missing?")

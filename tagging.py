@@ -326,7 +326,8 @@ class Tagger:
     def _tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
         self._nlp = self._nlp or load_spacy(self.pipeline)
         found, unknown = {}, Counter()
-        with tqdm(total=len(sentences), desc=f"tagging {title}", unit="sentence") as bar:
+        progress = dict(total=len(sentences), desc=f"tagging {title}", unit="sentence", delay=1)
+        with tqdm(**progress) as bar:
             for some, strangers in run_spacy(self._nlp, self.pipeline, sentences):
                 self._write(some)
                 found |= some

@@ -15,6 +15,7 @@ from conftest import ROOT
         "experts.py --steps 1 --bert_model {bert}",
         "data_parallel.py --steps 1 --data_dir {sample}",
         "loading.py --pairs 500 --bert_model {bert}",
+        "prediction.py --lines 300 --rounds 1 --bert_model {bert}",
         "tagging.py --steps 1 --max_length 99 --bert_model {bert} --spacy_model {spacy}",
     ],
 )
