@@ -403,10 +403,11 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def spread(values, digits: int = 3) -> str:
-    """`0.441 ± 0.005` for a series of numbers; for one number, that; for none, nothing."""
-    values = values.dropna()
-    if len(values) < 2:
-        return "".join(f"{value:.{digits}f}" for value in values)
+    """`0.441 ± 0.005` for a series of numbers; for one number, that; nothing if one is missing."""
+    if values.isna().any():
+        return ""
+    if len(values) == 1:
+        return f"{values.iloc[0]:.{digits}f}"
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, SAMPLE
 from sklearn.metrics import accuracy_score, f1_score
@@ -351,3 +352,10 @@ def test_two_writers_lose_nothing(place):
         writer.join()
     written = [(row["recipe"], row["seed"]) for row in rows_of("results/results.csv")]
     assert written == [(r, str(s)) for r in ("one", "other") for s in sorted(range(12), key=str)]
+
+
+def test_a_score_that_a_seed_lacks_has_no_mean():
+    """Which would be that of other seeds than the scores beside it."""
+    assert ex.spread(pd.Series([0.25, 0.5, 0.75])) == "0.500 ± 0.250"
+    assert ex.spread(pd.Series([0.25])) == "0.250"
+    assert ex.spread(pd.Series([0.25, np.nan])) == ""
