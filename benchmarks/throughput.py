@@ -147,11 +147,11 @@ def seconds(work, device) -> float:
 class Inputs:
     """What both contenders work on: the data, and a BERT's weights."""
 
-    def __init__(self, args):
+    def __init__(self, args, precision: str = "auto"):
         seed_everything(0)
         self.device = pick_device(args.use_gpu)
         flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
-        flags += ["--precision", args.precision]
+        flags += ["--precision", precision]
         self.options = mc.parse_options(flags)
         tokenizer = BertTokenizer.from_pretrained(args.bert_model)
         self.bert = BertModel(BASE) if args.base else BertModel.from_pretrained(args.bert_model)
@@ -200,7 +200,7 @@ def serve(args) -> None:
     """The worker's side: do what each line of standard input says, answer with one number."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not look like an answer
-    inputs = Inputs(args)
+    inputs = Inputs(args, args.precision)
     contender = CONTENDERS[args.worker](inputs)
     for line in sys.stdin:
         work, _, what = line.strip().partition(" ")
@@ -332,7 +332,7 @@ def main() -> None:
         for name in CONTENDERS:
             workers[name] = Worker(name, args)
             stack.callback(workers[name].close)
-        inputs = Inputs(args)
+        inputs = Inputs(args, args.precision)
         report(inputs, measure(inputs, workers, args), args)
 
 
