@@ -302,10 +302,10 @@ def normalised(sentences: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(map(" ".join, words)))
 
 
-def overlap(train: list[Example], other: list[Example]) -> int:
-    """How many rows of `other` have the sentences of a training row."""
+def overlap(train: list[Example], *others: list[Example]) -> list[int]:
+    """Of each of the others, how many rows have the sentences of a training row."""
     known = {normalised(example.sentences) for example in train}
-    return sum(normalised(example.sentences) in known for example in other)
+    return [sum(normalised(example.sentences) in known for example in other) for other in others]
 
 
 # ------------------------------------------------------------------------------------- tokenizing

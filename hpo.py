@@ -51,7 +51,7 @@ from multitask_classifier import (
     read_state,
     restored_training,
 )
-from options import SEARCH_SPACE, parse_options
+from options import SEARCH_SPACE, build_parser, parse_options
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
 from utils import (
@@ -231,7 +231,10 @@ def find_search(options: argparse.Namespace) -> Path | None:
 def read_search(directory: Path) -> argparse.Namespace:
     path = directory / "search.json"
     try:
-        return argparse.Namespace(**json.loads(path.read_text(encoding="utf-8"))["options"])
+        saved = json.loads(path.read_text(encoding="utf-8"))["options"]
+        return argparse.Namespace(
+            **vars(build_parser().parse_args([])) | saved
+        )  # older: fewer flags
     except OSError as error:
         raise UserError(f"{directory}: not the folder of a search ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -65,6 +65,7 @@ from options import (
     PLATEAU_PATIENCE,
     ROOT,
     SMOKETEST_ROWS,
+    build_parser,
     parse_options,
 )
 from profiler import StepProfiler
@@ -329,7 +330,7 @@ class MultitaskBERT(nn.Module):
         tags_1: Tensor | None = None,
         tags_2: Tensor | None = None,
     ) -> Tensor:
-        """Similarities [B], -5 to 5; clamp to 0..5 to show or score them."""
+        """Similarities [B]; clamp to 0..5 to show or score them (a cosine alone gives -5 to 5)."""
         pair = (input_ids_1, mask_1, tags_1), (input_ids_2, mask_2, tags_2)
         return self._predict_pair("sts", *pair)
 
@@ -344,12 +345,11 @@ class MultitaskBERT(nn.Module):
 
 
 def combine(task: Task, outputs: list[Tensor]) -> Tensor:
-    """One answer from those of several heads: the sum of log-probabilities, the mean of
-    similarities."""
+    """One answer from those of several heads: the mean of log-probabilities, or of similarities."""
     if len(outputs) == 1:
         return outputs[0]
     if task.num_classes:
-        return sum(output.float().log_softmax(dim=-1) for output in outputs)
+        outputs = [output.float().log_softmax(dim=-1) for output in outputs]
     return sum(outputs) / len(outputs)
 
 
@@ -814,7 +814,8 @@ def gauss_newton_gradients(
     """Put into `.grad` the gradient whose square `SophiaG.update_hessian` wants for all tasks at
     once: of each task's mean loss over the step's rows, for labels drawn from the model's own
     outputs, times the root of its rows and of its weight. The same `seed` draws the same labels,
-    however the rows are divided among processes."""
+    however the rows are divided among processes. It is the curvature of the plain losses: terms that
+    `--sst_loss`, `--label_smoothing` and `--rdrop` add are no likelihoods to draw labels from."""
     device = next(model.parameters()).device
     for batch in window:
         with autocast(device, precision):
@@ -823,7 +824,7 @@ def gauss_newton_gradients(
         for name, outputs in answers.items():
             task, n_rows = TASKS[name], batch.step_rows[name]
             for number, output in enumerate(map(Tensor.float, outputs)):  # each for itself
-                noise = step_noise(batch, name, (*seed, number))
+                noise = step_noise(batch, name, (*seed, number) if number else seed)
                 labels = task.draw(output.detach(), noise.to(device))
                 loss = task.loss(output, labels) * (len(labels) / n_rows)
                 total = total + (weights[name] * n_rows / len(outputs)) ** 0.5 * loss
@@ -1306,7 +1307,8 @@ def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         else:
             path, log_directory = by_first(lambda: claim_run(options, options.option))
             held.enter_context(hold([path], STILL_GOING))
-        describe_run(options, path.stem, device, data, tokenizer, tagger)
+        if rank() == 0:
+            describe_run(options, path.stem, device, data, tokenizer, tagger)
         if options.optimizer == "sophiah":
             keep_freed_memory()
         copy_from_first([*model.to(device).state_dict().values()])
@@ -1403,6 +1405,7 @@ def read_state(path: str | Path) -> dict:
         raise UserError(f"{path}: holds no state of a run to go on with; give a models/RUN.resume")
     if training != "finished" and not {"data", "threads", "processes", "log"} <= set(training):
         raise UserError(f"{path}: a damaged state of a run")
+    state["options"] = vars(build_parser().parse_args([])) | state["options"]  # older: fewer flags
     return state
 
 
@@ -1557,9 +1560,15 @@ def load_model(options, path: Path | None, state: dict | None) -> tuple:
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
     check_new_tables(bert, source, tagger)
+    encodings = encodings_of(vars(options))
+    if set(encodings.values()) != {"bi"} and bert.config.type_vocab_size < 2:
+        raise UserError(
+            f"{source}: this encoder does not tell two sentences of a sequence apart "
+            "(type_vocab_size 1); leave --para_encoding and --sts_encoding at bi"
+        )
     if options.moe:
         bert = MixtureOfExperts.of(bert, options.moe)
-    model = MultitaskBERT(bert, encodings_of(vars(options)))
+    model = MultitaskBERT(bert, encodings)
     return model, BertTokenizer.from_pretrained(source, local), tagger, source
 
 
@@ -1646,9 +1655,8 @@ def describe_run(
             if tagger:
                 pieces = [f"{piece}{tagger.describe(*each)}" for piece, *each in zip(pieces, *tags)]
             print(f"    {' '.join(pieces)}")
-        known = {
-            split: overlap(dataset.examples, data[split][name].examples) for split in SPLITS[1:]
-        }
+        others = [data[split][name].examples for split in SPLITS[1:]]
+        known = dict(zip(SPLITS[1:], overlap(dataset.examples, *others)))
         rows = ", ".join(
             f"{n} of {len(data[split][name])} {split} rows" for split, n in known.items()
         )

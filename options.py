@@ -249,7 +249,8 @@ def add_model_flags(group) -> None:
     flag(
         "--max_length",
         type=max_length,
-        help="cut sentences after this many word pieces; default: the encoder's own (512)",
+        help="cut what the encoder reads at once (a sentence, with --para_encoding cross a pair) after "
+        "this many word pieces; default: the encoder's own (512)",
     )
     flag(
         "--additional_input",
@@ -418,6 +419,7 @@ def parse_options(
         options = parser.parse_args(argv)
     parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | (defaults or {}))
     options = parser.parse_args(argv)
+    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
         parser.error(f"{', '.join(empty)} must not be empty")
     if options.resume and options.evaluate:
@@ -434,6 +436,12 @@ def parse_options(
         parser.error(
             "--additional_input adds to the encoder, which --option pretrain does not train"
         )
+    window = options.batch_size * options.grad_accumulation
+    for name, share in zip(TASKS, options.batch_shares):
+        if share * window < 1 and name in options.tasks:
+            parser.error(
+                f"--batch_shares: {share:g} of {window} rows is less than one row of {name} a step"
+            )
     if options.warmup and options.scheduler not in ("linear", "cosine"):
         parser.error("--warmup: only with --scheduler linear or cosine")
     if options.spacy_model and not (options.additional_input or options.evaluate):
@@ -447,7 +455,6 @@ def parse_options(
     options.searched = searched_flags(argv, options) if options.hpo else []
     if options.hpo and not options.searched:
         parser.error("--hpo: every flag that could be searched is given")
-    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
     if options.lr is None:
         options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
     if options.optimizer == "adamw":

@@ -249,8 +249,8 @@ def test_overlap_counts_rows_that_training_gives_away():
 
     train = rows(("It's  good.", "Fine"), ("A b", "c"), ("A b", "d"))
     other = rows(("fine!", "its good"), ("a B", "C"), ("a B", "C"), ("ab", "c"), ("a b", "a b"))
-    assert datasets.overlap(train, other) == 3
-    assert datasets.overlap(rows(("x",)), rows(("X",), ("y",))) == 1
+    assert datasets.overlap(train, other, train[:2]) == [3, 2]
+    assert datasets.overlap(rows(("x",)), rows(("X",), ("y",))) == [1]
 
 
 # ------------------------------------------------------------------------------------- tokenizing

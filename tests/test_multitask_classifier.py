@@ -162,9 +162,8 @@ def test_pairs_in_one_sequence_equal_their_formula(tiny_directory, encoding, nam
         other = model.heads[name](*(model.embed(*each) for each in bi))
         if name == "sts":
             expected = (other + expected) / 2
-        else:  # the product of both distributions
-            product = other.softmax(dim=1) * expected.softmax(dim=1)
-            expected = product.log()
+        else:  # the geometric mean of both distributions
+            expected = (other.softmax(dim=1) * expected.softmax(dim=1)).sqrt().log()
     else:
         assert name not in model.heads
     packed = model(collate({name: (dataset, np.array(rows))}))[name]

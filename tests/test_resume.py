@@ -233,6 +233,22 @@ def test_flags_that_change_the_numbers_are_refused(flags, stopped, capsys):
     assert f"error: {stopped}: this run has other values of --lr, --seed" in capsys.readouterr().err
 
 
+def test_a_run_of_a_version_with_fewer_flags_goes_on(flags, tmp_path, monkeypatch, capsys):
+    """Its state says nothing of the new ones, which is to say that they have their defaults."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mc, "training_step", nth_call(6, mc.training_step, False))
+        mc.main(flags + OFTEN)
+    (path,) = (tmp_path / "models_dir").glob("*.resume")
+    state = torch.load(path, weights_only=True)
+    for flag in ("ema", "rdrop", "para_encoding", "precision"):
+        del state["options"][flag]
+    torch.save(state, path)
+    assert mc.main(flags + ["--resume", str(path), "--rdrop", "1,0,0"]) == 1
+    assert "has other values of --rdrop" in capsys.readouterr().err
+    assert mc.main(flags + ["--resume", "auto"]) == 0
+    assert "resumed after" in capsys.readouterr().out
+
+
 def test_auto_starts_anew_with_other_flags_and_passes_over_damaged_states(
     flags, stopped, capsys, tmp_path
 ):
