@@ -499,13 +499,15 @@ def test_a_full_disk_is_a_warning_and_nothing_is_tagged_twice(
 
 
 TAG_SAMPLE = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import tagging
 tagging.CHUNK = 50
 run_spacy = tagging.run_spacy
 def run(nlp, pipeline, sentences):
     print("tagging", len(sentences), flush=True)
-    return run_spacy(nlp, pipeline, sentences)
+    for part in run_spacy(nlp, pipeline, sentences):
+        yield part
+        time.sleep(0.01)  # else a fast machine is done before it can be killed
 tagging.run_spacy = run
 sentences = open(sys.argv[3], encoding="utf-8").read().split(chr(0))
 tagger = tagging.Tagger(tagging.Pipeline.find(sys.argv[1]), sys.argv[2])
