@@ -60,6 +60,7 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
         exit_on_error=exit_on_error,
     )
     add_training_flags(training := parser.add_argument_group("training"))
+    add_loss_flags(training)
     add_run_flags(training)
     add_model_flags(parser.add_argument_group("model"))
     add_data_flags(parser.add_argument_group("data"))
@@ -155,6 +156,10 @@ def add_training_flags(group) -> None:
         help="evaluate and keep an exponential moving average of the weights, of which each step "
         "keeps this share; default: 0, the weights themselves",
     )
+
+
+def add_loss_flags(group) -> None:
+    flag = group.add_argument
     flag(
         "--loss_weights",
         type=task_numbers,
