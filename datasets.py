@@ -367,6 +367,7 @@ class TaskDataset:
         limit: keep no more than this many examples.
         tagger: gives the word pieces their tags; None: they have none.
         encoding: of a pair: "bi", each sentence is a sequence; "cross", both are one; "both".
+        both_orders: after all pairs, have them again with their sentences exchanged.
     """
 
     def __init__(
@@ -380,6 +381,7 @@ class TaskDataset:
         limit: int | None = None,
         tagger: Tagger | None = None,
         encoding: str = "bi",
+        both_orders: bool = False,
     ):
         self.path, self.task, self.split = Path(path), task, split
         self.examples = read_examples(path, task, split)
@@ -388,6 +390,11 @@ class TaskDataset:
         if limit is not None:  # of dev rows, those that can be scored
             labelled = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
             self.examples = labelled[:limit]
+        self.both_orders = both_orders
+        if both_orders:
+            self.examples = self.examples + [
+                example._replace(sentences=example.sentences[::-1]) for example in self.examples
+            ]
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         sentences = [text for column in zip(*self._sentences()) for text in column]
         name = f"{task.name}-{split}"

@@ -66,7 +66,7 @@ SCORES = {f"{name}_{metric}": task for name, task in TASKS.items() for metric in
 MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.items()}
 IDENTITY = ["recipe", "budget", "seed", "encoder", "precision", "flags", "data", "pipeline"]
 COLUMNS = ["run", *IDENTITY, "rows", *SCORES, "best_epoch", "seconds_per_epoch", "seconds"]
-COLUMNS += ["peak_memory_mb", "clipped", "device", "threads", "commit"]
+COLUMNS += ["peak_memory_mb", "clipped", "device", "threads", "jobs", "commit"]
 CURVE_COLUMNS = ["run", "recipe", "budget", "seed", "epoch", "split", "metric", "value"]
 
 # Dev scores that the report of the original project gives (its public repository,
@@ -86,17 +86,20 @@ PUBLISHED = {
 }
 # block of the README -> its recipes, and what it shows of them besides
 COMPARISONS = {
+    "best": (["best", "best/*"], ["changed"]),
     "ablations": (["baseline", "best", "ablations/*"], ["changed", "cost"]),
     "sophia": (["baseline", "sophiah", "sophiag", "sophia/*"], ["changed", "clipped"]),
     "tags": (["baseline", "tagging"], ["pipeline"]),
     "moe": (["baseline", "moe-*"], ["cost", "memory"]),
     "synthetic": (["baseline", "synthetic*"], ["rows"]),
 }
-SETTING = ["encoder", "budget", "precision"]  # rows that differ in these do not compare
+SHOWN_AS_IT_IS = ["recipe", "encoder", "precision", "rows", "pipeline", "device"]
+SETTING = ["encoder", "budget", "precision", "device"]  # rows that differ in these do not compare
 HEADINGS = MAIN_SCORES | {
     "macro_f1": "macro-F1",
     "pearson": "Pearson",
-    "changed": "beside the baseline",
+    "changed": "beside the first row",
+    "threads": "CPU threads × runs at once",
     "cost": "seconds / baseline's",
     "memory": "peak memory, MB",
     "clipped": "clipped, by epoch",
@@ -108,9 +111,10 @@ NOTE = """\
 Dev scores of the best epoch, mean ± standard deviation over seeds; budget: epochs × rows of each task
 in one. Not comparable: """
 TASK_NOTE = f"""{NOTE}the last column with what stands beside it (another encoder, other data,
-one number without spread), and rows of different encoder, training rows, budget or precision with each other."""
-COMPARISON_NOTE = f"""{NOTE}rows of different encoder, budget or precision with each other,
-and seconds where threads differ."""
+one number without spread), and rows of different encoder, training rows, budget, precision or device
+with each other; minilm-float16 is minilm with its weights rounded to float16."""
+COMPARISON_NOTE = f"""{NOTE}rows of different encoder, budget, precision or device with each other,
+and seconds where threads or runs at once differ."""
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -282,7 +286,8 @@ def train(run: Run, jobs: int, children: Children) -> int:
                 print(f"{run.name}: {line}", end="", flush=True)
         peak = children.wait(child)
         seconds = time.perf_counter() - start
-        log.write(f"\nprocess: status {child.returncode}, {seconds:.0f} s, {peak} MB\n")
+        how = f"{seconds:.0f} s, {peak} MB, {jobs} at once"
+        log.write(f"\nprocess: status {child.returncode}, {how}\n")
     return child.returncode
 
 
@@ -296,7 +301,9 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
     directory = run.folder / "logdir" / Path(checkpoint).stem
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     epochs = {n: int(s) for n, s in re.findall(r"^epoch (\d+): (\d+) s,", text, re.M)}
-    processes = re.findall(r"^process: .*, (\d+) s, (\d+) MB$", text, re.M)
+    processes = re.findall(r"^process: .*, (\d+) s, (\d+) MB(?:, (\d+) at once)?$", text, re.M)
+    of_gpu = re.findall(r"^memory of .*: ([\d,]+) MB at most$", text, re.M)
+    peaks = of_gpu or [megabytes for _, megabytes, _ in processes]
     tags = events.Tags()["scalars"]
     row = {
         "run": run.digest,
@@ -309,11 +316,12 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
         },
         "best_epoch": epoch,
         "seconds_per_epoch": f"{sum(epochs.values()) / len(epochs):.1f}",
-        "seconds": str(sum(int(seconds) for seconds, _ in processes)),
-        "peak_memory_mb": str(max(int(peak) for _, peak in processes)),
+        "seconds": str(sum(int(seconds) for seconds, *_ in processes)),
+        "peak_memory_mb": str(max(int(peak.replace(",", "")) for peak in peaks)),
         "clipped": " ".join(re.findall(r"clipped share of coordinates (\d\S*),", text)),
         "device": run.device,
         "threads": re.findall(r", (\d+) CPU threads", text)[-1],
+        "jobs": processes[-1][-1],
         "commit": re.findall(r"'commit': '(.*?)'", text)[-1],
     }
     curves = [
@@ -412,8 +420,9 @@ def spread(values, digits: int = 3) -> str:
 
 
 def flags_text(flags: dict, known: dict) -> str:
-    """Of the flags, those that are not known, as they would stand on a command line."""
-    parts = []
+    """Of the flags, those that are not known, as they would stand on a command line; and what known
+    ones are missing."""
+    parts = [f"without --{name}" for name in known.keys() - flags.keys()]
     for name, value in flags.items():
         if known.get(name) != value:
             text = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
@@ -421,17 +430,22 @@ def flags_text(flags: dict, known: dict) -> str:
     return " ".join(parts)
 
 
+def changed(flags: dict, recipe: str) -> str:
+    text = flags_text(flags, flags_of(recipe))
+    return f"`{text}`" if text else ""
+
+
+def times(jobs: str) -> str:
+    return f" × {jobs}" if jobs else ""
+
+
 def shown_budget(epochs: int, samples: int) -> str:
     return f"{epochs} × {samples:,}"
 
 
-def recipes_of(results) -> dict[str, dict]:
-    """name -> flags, of the recipes that are still there."""
-    return {
-        name: json.loads(canonical(deciding_flags(config_arguments(str(recipe_path(name))))))
-        for name in {"baseline", *results["recipe"]}
-        if (RECIPES / f"{name}.json").is_file()
-    }
+def flags_of(recipe: str) -> dict:
+    """As the column "flags" has them."""
+    return json.loads(canonical(deciding_flags(config_arguments(str(recipe_path(recipe))))))
 
 
 def summaries(results) -> list[dict]:
@@ -440,30 +454,30 @@ def summaries(results) -> list[dict]:
     names the old one."""
     import pandas as pd
 
-    recipes, rows = recipes_of(results), []
+    known = {n: flags_of(n) for n in set(results["recipe"]) if (RECIPES / f"{n}.json").is_file()}
+    rows = []
     results = results.copy()
     for name in (*SCORES, "seconds_per_epoch", "peak_memory_mb"):
         results[name] = pd.to_numeric(results[name])  # empty: nan
     results["mean"] = results[list(MAIN_SCORES)].mean(axis=1, skipna=False)
-    for _, group in results.groupby([name for name in IDENTITY if name != "seed"]):
+    for _, group in results.groupby([name for name in (*IDENTITY, "device") if name != "seed"]):
         shared = group.iloc[0]
         recipe, flags = shared["recipe"], json.loads(shared["flags"])
-        if recipe not in recipes or not recipes[recipe].keys() <= flags.keys():
+        if recipe not in known or not known[recipe].keys() <= flags.keys():
             continue
-        changed = flags_text(flags, recipes.get("baseline", {}))
         epochs, samples = map(int, shared["budget"].split("x"))
         clipped = group["clipped"].str.split(expand=True).astype(float).mean().dropna()
         rows.append(
-            {name: shared[name] for name in ("recipe", "encoder", "precision", "rows", "pipeline")}
+            {name: shared[name] for name in SHOWN_AS_IT_IS}
             | {name: spread(group[name]) for name in (*SCORES, "mean")}
             | {
                 "runs": set(group["run"]),
-                "name": f"{recipe} {flags_text(flags, recipes[recipe])}".strip(),
-                "changed": f"`{changed}`" if changed else "",
+                "flags": flags,
+                "name": f"{recipe} {flags_text(flags, known[recipe])}".strip(),
                 "seeds": str(len(group)),
                 "budget": shown_budget(epochs, samples),
                 "size": epochs * samples,
-                "threads": ", ".join(sorted(set(group["threads"]))),
+                "threads": ", ".join(sorted(set(group["threads"] + group["jobs"].map(times)))),
                 "seconds_per_epoch": group["seconds_per_epoch"].mean(),
                 "seconds": f"{group['seconds_per_epoch'].mean():.0f}",
                 "memory": spread(group["peak_memory_mb"], 0),
@@ -506,7 +520,7 @@ def task_table(rows: list[dict], task: str) -> str:
         | {"published": PUBLISHED[row["recipe"]].get(task, "–")}
         for row in select(rows, list(PUBLISHED))
     ]
-    setting = ["encoder", "rows", "budget", "precision", "threads", "seconds", "published"]
+    setting = ["rows", *SETTING, "threads", "seconds", "published"]
     return markdown(rows, ["command", "seeds", *metrics, *setting], TASK_NOTE)
 
 
@@ -521,11 +535,11 @@ def comparison_table(rows: list[dict], block: str) -> str:
         if len({row["recipe"] for row in group}) > 1:
             compared += [
                 row
-                | {"recipe": f"`{row['name']}`"}
+                | {"recipe": f"`{row['name']}`", "changed": changed(row["flags"], patterns[0])}
                 | {"cost": f"{row['seconds_per_epoch'] / baseline[0]:.2f}" if baseline else ""}
                 for row in group
             ]
-    columns = ["recipe", "seeds", *MAIN_SCORES, "mean", *more, "threads", "seconds", *SETTING]
+    columns = ["recipe", "seeds", *MAIN_SCORES, "mean", *more, "seconds", "threads", *SETTING]
     return markdown(compared, columns, COMPARISON_NOTE)
 
 

@@ -1327,6 +1327,8 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
     """All epochs that are left, then the best model's predictions and scores."""
     options, log, checkpoint = training.options, training.log, training.path.with_suffix(".pt")
     start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     # A process alone answers a signal at once, several have to agree on it between two steps.
     answering = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
     try:
@@ -1334,6 +1336,9 @@ def complete(training: Training, device: torch.device) -> dict[str, dict[str, fl
             training.fit()
             seconds = time.perf_counter() - start
             print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(device) / 2**20
+                print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
             if training.best is None:
                 raise UserError(
                     f"{checkpoint} could not be written; saved: {training.describe_saved()}"
@@ -1519,6 +1524,7 @@ def load_data(
                 SMOKETEST_ROWS if options.smoketest else None,
                 tagger,
                 encodings.get(name, "bi"),
+                split == "train" and options.both_orders and encodings.get(name, "bi") != "bi",
             )
             for name in options.tasks
         }
@@ -1648,7 +1654,10 @@ def describe_run(
     whole = dict(break_on_hyphens=False, break_long_words=False)
     print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
     for name, dataset in data["train"].items():
-        print(f"{name}: {len(dataset)} training rows; the first: label {dataset.labels[0]:g}")
+        rows, order = f"{len(dataset)} training rows", ""
+        if dataset.both_orders:
+            rows, order = f"{len(dataset) // 2} training rows", " in both orders"
+        print(f"{name}: {rows}{order}; the first: label {dataset.labels[0]:g}")
         for column in dataset.columns:
             ids, *tags = column.row(0)
             pieces = tokenizer.pieces_of(ids)

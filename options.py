@@ -279,6 +279,12 @@ def add_model_flags(group) -> None:
             "default: bi",
         )
     flag(
+        "--both_orders",
+        action="store_true",
+        help="train on pairs that the encoder reads in one sequence in either order of their sentences; "
+        "an epoch has as many rows as without",
+    )
+    flag(
         "--moe",
         choices=GATINGS,
         help="a mixture of three experts, each an encoder like the others, and one more that weighs them "
@@ -447,6 +453,8 @@ def parse_options(
             parser.error(
                 f"--batch_shares: {share:g} of {window} rows is less than one row of {name} a step"
             )
+    if options.both_orders and {options.para_encoding, options.sts_encoding} == {"bi"}:
+        parser.error("--both_orders: only with --para_encoding or --sts_encoding cross or both")
     if options.warmup and options.scheduler not in ("linear", "cosine"):
         parser.error("--warmup: only with --scheduler linear or cosine")
     if options.spacy_model and not (options.additional_input or options.evaluate):
