@@ -45,7 +45,7 @@ from options import (
     positive_int,
 )
 from tagging import Pipeline
-from utils import Terminated, UserError, atomic_write, check_writable, pick_device, terminate
+from utils import UserError, atomic_write, check_writable, exit_status, pick_device, terminate
 
 RECIPES, RUNS = Path("recipes"), Path("models/experiments")
 RESULTS, CURVES = Path("results/results.csv"), Path("results/curves.csv")
@@ -371,8 +371,8 @@ def record(path: Path, rows: list[dict], columns: list[str], key: list[str]) -> 
             table.sort_values(in_order).to_csv(temporary, index=False, lineterminator="\n")
 
 
-def run_missing(args: argparse.Namespace, flags: list[str]) -> int:
-    """`run`: returns the exit status, 1 if a run has failed."""
+def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
+    """`run`; UserError, when all are done, if some have failed."""
     wanted = [
         plan_run(name, s, args.budget, flags) for s in SEEDS[: args.seeds] for name in args.names
     ]
@@ -403,8 +403,7 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> int:
             children.stop()
             raise
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+        raise UserError(f"failed: {', '.join(failed)}")
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -653,22 +652,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, flags = parse(argv)
-    try:
+
+    def work():
         if not RECIPES.is_dir():
             raise UserError(f"{RECIPES} is not here; start this in the folder of the repository")
         if args.command == "run":
-            return run_missing(args, flags)
-        if args.command == "table":
+            run_missing(args, flags)
+        elif args.command == "table":
             write_tables()
         else:
             plot(args.names, args.budget)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    return 0
+
+    return exit_status(work, "start fewer --jobs", "the same command goes on from here")
 
 
 if __name__ == "__main__":

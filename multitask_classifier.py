@@ -80,13 +80,12 @@ from utils import (
     by_first,
     check_writable,
     copy_from_first,
+    exit_status,
     gather,
     hold,
-    is_lost_connection,
     join_processes,
     keep_freed_memory,
     leave_processes,
-    let_first_speak,
     load_torch_file,
     n_processes,
     one_first_on_each_node,
@@ -842,7 +841,7 @@ def step_noise(batch: Batch, name: str, seed: tuple[int, ...]) -> Tensor:
 
 def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """Of the answers of all processes."""
-    answers = [each for some in gather(answers_by_task(answers)) for each in as_answers(some)]
+    answers = [each for some in gather(answers_by_task(answers)) for each in as_list(some)]
     by_task = defaultdict(list)
     for name, labels, predictions in answers:
         by_task[name].append(torch.stack([labels.float(), predictions.float()]).cpu())
@@ -1079,10 +1078,10 @@ class Training:
         self.n_windows, self.best = saved["n_windows"], saved["best"]
         parts = saved["of_processes"]
         if len(parts) == n_processes():
-            self.answers = as_answers(parts[rank()]["answers"])
+            self.answers = as_list(parts[rank()]["answers"])
             restore_random_states(parts[rank()]["random"])
         elif rank() == 0:
-            self.answers = [each for part in parts for each in as_answers(part["answers"])]
+            self.answers = [each for part in parts for each in as_list(part["answers"])]
         self.n_skipped, self.bad_steps = saved["n_skipped"], saved["bad_steps"]
         self.began -= saved["seconds"]
 
@@ -1265,7 +1264,7 @@ def answers_by_task(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, tupl
     return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in by_task.items()}
 
 
-def as_answers(by_task: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
+def as_list(by_task: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
     return [(name, *pair) for name, pair in by_task.items()]
 
 
@@ -1709,57 +1708,29 @@ def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         return evaluate_checkpoint(options.evaluate, model, checkpoint["epoch"], data, options)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return known or any(sign in str(error) for sign in signs)
+def run(argv: list[str] | None) -> None:
+    """What the flags ask for."""
+    join_processes()
+    with one_first_on_each_node():
+        options = parse_options(argv)
+        if options.resume not in (None, "auto"):
+            options = options_to_resume(argv, options.resume)
+    if options.evaluate:
+        evaluate_only(options)
+    elif options.hpo:
+        if n_processes() > 1:
+            raise UserError("--hpo: start it without torchrun; Ray runs the trials")
+        import hpo  # Ray, which takes seconds to import
+
+        hpo.search(options)
+    else:
+        train_multitask(options)
+    leave_processes()
 
 
 def main(argv: list[str] | None = None) -> int:
-    with warnings.catch_warnings():
-        # The jagged layout, which we use, is the part of them that PyTorch recommends.
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            join_processes()
-            with one_first_on_each_node():
-                options = parse_options(argv)
-                if options.resume not in (None, "auto"):
-                    options = options_to_resume(argv, options.resume)
-            if options.evaluate:
-                evaluate_only(options)
-            elif options.hpo:
-                if n_processes() > 1:
-                    raise UserError("--hpo: start it without torchrun; Ray runs the trials")
-                import hpo  # Ray, which takes seconds to import
-
-                hpo.search(options)
-            else:
-                train_multitask(options)
-            leave_processes()
-        except UserError as error:
-            let_first_speak()
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if is_lost_connection(error):
-                let_first_speak()
-                cause = f"another process of this run has ended ({one_line(error)})"
-                print(f"error: {cause}", file=sys.stderr)
-                return 1
-            if not is_out_of_memory(error):
-                raise
-            advice = (
-                "lower --batch_size (with --grad_accumulation, for the same steps) or --max_length"
-            )
-            print(f"error: out of memory; {advice} ({one_line(error)})", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt as interrupt:
-            if rank() == 0:
-                print(f"\ninterrupted; {interrupt or 'nothing new was saved'}", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    return 0
+    advice = "lower --batch_size (with --grad_accumulation, for the same steps) or --max_length"
+    return exit_status(lambda: run(argv), advice, "nothing new was saved")
 
 
 if __name__ == "__main__":

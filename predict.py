@@ -51,19 +51,17 @@ from datasets import (
 from multitask_classifier import (
     MultitaskBERT,
     checked_max_length,
-    is_out_of_memory,
     load_checkpoint,
     tagger_like,
 )
 from options import PRECISIONS, ROOT, positive_int
 from utils import (
     MINILM,
-    Terminated,
     UserError,
     atomic_write,
     autocast,
     check_writable,
-    one_line,
+    exit_status,
     pick_device,
     terminate,
 )
@@ -717,26 +715,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            if args.export:
-                export(args.checkpoint, args.export)
-            else:
-                predict(args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"error: out of memory; lower --batch_size ({one_line(error)})", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt as interrupt:
-            print("\ninterrupted", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    return 0
+
+    def work():
+        if args.export:
+            export(args.checkpoint, args.export)
+        else:
+            predict(args)
+
+    return exit_status(work, when_memory_is_full="lower --batch_size", when_interrupted="")
 
 
 if __name__ == "__main__":

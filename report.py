@@ -11,7 +11,6 @@ import dataclasses
 import io
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,16 +22,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import evaluation
 from datasets import MAX_SIMILARITY, TASKS, Task, TaskDataset, collate
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
-from multitask_classifier import MultitaskBERT, is_out_of_memory, load_data, load_trained
+from multitask_classifier import MultitaskBERT, load_data, load_trained
 from options import ROOT, parse_options, positive_int
 from tokenizer import BertTokenizer
 from utils import (
-    Terminated,
     UserError,
     atomic_write,
     autocast,
     check_writable,
-    one_line,
+    exit_status,
     pick_device,
     terminate,
 )
@@ -429,23 +427,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
 
 def main(argv: list[str] | None = None) -> int:
     own, options = parse(argv)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            write_report(Path(own.output) / "report.html", own.resamples, options)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"error: out of memory; lower --batch_size ({one_line(error)})", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt as interrupt:
-            print("\ninterrupted; nothing was written", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    return 0
+    path = Path(own.output) / "report.html"
+    return exit_status(
+        lambda: write_report(path, own.resamples, options),
+        "lower --batch_size",
+        "nothing was written",
+    )
 
 
 if __name__ == "__main__":

@@ -31,16 +31,16 @@ from tqdm import tqdm
 from base_bert import BertConfig
 from bert import BertLayer, BertSelfAttention, Sequences
 from datasets import TASKS, Example, read_examples
-from multitask_classifier import is_out_of_memory, load_checkpoint
+from multitask_classifier import load_checkpoint
 from optimizer import AdamW
 from options import PRECISIONS, non_negative_float, positive_float, positive_int, probability, seed
 from tokenizer import BertTokenizer
 from utils import (
-    Terminated,
     UserError,
     atomic_write,
     autocast,
     check_writable,
+    exit_status,
     hold,
     one_line,
     pick_device,
@@ -830,23 +830,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            generate(args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            advice = "lower --batch_size or --max_length"
-            print(f"error: out of memory; {advice} ({one_line(error)})", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt as interrupt:
-            print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    return 0
+    advice = "lower --batch_size or --max_length"
+    return exit_status(lambda: generate(args), advice, "run the same command again to go on")
 
 
 if __name__ == "__main__":

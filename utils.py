@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -239,6 +240,50 @@ def is_lost_connection(error: Exception) -> bool:
     signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out")
     lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
     return n_processes() > 1 and lost
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return known or any(sign in str(error) for sign in signs)
+
+
+def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interrupted: str) -> int:
+    """Do a program's work. Warnings, and errors that the user can mend, are one line each on stderr.
+
+    Args:
+        work: all of it; it raises UserError for what the user gave.
+        when_memory_is_full: what to do then.
+        when_interrupted: what has become of the work, or ""; an interrupt that says so itself wins.
+
+    Returns:
+        0, 1 after an error, 128 and the signal's number after an interrupt.
+    """
+    with warnings.catch_warnings():
+        # The jagged layout, which we use, is the part of them that PyTorch recommends.
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            work()
+            return 0
+        except UserError as error:
+            cause = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if is_lost_connection(error):
+                cause = f"another process of this run has ended ({one_line(error)})"
+            elif is_out_of_memory(error):
+                cause = f"out of memory; {when_memory_is_full} ({one_line(error)})"
+            else:
+                raise
+        except KeyboardInterrupt as interrupt:
+            if rank() == 0:
+                known = filter(None, ("interrupted", str(interrupt) or when_interrupted))
+                print("\n" + "; ".join(known), file=sys.stderr)
+            return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    let_first_speak()
+    print(f"error: {cause}", file=sys.stderr)
+    return 1
 
 
 def keep_freed_memory() -> None:

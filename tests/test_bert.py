@@ -186,6 +186,28 @@ def test_every_attention_equals_padded_transformers_in_float32(
             assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
+@pytest.mark.parametrize("lengths", [[2, 2, 17, 60, 512], [512], [2], [9] * 6], ids=str)
+def test_flash_attention_equals_plain_attention_in_float64(lengths):
+    """And with dropout it does on average."""
+    sequences = Sequences.of(lengths, torch.device("cuda"))
+    qkv = torch.randn(sum(lengths), 3, 12, 32, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn_like(qkv[:, 0])
+    results = []
+    for attention, dtype in ((bert.flash_attention, qkv.dtype), (plain_attention, torch.float64)):
+        leaf = qkv.to(dtype).requires_grad_()
+        context = attention(leaf, sequences, 0.0)
+        results.append((context, *torch.autograd.grad(context, leaf, gradient.to(dtype))))
+
+    def error(ours, expected):
+        return float((ours.double() - expected).norm() / expected.norm())
+
+    assert max(error(*pair) for pair in zip(*results)) < 1e-2
+    draws = [bert.flash_attention(qkv, sequences, 0.1).double() for _ in range(400)]
+    exact = results[1][0].detach()
+    assert error(draws[0], exact) > 0.05 > error(sum(draws) / len(draws), exact)
+
+
 def test_fused_attention_with_dropout_equals_its_formula():
     """softmax(Q K^T / sqrt(K)) * mask / (1 - p) times V, one sequence and head after the other."""
     lengths, n_heads, width, p = [2, 2, 2, 5, 7, 7], 3, 4, 0.3

@@ -382,6 +382,17 @@ def test_a_pair_is_read_both_ways(dataset):
     assert collate({"sts": (bi, rows)}).token_type_ids is None
 
 
+def test_a_pair_in_both_orders_is_two_pairs_of_transformers(dataset, minilm_path):
+    data = dataset("para", "dev", limit=50, encoding="both", both_orders=True)
+    peer = transformers.AutoTokenizer.from_pretrained(minilm_path)
+    assert len(data) == 100 and np.array_equal(data.labels[:50], data.labels[50:])
+    sentences = [example.sentences for example in data.examples[:50]]
+    for row, (first, second) in enumerate([*sentences, *(pair[::-1] for pair in sentences)]):
+        columns = peer(first), peer(second), peer(first, second)
+        for column, expected in zip(data.columns, columns, strict=True):
+            assert column.row(row).tolist() == [expected["input_ids"]]
+
+
 def test_sampler_uses_up_all_rows_before_it_repeats_one():
     sampler = EpochSampler(n_rows=7, seed=0)
     draws = [sampler.draw(5) for _ in range(7)]

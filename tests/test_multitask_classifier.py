@@ -23,7 +23,7 @@ import bert
 import datasets
 import multitask_classifier as mc
 from bert import BertModel, Dropout
-from datasets import TASKS, EpochSampler, TaskDataset, collate, training_windows
+from datasets import SPLITS, TASKS, EpochSampler, TaskDataset, collate, training_windows
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
 from options import SMOKETEST
@@ -794,11 +794,19 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
     assert read_predictions(tmp_path) != before
 
 
+def test_both_orders_are_for_training_on_pairs_that_are_read_in_one_sequence(minilm_tokenizer):
+    chosen = options("--data_dir", str(SAMPLE), "--both_orders", "--sts_encoding", "cross")
+    encodings = mc.encodings_of(vars(chosen))
+    data = mc.load_data(chosen, minilm_tokenizer, 64, SPLITS, None, encodings)
+    rows = {split: [len(dataset) for dataset in data[split].values()] for split in SPLITS}
+    assert rows == {"train": [1500, 1500, 3000], "dev": [300] * 3, "test": [300] * 3}
+
+
 def test_a_run_with_all_levers(flags, tmp_path, capsys):
     """Its checkpoint gives the same predictions again."""
     flags += ["--para_encoding", "both", "--sts_encoding", "cross", "--rdrop", "1,1,1"]
     flags += ["--scheduler", "linear", "--warmup", "0.1", "--layer_lr_decay", "0.9", "--ema", "0.9"]
-    flags += ["--sst_loss", "one_vs_all", "--batch_shares", "1,1.5,0.5"]
+    flags += ["--sst_loss", "one_vs_all", "--batch_shares", "1,1.5,0.5", "--both_orders"]
     assert mc.main(flags) == 0
     before, shown = read_predictions(tmp_path), capsys.readouterr().out
     (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")

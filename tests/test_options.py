@@ -93,6 +93,7 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         (["--save_interval", "0"], "--save_interval: must be a number above 0"),
         (["--rho", "1", "--hess_interval", "9"], "--rho, --hess_interval: only for"),
         (["--warmup", "0.1"], "--warmup: only with --scheduler linear or cosine"),
+        (["--both_orders"], "only with --para_encoding or --sts_encoding cross or both"),
         (["--layer_lr_decay", "1.1"], "must be a number above 0, up to 1"),
         (["--batch_shares", "1,0,1"], "must be above 0, not '1,0,1'"),
         (["--batch_shares", "1,1,0.01"], "0.01 of 64 rows is less than one row of sts a step"),
