@@ -103,7 +103,7 @@ class Dropout(nn.Module):
         return torch.addcmul(residual, states, kept.view_as(states), value=scale)
 
 
-# Attention, three ways: qkv [N, 3, H, K] is queries, keys and values as one linear layer gives
+# Attention, four ways: qkv [N, 3, H, K] is queries, keys and values as one linear layer gives
 # them, the result is the context [N, H, K].
 
 
@@ -124,8 +124,8 @@ def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor
 
 
 def jagged_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On CUDA: one kernel for sequences of all lengths, in half precision flash attention (Dao 2023,
-    arXiv 2307.08691)."""
+    """On CUDA: one kernel for sequences of all lengths, of the kernels that PyTorch has for the dtype,
+    the width of a head and the GPU."""
     limits = dict(min_seqlen=min(sequences.lengths), max_seqlen=max(sequences.lengths))
     jagged = [
         torch.nested.nested_tensor_from_jagged(each.contiguous(), sequences.offsets, **limits)
@@ -136,11 +136,17 @@ def jagged_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tenso
     return context.transpose(1, 2).values()
 
 
+def flash_takes(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> bool:
+    """Whether PyTorch's kernel is for heads of this width on a GPU of this CUDA capability."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and width % 8 == 0 and width <= 256 and capability >= (8, 0)
+
+
 def flash_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On CUDA in half precision: the kernel that `jagged_attention` comes to, without the nested
-    tensors on the way, which take the host longer than the kernel takes the GPU. PyTorch's public
-    `varlen_attn` is the same but for the dropout that it lacks."""
-    if qkv.dtype not in (torch.bfloat16, torch.float16):
+    """On CUDA: flash attention (Dao 2023, arXiv 2307.08691) where it can be. `jagged_attention` comes
+    to the same kernel, by nested tensors, which take the host longer than the kernel takes the GPU.
+    PyTorch's public `varlen_attn` is the same but for the dropout that it lacks."""
+    if not flash_takes(qkv.dtype, qkv.shape[-1], torch.cuda.get_device_capability(qkv.device)):
         return jagged_attention(qkv, sequences, dropout)
     offsets, longest = sequences.offsets.int(), max(sequences.lengths)
     limits = offsets, offsets, longest, longest

@@ -327,6 +327,12 @@ class TokenColumn(NamedTuple):
         """[1 or 3, n_tokens of the row]"""
         return self.pieces[:, self.offsets[index] : self.offsets[index + 1]]
 
+    def followed_by(self, other: "TokenColumn") -> "TokenColumn":
+        """The rows of a column of sentences, then those of another."""
+        parts = [each.pieces[:, each.offsets[0] : each.offsets[-1]] for each in (self, other)]
+        lengths = np.concatenate([self.lengths, other.lengths])
+        return TokenColumn(np.concatenate(parts, axis=1), np.concatenate([[0], np.cumsum(lengths)]))
+
     @classmethod
     def joint(cls, first: "TokenColumn", second: "TokenColumn", max_length: int) -> "TokenColumn":
         """[CLS] first [SEP] second [SEP] for each row; where that is too long, the longer sentence is
@@ -367,7 +373,8 @@ class TaskDataset:
         limit: keep no more than this many examples.
         tagger: gives the word pieces their tags; None: they have none.
         encoding: of a pair: "bi", each sentence is a sequence; "cross", both are one; "both".
-        both_orders: after all pairs, have them again with their sentences exchanged.
+        both_orders: have each pair twice, the second time (after all others) with its sentences
+            exchanged.
     """
 
     def __init__(
@@ -390,12 +397,6 @@ class TaskDataset:
         if limit is not None:  # of dev rows, those that can be scored
             labelled = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
             self.examples = labelled[:limit]
-        self.both_orders = both_orders
-        if both_orders:
-            self.examples = self.examples + [
-                example._replace(sentences=example.sentences[::-1]) for example in self.examples
-            ]
-        self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         sentences = [text for column in zip(*self._sentences()) for text in column]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
@@ -405,6 +406,14 @@ class TaskDataset:
             TokenColumn(pieces, offsets[start : start + rows + 1])
             for start in range(0, len(sentences), rows)
         ]
+        self.both_orders = both_orders
+        if both_orders:
+            first, second = self.columns
+            self.columns = [first.followed_by(second), second.followed_by(first)]
+            self.examples = self.examples + [
+                example._replace(sentences=example.sentences[::-1]) for example in self.examples
+            ]
+        self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         if encoding != "bi":
             joint = TokenColumn.joint(*self.columns, max_length)
             self.columns = [*self.columns, joint] if encoding == "both" else [joint]

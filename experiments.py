@@ -65,8 +65,9 @@ KEEPS_PREDICTIONS = "baseline", "best"
 SCORES = {f"{name}_{metric}": task for name, task in TASKS.items() for metric in task.metrics}
 MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.items()}
 IDENTITY = ["recipe", "budget", "seed", "encoder", "precision", "flags", "data", "pipeline"]
+IDENTITY += ["device"]
 COLUMNS = ["run", *IDENTITY, "rows", *SCORES, "best_epoch", "seconds_per_epoch", "seconds"]
-COLUMNS += ["peak_memory_mb", "clipped", "device", "threads", "jobs", "commit"]
+COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
 CURVE_COLUMNS = ["run", "recipe", "budget", "seed", "epoch", "split", "metric", "value"]
 
 # Dev scores that the report of the original project gives (its public repository,
@@ -98,7 +99,8 @@ SETTING = ["encoder", "budget", "precision", "device"]  # rows that differ in th
 HEADINGS = MAIN_SCORES | {
     "macro_f1": "macro-F1",
     "pearson": "Pearson",
-    "changed": "beside the first row",
+    "changed": "beside the first row's flags",
+    "better": "beside the first row's, same seeds",
     "threads": "CPU threads × runs at once",
     "cost": "seconds / baseline's",
     "memory": "peak memory, MB",
@@ -126,7 +128,6 @@ class Run:
 
     identity: dict[str, str]  # the columns that decide its scores
     arguments: tuple[str, ...]
-    device: str
 
     @functools.cached_property
     def digest(self) -> str:
@@ -207,8 +208,9 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
         "flags": canonical(deciding_flags(config_arguments(str(path)) + flags)),
         "data": hashlib.sha256(" ".join(map(file_digest, files)).encode()).hexdigest()[:8],
         "pipeline": pipeline,
+        "device": describe_device(device),
     }
-    return Run(identity, tuple(arguments), describe_device(device))
+    return Run(identity, tuple(arguments))
 
 
 def canonical(flags: dict) -> str:
@@ -319,7 +321,6 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
         "seconds": str(sum(int(seconds) for seconds, *_ in processes)),
         "peak_memory_mb": str(max(int(peak.replace(",", "")) for peak in peaks)),
         "clipped": " ".join(re.findall(r"clipped share of coordinates (\d\S*),", text)),
-        "device": run.device,
         "threads": re.findall(r", (\d+) CPU threads", text)[-1],
         "jobs": processes[-1][-1],
         "commit": re.findall(r"'commit': '(.*?)'", text)[-1],
@@ -419,9 +420,8 @@ def spread(values, digits: int = 3) -> str:
 
 
 def flags_text(flags: dict, known: dict) -> str:
-    """Of the flags, those that are not known, as they would stand on a command line; and what known
-    ones are missing."""
-    parts = [f"without --{name}" for name in known.keys() - flags.keys()]
+    """Of the flags, those that are not known, as they would stand on a command line."""
+    parts = []
     for name, value in flags.items():
         if known.get(name) != value:
             text = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
@@ -429,12 +429,20 @@ def flags_text(flags: dict, known: dict) -> str:
     return " ".join(parts)
 
 
-def changed(flags: dict, recipe: str) -> str:
-    text = flags_text(flags, flags_of(recipe))
-    return f"`{text}`" if text else ""
+def changed(flags: dict, known: dict) -> str:
+    """What is set otherwise, and what is not set."""
+    missing = " ".join(f"--{name}" for name in sorted(known.keys() - flags.keys()))
+    texts = {"": flags_text(flags, known), "without ": missing}
+    return ", ".join(f"{word}`{text}`" for word, text in texts.items() if text)
 
 
-def times(jobs: str) -> str:
+def difference(means, reference) -> str:
+    """Of two series of scores by seed, how much higher the first one is on seeds that both have."""
+    both = (means - reference).dropna()
+    return f"{both.mean():+.3f}" if len(both) else ""
+
+
+def at_once(jobs: str) -> str:
     return f" × {jobs}" if jobs else ""
 
 
@@ -459,7 +467,7 @@ def summaries(results) -> list[dict]:
     for name in (*SCORES, "seconds_per_epoch", "peak_memory_mb"):
         results[name] = pd.to_numeric(results[name])  # empty: nan
     results["mean"] = results[list(MAIN_SCORES)].mean(axis=1, skipna=False)
-    for _, group in results.groupby([name for name in (*IDENTITY, "device") if name != "seed"]):
+    for _, group in results.groupby([name for name in IDENTITY if name != "seed"]):
         shared = group.iloc[0]
         recipe, flags = shared["recipe"], json.loads(shared["flags"])
         if recipe not in known or not known[recipe].keys() <= flags.keys():
@@ -472,11 +480,12 @@ def summaries(results) -> list[dict]:
             | {
                 "runs": set(group["run"]),
                 "flags": flags,
+                "means": group.set_index("seed")["mean"],
                 "name": f"{recipe} {flags_text(flags, known[recipe])}".strip(),
                 "seeds": str(len(group)),
                 "budget": shown_budget(epochs, samples),
                 "size": epochs * samples,
-                "threads": ", ".join(sorted(set(group["threads"] + group["jobs"].map(times)))),
+                "threads": ", ".join(sorted(set(group["threads"] + group["jobs"].map(at_once)))),
                 "seconds_per_epoch": group["seconds_per_epoch"].mean(),
                 "seconds": f"{group['seconds_per_epoch'].mean():.0f}",
                 "memory": spread(group["peak_memory_mb"], 0),
@@ -534,11 +543,25 @@ def comparison_table(rows: list[dict], block: str) -> str:
         if len({row["recipe"] for row in group}) > 1:
             compared += [
                 row
-                | {"recipe": f"`{row['name']}`", "changed": changed(row["flags"], patterns[0])}
+                | {
+                    "recipe": f"`{row['name']}`",
+                    "changed": changed(row["flags"], group[0]["flags"]),
+                }
+                | {"better": "" if row is group[0] else difference(row["means"], group[0]["means"])}
                 | {"cost": f"{row['seconds_per_epoch'] / baseline[0]:.2f}" if baseline else ""}
                 for row in group
             ]
-    columns = ["recipe", "seeds", *MAIN_SCORES, "mean", *more, "seconds", "threads", *SETTING]
+    columns = [
+        "recipe",
+        "seeds",
+        *MAIN_SCORES,
+        "mean",
+        "better",
+        *more,
+        "seconds",
+        "threads",
+        *SETTING,
+    ]
     return markdown(compared, columns, COMPARISON_NOTE)
 
 
@@ -588,7 +611,10 @@ def plot(names: list[str], budget: str) -> None:
             continue
         for panel, score in zip(panels, MAIN_SCORES):
             values = mine[mine["metric"] == score].groupby("epoch")["value"]
-            label = f"{row['name']} ({row['encoder']}, {row['precision']}, {row['seeds']} seeds)"
+            setting = (
+                f"{row['encoder']}, {row['precision']}, {row['device']}, seeds: {row['seeds']}"
+            )
+            label = f"{row['name']} ({setting})"
             (line,) = panel.plot(values.mean(), label=label, marker=".")
             low, high = values.min(), values.max()
             panel.fill_between(low.index, low, high, alpha=0.15, color=line.get_color())
@@ -598,7 +624,7 @@ def plot(names: list[str], budget: str) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     if not labels:
         raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     with atomic_write(FIGURE) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -663,7 +689,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             plot(args.names, args.budget)
 
-    return exit_status(work, "start fewer --jobs", "the same command goes on from here")
+    advice = "close other programs, or start fewer --jobs"
+    return exit_status(work, advice, "the same command goes on from here")
 
 
 if __name__ == "__main__":

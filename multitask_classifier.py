@@ -841,7 +841,7 @@ def step_noise(batch: Batch, name: str, seed: tuple[int, ...]) -> Tensor:
 
 def train_scores(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """Of the answers of all processes."""
-    answers = [each for some in gather(answers_by_task(answers)) for each in as_list(some)]
+    answers = [each for some in gather(answers_by_task(answers)) for each in answers_from(some)]
     by_task = defaultdict(list)
     for name, labels, predictions in answers:
         by_task[name].append(torch.stack([labels.float(), predictions.float()]).cpu())
@@ -1078,10 +1078,10 @@ class Training:
         self.n_windows, self.best = saved["n_windows"], saved["best"]
         parts = saved["of_processes"]
         if len(parts) == n_processes():
-            self.answers = as_list(parts[rank()]["answers"])
+            self.answers = answers_from(parts[rank()]["answers"])
             restore_random_states(parts[rank()]["random"])
         elif rank() == 0:
-            self.answers = [each for part in parts for each in as_list(part["answers"])]
+            self.answers = [each for part in parts for each in answers_from(part["answers"])]
         self.n_skipped, self.bad_steps = saved["n_skipped"], saved["bad_steps"]
         self.began -= saved["seconds"]
 
@@ -1264,7 +1264,7 @@ def answers_by_task(answers: list[tuple[str, Tensor, Tensor]]) -> dict[str, tupl
     return {name: tuple(map(torch.cat, zip(*pairs))) for name, pairs in by_task.items()}
 
 
-def as_list(by_task: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
+def answers_from(by_task: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
     return [(name, *pair) for name, pair in by_task.items()]
 
 

@@ -281,8 +281,8 @@ def add_model_flags(group) -> None:
     flag(
         "--both_orders",
         action="store_true",
-        help="train on pairs that the encoder reads in one sequence in either order of their sentences; "
-        "an epoch has as many rows as without",
+        help="pairs that the encoder reads in one sequence are drawn in either order of their sentences, "
+        "as if there were twice as many; an epoch has as many rows as without",
     )
     flag(
         "--moe",

@@ -2,21 +2,21 @@
 
     python benchmarks/attention.py --data_dir data [--use_gpu]
 
-Ours beside PyTorch's `scaled_dot_product_attention` on the same sequences padded to the longest, with a
-mask, as `transformers` calls it. All take turns, with MiniLM's 12 heads of 32 and dropout.
+Ours beside PyTorch's `scaled_dot_product_attention` with a mask, as `transformers` calls it: for each
+sentence column of each task, padded to its longest. All take turns, with MiniLM's 12 heads of 32 and
+dropout.
 """
 
 import argparse
 import functools
 import statistics
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from throughput import ROOT, WARM_UP, mc, seconds
 
 from bert import FusedAttention, Sequences, flash_attention, jagged_attention, plain_attention
-from datasets import TASKS, TaskDataset, collate
+from datasets import TASKS, TaskDataset
 from tokenizer import BertTokenizer
 
 N_HEADS, WIDTH, DROPOUT = 12, 32, 0.1
@@ -24,29 +24,40 @@ OURS = {
     "cpu": {"fused (ours, CPU)": FusedAttention.apply, "plain (ours)": plain_attention},
     "cuda": {
         "flash (ours, CUDA)": flash_attention,
-        "jagged (ours, CUDA in float32)": jagged_attention,
+        "jagged (ours, where flash cannot be)": jagged_attention,
         "plain (ours)": plain_attention,
     },
 }
 
 
-def batch_lengths(data_dir: str, batch_size: int) -> list[int]:
-    """Of a batch with the first rows of each task's training file."""
+def batch_lengths(data_dir: str, batch_size: int) -> list[list[int]]:
+    """Of each sentence column of each task, in a batch with the first rows of the training files."""
     options = mc.parse_options(["--data_dir", data_dir, "--bert_model", "minilm"])
-    tokenizer, rows = BertTokenizer.from_pretrained("minilm"), np.arange(batch_size)
-    parts = {}
+    tokenizer, columns = BertTokenizer.from_pretrained("minilm"), []
     for name, task in TASKS.items():
         path = getattr(options, f"{name}_train")
-        parts[name] = TaskDataset(path, task, "train", tokenizer, 512, limit=batch_size), rows
-    return collate(parts).lengths
+        dataset = TaskDataset(path, task, "train", tokenizer, 512, limit=batch_size)
+        columns += [column.lengths.tolist() for column in dataset.columns]
+    return columns
 
 
-def padded(qkv: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[3, B, H, S, K], and which of the positions are real, [B, 1, 1, S]."""
-    sequences = torch.nn.utils.rnn.pad_sequence(qkv.detach().split(lengths), batch_first=True)
-    ends = torch.tensor(lengths, device=qkv.device)[:, None]
-    mask = torch.arange(sequences.shape[1], device=qkv.device) < ends
-    return sequences.permute(2, 0, 3, 1, 4).contiguous(), mask[:, None, None]
+class PaddedColumn:
+    def __init__(self, lengths: list[int], device: torch.device, dtype: torch.dtype):
+        size = 3, len(lengths), N_HEADS, max(lengths), WIDTH
+        self.qkv = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+        mask = (
+            torch.arange(max(lengths), device=device)
+            < torch.tensor(lengths, device=device)[:, None]
+        )
+        self.mask = mask[:, None, None]  # [B, 1, 1, S]
+
+    def __call__(self) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*self.qkv, attn_mask=self.mask, dropout_p=DROPOUT)
+
+
+def there_and_back(attention, leaf: torch.Tensor) -> None:
+    context = attention()
+    torch.autograd.grad(context, leaf, torch.ones_like(context))
 
 
 def main() -> None:
@@ -60,29 +71,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if args.use_gpu else "cpu")
-    lengths = batch_lengths(args.data_dir, args.batch_size)
-    sequences, dtype = Sequences.of(lengths, device), getattr(torch, args.precision)
-    qkv = torch.randn(sum(lengths), 3, N_HEADS, WIDTH, device=device, dtype=dtype)
-    heads, mask = padded(qkv, lengths)
-    qkv.requires_grad_(), heads.requires_grad_()
-
-    def sdpa():
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=DROPOUT)
-
+    columns, dtype = batch_lengths(args.data_dir, args.batch_size), getattr(torch, args.precision)
+    lengths = sorted(sum(columns, []))
+    sequences = Sequences.of(lengths, device)
+    qkv = torch.randn(
+        sum(lengths), 3, N_HEADS, WIDTH, device=device, dtype=dtype, requires_grad=True
+    )
     contenders = {
-        name: (functools.partial(attention, qkv, sequences, DROPOUT), qkv)
+        name: [(functools.partial(attention, qkv, sequences, DROPOUT), qkv)]
         for name, attention in OURS[device.type].items()
     }
-    contenders["padded SDPA"] = sdpa, heads
+    padded = [PaddedColumn(each, device, dtype) for each in columns]
+    contenders["padded SDPA"] = [(each, each.qkv) for each in padded]
     times = {name: [] for name in contenders}
     for step in range(WARM_UP + args.steps):
-        for name, (attention, leaf) in contenders.items():
-            gradient = torch.ones_like(attention())
-
-            def both():
-                torch.autograd.grad(attention(), leaf, gradient)
-
-            taken = seconds(both, device)
+        for name, calls in contenders.items():
+            taken = seconds(lambda: [there_and_back(*call) for call in calls], device)
             if step >= WARM_UP:
                 times[name].append(taken)
     print(

@@ -11,6 +11,7 @@ from conftest import ROOT
     [
         "throughput.py --quick --bert_model {bert}",
         "adamw.py --steps 1",
+        "attention.py --steps 1 --batch_size 4",
         "optimizers.py --steps 1 --bert_model {bert}",
         "experts.py --steps 1 --bert_model {bert}",
         "data_parallel.py --steps 1 --data_dir {sample}",
@@ -26,4 +27,6 @@ def test_benchmarks_run(script, tiny_directory, pipeline_directory):
     command = [sys.executable, ROOT / "benchmarks" / name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^\|.*(this project|AdamW|one encoder|processes)", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^\|.*(this project|AdamW|one encoder|processes|ours)", done.stdout, re.MULTILINE
+    )

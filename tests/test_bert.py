@@ -186,6 +186,23 @@ def test_every_attention_equals_padded_transformers_in_float32(
             assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    "dtype, width, capability, takes",
+    [
+        (torch.bfloat16, 32, (9, 0), True),
+        (torch.float16, 64, (8, 0), True),
+        (torch.float32, 64, (8, 0), False),
+        (torch.bfloat16, 64, (7, 5), False),  # Turing
+        (torch.bfloat16, 26, (8, 0), False),  # TinyBERT: 312 / 12
+        (torch.bfloat16, 264, (9, 0), False),
+    ],
+)
+def test_flash_attention_is_for_some_heads_and_gpus(dtype, width, capability, takes):
+    """As PyTorch says in pytorch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where it
+    pads narrower heads, which the kernel itself does not."""
+    assert bert.flash_takes(dtype, width, capability) == takes
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
 @pytest.mark.parametrize("lengths", [[2, 2, 17, 60, 512], [512], [2], [9] * 6], ids=str)
 def test_flash_attention_equals_plain_attention_in_float64(lengths):

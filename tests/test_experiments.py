@@ -273,6 +273,45 @@ def test_tables_stand_between_their_markers(place):
     assert Path("README.md").read_text() == text
 
 
+def test_rows_compare_on_one_device_and_on_the_seeds_that_both_have(place):
+    best = RECIPE | {"both_orders": True, "para_encoding": "both"}
+    tried = RECIPE | {"para_encoding": "both", "lr": 2e-3}
+    write_recipes(**{"best": best, "best/tried": tried})
+    shared, lone = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
+    gpu = dict(device="GPU", jobs="16")
+    rows = [result("best", 1, shared, flags=json.dumps(best), **gpu)]
+    rows += [result("best", 2, lone, flags=json.dumps(best), **gpu)]
+    rows += [result("best/tried", 1, (0.2, 0.2, 0.5), flags=json.dumps(tried), **gpu)]
+    rows += [result("best/tried", 3, lone, flags=json.dumps(tried), device="CPU")]
+    rows += [result("best", 3, shared, flags=json.dumps(best), device="CPU")]
+    write_results(*rows)
+    Path("README.md").write_text(START.format("best") + END)
+    assert ex.main(["table"]) == 0
+    shown = {(row["recipe"], row["device"]): row for row in cells(Path("README.md").read_text())}
+    names = ("`best`", "GPU"), ("`best/tried`", "GPU"), ("`best`", "CPU"), ("`best/tried`", "CPU")
+    columns = "seeds", "beside the first row's, same seeds", "beside the first row's flags"
+    flags = "`--lr 0.002`, without `--both_orders`"
+    assert [tuple(shown[name][column] for column in columns) for name in names] == [
+        ("2", "", ""),
+        ("1", "+0.100", flags),
+        ("1", "", ""),
+        ("1", "+0.600", flags),
+    ]
+    assert [shown[name]["CPU threads × runs at once"] for name in names[1:3]] == ["2 × 16", "2"]
+
+
+def test_the_memory_of_a_gpu_is_its_own(trained, flags, monkeypatch):
+    """What CUDA's allocator had at most, not what the process took of the host's."""
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setitem(ex.BUDGETS, "full", BUDGET)
+    run = ex.plan_run("baseline", 11711, "full", flags)
+    before, text = ex.outcome(run)[0], run.log.read_text()
+    with monkeypatch.context() as patch:
+        more = "memory of NVIDIA H100 80GB HBM3: 1,234 MB at most\n\nprocess: "
+        patch.setattr(Path, "read_text", lambda *_, **__: text.replace("process: ", more))
+        assert ex.outcome(run)[0] == before | {"peak_memory_mb": "1234"}
+
+
 @pytest.mark.parametrize("name, end", [("sst", ""), ("other", END)])
 def test_wrong_markers_are_an_error(place, name, end, capsys):
     text = START.format(name) + "mine\n" + end + START.format("moe") + END

@@ -95,7 +95,7 @@ def test_a_profiled_run_shows_where_the_time_goes(profiled):
     without_gaps = sum(end - start for start, end in steps) / len(steps)
     assert theirs[ProfileRole.Total] == pytest.approx(without_gaps, rel=1e-3)
     assert (
-        without_gaps <= times["step"] < 1.1 * without_gaps
+        without_gaps <= times["step"] < 1.5 * without_gaps
     )  # the profiler's own time between them
     ours = times["CPU execution"]
     assert theirs[ProfileRole.CpuOp] == pytest.approx(ours, rel=0.05)

@@ -3,13 +3,22 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import ROOT
 
-from utils import UserError, atomic_write, find_pretrained, one_line, pick_device
+from utils import (
+    Terminated,
+    UserError,
+    atomic_write,
+    exit_status,
+    find_pretrained,
+    one_line,
+    pick_device,
+)
 
 # ---------------------------------------------------------------------------------------- memory
 
@@ -66,6 +75,39 @@ def test_atomic_write_into_a_file_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="cannot write .*file/x"):
         with atomic_write(tmp_path / "file" / "x"):
             pass
+
+
+@pytest.mark.parametrize(
+    "raised, status, shown",
+    [
+        (None, 0, ""),
+        (UserError("no such file"), 1, "error: no such file\n"),
+        (MemoryError(), 1, "error: out of memory; make room (MemoryError)\n"),
+        (torch.OutOfMemoryError("CUDA"), 1, "error: out of memory; make room (CUDA)\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory; "),
+        (KeyboardInterrupt(), 130, "\ninterrupted; nothing is lost\n"),
+        (KeyboardInterrupt("saved"), 130, "\ninterrupted; saved\n"),
+        (Terminated(), 143, "\ninterrupted; nothing is lost\n"),
+    ],
+    ids=repr,
+)
+def test_what_a_user_can_mend_ends_in_one_line(raised, status, shown, capsys):
+    def work():
+        warnings.warn("soon")
+        if raised:
+            raise raised
+
+    assert exit_status(work, "make room", "nothing is lost") == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"warning: soon\n{shown}")
+
+
+def test_other_errors_keep_their_traceback():
+    def work():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_status(work, "", "")
 
 
 def test_one_line():
