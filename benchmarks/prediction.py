@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import multitask_classifier as mc  # noqa: E402
 import predict  # noqa: E402
 from datasets import TASKS  # noqa: E402
-from utils import seed_everything  # noqa: E402
+from utils import autocast, seed_everything  # noqa: E402
 
 
 def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
@@ -74,7 +74,7 @@ class Peer:
         folder = str(checkpoint.with_suffix(""))
         predict.export(str(checkpoint), folder)
         self.heads = mc.load_checkpoint(checkpoint)[0].eval().to(args.device).heads
-        self.batch_size, self.device = args.batch_size, args.device
+        self.batch_size, self.device, self.precision = args.batch_size, args.device, args.precision
         self.extract = transformers.pipeline(
             "feature-extraction",
             model=folder,
@@ -87,8 +87,9 @@ class Peer:
     def __call__(self, path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").split("\n")
         parts = [line.split("\t") for line in lines]
-        states = self.extract(sum(parts, []), return_tensors=True, truncation=True)
-        vectors = iter([each[0].mean(dim=0) for each in states])
+        with autocast(self.device, self.precision):
+            states = self.extract(sum(parts, []), return_tensors=True, truncation=True)
+        vectors = iter([each[0].float().mean(dim=0) for each in states])
         grouped = {1: [], 2: []}
         for number, sentences in enumerate(parts, start=1):
             grouped[len(sentences)].append((number, [next(vectors) for _ in sentences]))
@@ -128,7 +129,8 @@ def main() -> None:
     flag("--lines", type=int, default=10_000, help="default: 10000")
     flag("--rounds", type=int, default=3, help="default: 3")
     flag("--batch_size", type=int, default=64, help="of both; default: 64")
-    flag("--use_gpu", action="store_true", help="predict.py in bfloat16, the pipeline in float32")
+    flag("--use_gpu", action="store_true")
+    flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of both")
     args = parser.parse_args()
     seed_everything(0)
     args.device = torch.device("cuda" if args.use_gpu else "cpu")
@@ -137,7 +139,7 @@ def main() -> None:
         make_checkpoint(args, checkpoint)
         path.write_text("\n".join(mixed_lines(args.data_dir, args.lines)), encoding="utf-8")
         args.predict_flags = ["--checkpoint", str(checkpoint), "--batch_size", str(args.batch_size)]
-        args.predict_flags += ["--use_gpu"] * args.use_gpu
+        args.predict_flags += ["--precision", args.precision] + ["--use_gpu"] * args.use_gpu
         contenders = {
             "this project": Ours(checkpoint, args),
             "transformers": Peer(checkpoint, args),
@@ -148,7 +150,8 @@ def main() -> None:
                 times[name].append(seconds(contenders[name], path, args.lines))
     medians = {name: statistics.median(each) for name, each in times.items()}
     print(
-        f"{args.lines} lines, {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        f"{args.lines} lines, {args.device}, {args.precision}, {torch.get_num_threads()} threads, "
+        f"{args.rounds} rounds"
     )
     print("| | lines/s | / transformers |")
     print("| --- | --- | --- |")
