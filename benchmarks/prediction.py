@@ -6,7 +6,8 @@
 file and give each line its answers as JSON, and take turns. predict.py works as it does when it is
 called, its model loaded. The peer is what many would write: the feature-extraction pipeline in batches
 of as many, in the order of the lines, the mean of what it gives for each sentence (padding of its batch
-too, which spares it a mask), then our heads in batches.
+too, which spares it a mask), then our heads in batches. The limit is that of throughput.py: the
+arithmetic of the real tokens over the rate at which this machine multiplies matrices meanwhile.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,15 +23,15 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as predict.py does
 
 import torch  # noqa: E402
-import transformers  # noqa: E402  before our root is on the path: it looks for a package datasets
+import transformers  # noqa: E402
+from throughput import ROOT, MatrixRate, encoder_flops, mc  # noqa: E402
+from throughput import seconds as timed  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import multitask_classifier as mc  # noqa: E402
 import predict  # noqa: E402
 from datasets import TASKS  # noqa: E402
 from utils import autocast, seed_everything  # noqa: E402
+
+MATRIX_TOKENS = 6000
 
 
 def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
@@ -121,6 +121,18 @@ def seconds(contender, path: Path, n_lines: int) -> float:
     return taken
 
 
+class Limit:
+    def __init__(self, predictor: predict.Predictor, path: Path, args):
+        sentences = sum((line.split("\t") for line in path.read_text("utf-8").split("\n")), [])
+        _, lengths = predictor.tokenizer.packed_ids(sentences, predictor.max_length)
+        config, self.device = predictor.model.bert.config, args.device
+        self.flops = encoder_flops(config, lengths.tolist(), training=False)
+        self.rate = MatrixRate(config, MATRIX_TOKENS, args.device, args.precision)
+
+    def seconds(self) -> float:
+        return self.flops / self.rate.flops * timed(self.rate, self.device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
@@ -144,20 +156,24 @@ def main() -> None:
             "this project": Ours(checkpoint, args),
             "transformers": Peer(checkpoint, args),
         }
-        times = {name: [] for name in contenders}
+        limit = Limit(contenders["this project"].predictor, path, args)
+        limit.seconds()  # warm-up
+        times = {name: [] for name in (*contenders, "limit")}
         for number in range(args.rounds):
             for name in list(contenders)[:: 1 if number % 2 else -1]:
                 times[name].append(seconds(contenders[name], path, args.lines))
+                times["limit"].append(limit.seconds())
     medians = {name: statistics.median(each) for name, each in times.items()}
     print(
         f"{args.lines} lines, {args.device}, {args.precision}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds"
     )
-    print("| | lines/s | / transformers |")
-    print("| --- | --- | --- |")
+    print("| | lines/s | / transformers | share of limit |")
+    print("| --- | --- | --- | --- |")
     for name, median in medians.items():
         share = medians["transformers"] / median
-        print(f"| {name} | {args.lines / median:.0f} | {share:.2f} |")
+        reached = f"{medians['limit'] / median:.0%}"
+        print(f"| {name} | {args.lines / median:.0f} | {share:.2f} | {reached} |")
 
 
 if __name__ == "__main__":
