@@ -64,8 +64,7 @@ KEEPS_PREDICTIONS = "baseline", "best"
 
 SCORES = {f"{name}_{metric}": task for name, task in TASKS.items() for metric in task.metrics}
 MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.items()}
-IDENTITY = ["recipe", "budget", "seed", "encoder", "precision", "flags", "data", "pipeline"]
-IDENTITY += ["device"]
+IDENTITY = "recipe budget seed encoder precision flags data pipeline device".split()
 COLUMNS = ["run", *IDENTITY, "rows", *SCORES, "best_epoch", "seconds_per_epoch", "seconds"]
 COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
 CURVE_COLUMNS = ["run", "recipe", "budget", "seed", "epoch", "split", "metric", "value"]

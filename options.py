@@ -60,9 +60,11 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
         exit_on_error=exit_on_error,
     )
     add_training_flags(training := parser.add_argument_group("training"))
+    add_schedule_flags(training)
     add_loss_flags(training)
     add_run_flags(training)
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(model := parser.add_argument_group("model"))
+    add_variant_flags(model)
     add_data_flags(parser.add_argument_group("data"))
     add_output_flags(parser.add_argument_group("outputs"))
     add_resume_flags(parser.add_argument_group("long runs"))
@@ -125,6 +127,10 @@ def add_training_flags(group) -> None:
         default=0.25,
         help="largest norm of all gradients together, 0 for no limit; default: 0.25",
     )
+
+
+def add_schedule_flags(group) -> None:
+    flag = group.add_argument
     flag(
         "--scheduler",
         choices=["plateau", "linear", "cosine", "none"],
@@ -269,6 +275,11 @@ def add_model_flags(group) -> None:
         help="the spaCy pipeline of --additional_input, installed or a directory; default: "
         f"{DEFAULT_SPACY_MODEL}",
     )
+
+
+def add_variant_flags(group) -> None:
+    """What is done with the encoder: reading pairs, experts, unfreezing, evaluation alone."""
+    flag = group.add_argument
     for name in PAIR_TASKS:
         flag(
             f"--{name}_encoding",
