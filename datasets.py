@@ -5,9 +5,7 @@ python datasets.py download            fetch the nine real CSVs into data/
 
 import argparse
 import csv
-import dataclasses
 import hashlib
-import heapq
 import http.client
 import math
 import string
@@ -17,123 +15,20 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from tagging import Tagger
+from tasks import TASKS, Task
 from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
-SPLITS = ("train", "dev", "test")
-PAIR_ENCODINGS = ("bi", "cross", "both")
-MAX_SIMILARITY = 5.0
-NO_SECOND = 2**31  # where the second sentence of a sequence begins that has none
+SMOKETEST_ROWS = 32  # read of each file
 NAMED_ROWS = 20  # a warning names this many unusable rows and counts the others
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """All that tells one task from another. A fourth task is one more row in TASKS, and a head."""
-
-    name: str
-    title: str
-    file_prefix: str
-    sentence_columns: tuple[str, ...]
-    label_column: str
-    num_classes: int | None  # None: the label is a number from 0 to MAX_SIMILARITY
-    loss: Callable[[Tensor, Tensor], Tensor]
-    # Labels from the distribution that the loss takes the outputs for, by normal random numbers.
-    draw: Callable[[Tensor, Tensor], Tensor]
-    metrics: tuple[str, ...]  # the first one selects the model; the names are evaluation.py's
-    prediction_column: str
-
-    def filename(self, split: str) -> str:
-        return f"{self.file_prefix}-{'test-student' if split == 'test' else split}.csv"
-
-    def decode(self, outputs: Tensor) -> Tensor:
-        """The head's outputs as values on the label's scale."""
-        if self.num_classes:
-            return outputs.argmax(dim=-1)
-        return outputs.clamp(0, MAX_SIMILARITY)
-
-    def parse_label(self, text: str) -> float:
-        """A label's value. ValueError says why there is none."""
-        if not text.strip():
-            raise ValueError("no label")
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError(f"label {text.strip()[:20]!r} is not a number") from None
-        if self.num_classes and not (value.is_integer() and 0 <= value < self.num_classes):
-            raise ValueError(f"label {text.strip()} is not one of 0 to {self.num_classes - 1}")
-        if not 0 <= value <= MAX_SIMILARITY:
-            raise ValueError(f"label {text.strip()} is not between 0 and {MAX_SIMILARITY:g}")
-        return value
-
-
-def draw_class(logits: Tensor, noise: Tensor) -> Tensor:
-    """From the softmax: cross-entropy is its negative log-likelihood. `noise` N(0, 1) of the same
-    shape. [B, classes] to [B]."""
-    # The Gumbel-max trick: -log(-log(u)) of a uniform u, here of the normal's distribution function.
-    # torch.multinomial would wait for the GPU, and refuse what is not finite.
-    return (logits - torch.log(-torch.special.log_ndtr(noise))).argmax(dim=-1)
-
-
-def draw_value(outputs: Tensor, noise: Tensor) -> Tensor:
-    """From the normal distribution with variance 1/2: the squared error is its negative
-    log-likelihood, but for a constant. `noise` N(0, 1) [B, 1]. [B] to [B]."""
-    return outputs + 0.5**0.5 * noise.squeeze(1)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="sst",
-            title="sentiment",
-            file_prefix="ids-sst",
-            sentence_columns=("sentence",),
-            label_column="sentiment",
-            num_classes=5,
-            loss=F.cross_entropy,
-            draw=draw_class,
-            metrics=("accuracy", "macro_f1"),
-            prediction_column="predicted_sentiment",
-        ),
-        Task(
-            name="para",
-            title="paraphrase",
-            file_prefix="quora",
-            sentence_columns=("sentence1", "sentence2"),
-            label_column="is_duplicate",
-            num_classes=2,
-            loss=F.cross_entropy,
-            draw=draw_class,
-            metrics=("accuracy", "macro_f1"),
-            prediction_column="predicted_is_duplicate",
-        ),
-        Task(
-            name="sts",
-            title="similarity",
-            file_prefix="sts",
-            sentence_columns=("sentence1", "sentence2"),
-            label_column="similarity",
-            num_classes=None,
-            loss=F.mse_loss,
-            draw=draw_value,
-            metrics=("pearson",),
-            prediction_column="predicted_similarity",
-        ),
-    )
-}
-PAIR_TASKS = [name for name, task in TASKS.items() if len(task.sentence_columns) == 2]
 
 
 class Example(NamedTuple):
@@ -500,202 +395,6 @@ def _write_token_cache(path: Path, pieces: np.ndarray, lengths: np.ndarray) -> N
 # ------------------------------------------------------------------------------------- batches
 
 
-@dataclasses.dataclass
-class Batch:
-    """Rows of one or more tasks, packed for one pass through the encoder.
-
-    The sequences stand shortest first, so that those of equal length are neighbours. `places`
-    brings their vectors back into the order in which `columns` names them: task by task, sentence
-    column by sentence column, row by row.
-    """
-
-    input_ids: Tensor  # [n_tokens]
-    tags: Tensor | None  # [2, n_tokens] part-of-speech and named-entity ids, where there are any
-    position_ids: Tensor  # [n_tokens]
-    token_type_ids: Tensor | None  # [n_tokens] 1 in the second sentence of a sequence, else 0
-    lengths: list[int]  # [n_sequences]; stays on the host, so reading it never waits for a GPU
-    places: Tensor  # [n_sequences]
-    columns: dict[str, list[slice]]  # task -> where its sentence columns stand after `places`
-    labels: dict[str, Tensor]  # task -> [n_rows]
-    rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
-    step_rows: dict[
-        str, int
-    ]  # task -> rows of the optimizer step, in all its batches and processes
-    picks: dict[str, np.ndarray]  # task -> [n_rows] which of them these are
-
-    def to(self, device: torch.device) -> "Batch":
-        def move(tensor):
-            if device.type == "cuda":  # pinned memory makes the copy asynchronous
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
-
-        return dataclasses.replace(
-            self,
-            input_ids=move(self.input_ids),
-            tags=None if self.tags is None else move(self.tags),
-            position_ids=move(self.position_ids),
-            token_type_ids=None if self.token_type_ids is None else move(self.token_type_ids),
-            places=move(self.places),
-            labels={name: move(labels) for name, labels in self.labels.items()},
-        )
-
-
-def collate(
-    parts: dict[str, tuple[TaskDataset, np.ndarray]],
-    step_rows: dict[str, int] | None = None,
-    picks: dict[str, np.ndarray] | None = None,
-    twice: Collection[str] = (),
-) -> Batch:
-    """Pack the given rows of each task's dataset into one batch, which by default is all that one
-    optimizer step sees. Tasks that are to go through the model `twice` have their columns twice."""
-    n_rows = {name: len(rows) for name, (_, rows) in parts.items()}
-    sequences, firsts, columns, labels = [], [], {}, {}
-    for name, (dataset, rows) in parts.items():
-        columns[name] = []
-        for column in dataset.columns * (2 if name in twice else 1):
-            columns[name].append(slice(len(sequences), len(sequences) + len(rows)))
-            sequences.extend(column.row(row) for row in rows)
-            joint = column.first_lengths is not None
-            firsts.extend(column.first_lengths[rows] if joint else [NO_SECOND] * len(rows))
-        dtype = torch.long if dataset.task.num_classes else torch.float32
-        values = np.nan_to_num(dataset.labels[rows], nan=-1)  # -1: no label, never in training
-        labels[name] = torch.from_numpy(values).to(dtype)
-    lengths = np.array([sequence.shape[1] for sequence in sequences])
-    order = np.argsort(lengths, kind="stable")
-    places = np.argsort(order)
-    positions = np.concatenate([np.arange(lengths[index]) for index in order])
-    types = positions >= np.repeat(np.array(firsts)[order], lengths[order])
-    pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, n_tokens]
-    input_ids, *tags = torch.from_numpy(pieces.astype(np.int64))
-    return Batch(
-        input_ids=input_ids,
-        tags=torch.stack(tags) if tags else None,
-        position_ids=torch.from_numpy(positions),
-        token_type_ids=torch.from_numpy(types.astype(np.int64)) if types.any() else None,
-        lengths=lengths[order].tolist(),
-        places=torch.from_numpy(places),
-        columns=columns,
-        labels=labels,
-        rows={name: rows for name, (_, rows) in parts.items()},
-        step_rows=step_rows or n_rows,
-        picks=picks or {name: np.arange(n) for name, n in n_rows.items()},
-    )
-
-
-class EpochSampler:
-    """Draws a task's rows without replacement until they are used up, then reshuffles.
-
-    What one epoch leaves over, the next one starts with.
-    """
-
-    def __init__(self, n_rows: int, seed: int | list[int]):
-        self.n_rows = n_rows
-        self.generator = np.random.default_rng(seed)
-        self.remaining = np.empty(0, np.int64)
-
-    def draw(self, samples: int) -> np.ndarray:
-        """Row numbers [samples]."""
-        drawn = []
-        while samples > 0:
-            if not len(self.remaining):
-                self.remaining = self.generator.permutation(self.n_rows)
-            drawn.append(self.remaining[:samples])
-            self.remaining = self.remaining[samples:]
-            samples -= len(drawn[-1])
-        return np.concatenate(drawn)
-
-    def state_dict(self) -> dict:
-        """For `torch.save`; `load_state_dict` goes on from there."""
-        state = self.generator.bit_generator.state
-        return {"generator": state, "remaining": self.remaining.tolist()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.bit_generator.state = state["generator"]
-        self.remaining = np.array(state["remaining"], np.int64)
-
-
-def training_windows(
-    datasets: dict[str, TaskDataset],
-    samplers: dict[str, EpochSampler],
-    samples_per_epoch: int,
-    batch_size: int,
-    grad_accumulation: int,
-    rank: int = 0,
-    n_processes: int = 1,
-    shares: dict[str, float] | None = None,
-    twice: Collection[str] = (),
-) -> Iterator[list[Batch]]:
-    """One epoch: for each optimizer step, the batches whose gradients it adds up. Of `n_processes`
-    that share the rows of each batch, the one of this `rank` gets its own; it may get none. With
-    `shares`, a task has so many times the rows that the other arguments say."""
-
-    def place(name: str, row: int) -> int:
-        return round(shares[name] * row) if shares else row
-
-    drawn = {name: samplers[name].draw(place(name, samples_per_epoch)) for name in datasets}
-    window_size = batch_size * grad_accumulation
-    for window in range(0, samples_per_epoch, window_size):
-        end = min(window + window_size, samples_per_epoch)
-        step_rows = {name: place(name, end) - place(name, window) for name in datasets}
-        batches = []
-        for start in range(window, end, batch_size):
-            stop = min(start + batch_size, end)
-            chosen = {name: drawn[name][place(name, start) : place(name, stop)] for name in drawn}
-            n_tokens = {name: dataset.n_tokens[chosen[name]] for name, dataset in datasets.items()}
-            mine = {
-                n: each for n, each in deal_out(n_tokens, n_processes)[rank].items() if len(each)
-            }
-            parts = {name: (datasets[name], chosen[name][mine[name]]) for name in mine}
-            picks = {n: place(n, start) - place(n, window) + each for n, each in mine.items()}
-            batches += [collate(parts, step_rows, picks, twice)] if parts else []
-        yield batches
-
-
-def deal_out(n_tokens: dict[str, np.ndarray], n_shares: int) -> list[dict[str, np.ndarray]]:
-    """Deal each task's rows out into shares of about as many tokens: the longest rows first, each
-    to the share that has the fewest tokens so far (Graham 1969, "Bounds on multiprocessing timing
-    anomalies").
-
-    Args:
-        n_tokens: task -> [n_rows] numbers of tokens.
-
-    Returns:
-        of each share, task -> which of the rows it has, in order.
-    """
-    if n_shares == 1:
-        return [{name: np.arange(len(each)) for name, each in n_tokens.items()}]
-    rows = [(n, name, row) for name, each in n_tokens.items() for row, n in enumerate(each)]
-    shares = [{name: [] for name in n_tokens} for _ in range(n_shares)]
-    loads = [(0, share) for share in range(n_shares)]
-    for n, name, row in sorted(rows, key=lambda each: -each[0]):
-        load, share = loads[0]
-        heapq.heapreplace(loads, (load + n, share))
-        shares[share][name].append(row)
-    return [
-        {name: np.array(sorted(each), np.int64) for name, each in share.items()} for share in shares
-    ]
-
-
-def evaluation_batches(
-    dataset: TaskDataset, batch_size: int, rank: int = 0, n_processes: int = 1
-) -> Iterator[Batch]:
-    """Every row once, longest first: what would not fit into memory fails at the start. Of
-    `n_processes`, each gets every n-th batch.
-
-    The first batch has `batch_size` rows, each later one as many as have no more tokens in all.
-    """
-    order = np.argsort(-dataset.n_tokens, kind="stable")
-    ends = np.cumsum(dataset.n_tokens[order])  # tokens up to and with each row
-    start, budget, chunks = 0, ends[:batch_size][-1], []
-    while start < len(order):
-        tokens_before = ends[start - 1] if start else 0
-        end = np.searchsorted(ends, tokens_before + budget, side="right")
-        chunks.append(order[start:end])
-        start = end
-    for chunk in chunks[rank::n_processes]:
-        yield collate({dataset.task.name: (dataset, chunk)})
-
-
 # ------------------------------------------------------------------------------------- download
 
 DATA_URL = (
@@ -814,3 +513,36 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def load_data(
+    options,
+    tokenizer,
+    max_length,
+    splits,
+    tagger: Tagger | None = None,
+    encodings: dict[str, str] | None = None,
+) -> dict[str, dict[str, TaskDataset]]:
+    """split -> task -> dataset, for the chosen tasks."""
+    encodings = encodings or {}
+    data = {
+        split: {
+            name: TaskDataset(
+                getattr(options, f"{name}_{split}"),
+                TASKS[name],
+                split,
+                tokenizer,
+                max_length,
+                options.cache_dir,
+                SMOKETEST_ROWS if options.smoketest else None,
+                tagger,
+                encodings.get(name, "bi"),
+                split == "train" and options.both_orders and encodings.get(name, "bi") != "bi",
+            )
+            for name in options.tasks
+        }
+        for split in splits
+    }
+    if tagger:
+        tagger.rest()
+    return data

@@ -1,5 +1,6 @@
 """Metrics, the evaluation pass and prediction files. Takes a model and datasets, made elsewhere."""
 
+import argparse
 import csv
 import dataclasses
 import itertools
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets import Task, TaskDataset, evaluation_batches
+from batches import evaluation_batches
+from datasets import TaskDataset
+from tasks import TASKS, Task
 from utils import atomic_write, autocast, gather, n_processes, rank
 
 
@@ -146,3 +149,31 @@ def confusion_figure(evaluation: Evaluation):
 def format_scores(scores: dict[str, float]) -> str:
     """`accuracy 0.463, macro_f1 0.441`"""
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    model: torch.nn.Module,
+    epoch: int,
+    data: dict[str, dict[str, TaskDataset]],
+    options: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Write dev and test predictions of a checkpoint's model, print the table, return dev scores."""
+    written, scores = [], {}
+    for split in ("dev", "test"):
+        batches = data[split], options.batch_size, options.precision
+        for name, result in evaluate(model, *batches).items():
+            target = getattr(options, f"{name}_{split}_out")
+            if rank() == 0:
+                write_predictions(target, result)
+            written.append(target)
+            if split == "dev":
+                scores[name] = result.scores
+    print(f"\n{'task':<12}{'dev metric':<12}value")
+    for name, metrics in scores.items():
+        for metric, value in metrics.items():
+            print(f"{TASKS[name].title:<12}{metric:<12}{value:.4f}")
+    print(f"{'mean':<24}{mean_score(scores):.4f}\n")
+    print(f"checkpoint: {path} (epoch {epoch})")
+    print(f"predictions: {', '.join(written)}")
+    return scores

@@ -36,23 +36,14 @@ from ray.tune.search.optuna import OptunaSearch
 
 import evaluation
 from base_bert import BertConfig
+from checkpoint import claim_run, read_state
 from datasets import TaskDataset
-from multitask_classifier import (
-    MultitaskBERT,
-    RunLog,
-    Training,
-    claim_run,
-    decisive,
-    encoder_like,
-    encodings_of,
-    load_all,
-    model_of,
-    read_state,
-    restored_training,
-)
-from options import SEARCH_SPACE, build_parser, parse_options
+from multitask_classifier import MultitaskBERT, encoder_like, fit, load_all, model_of
+from options import SEARCH_SPACE, build_parser, decisive, encodings_of, parse_options
+from run_log import RunLog
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
+from training import Training, restored_training
 from utils import (
     Terminated,
     UserError,
@@ -152,7 +143,7 @@ def run_trial(config: dict, shared: Shared) -> None:
         training = start(options, shared, history.path.with_suffix(".resume"))
         if training.epoch:  # what had been reported may have been lost
             history.report(training)
-        training.fit(history.report)
+        fit(training, history.report)
     except (UserError, RuntimeError, MemoryError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise

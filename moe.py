@@ -6,14 +6,19 @@ with the largest weight, and only that one reads the sentence (as in Fedus et al
 2101.03961, where experts are feed-forward layers and read single tokens).
 """
 
+import argparse
 import copy
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import Sequences
 from base_bert import BertConfig
-from bert import BertModel, Sequences
+from batches import Batch
+from bert import BertModel
+from tasks import sequences_per_row
 
 N_EXPERTS = 3
 GATINGS = ("soft", "hard")
@@ -127,3 +132,29 @@ def per_token(values: Tensor, sequences: Sequences) -> Tensor:
     """Each sequence's values [B, ...] for each of its tokens [N, ...]."""
     n_tokens = sum(sequences.lengths)
     return values.repeat_interleave(sequences.offsets.diff(), dim=0, output_size=n_tokens)
+
+
+def expert_tags(options: argparse.Namespace) -> list[str]:
+    """What is logged of a mixture of experts: its balance, and for each task and expert, to how many
+    of the task's sentences the gate gives that expert the largest weight."""
+    experts = range(1, N_EXPERTS + 1)
+    return ["balance", *(f"moe/{name}_expert_{e}" for name in options.tasks for e in experts)]
+
+
+def add_routing(
+    losses: dict[str, Tensor], model: nn.Module, batch: Batch, options: argparse.Namespace
+) -> Tensor:
+    """Note how the gate has spread the batch's sentences; the loss for an uneven spread."""
+    n_sequences = {
+        name: rows * sequences_per_row(name, model.encodings, options.rdrop)
+        for name, rows in batch.step_rows.items()
+    }
+    choice = F.one_hot(model.bert.choice, N_EXPERTS).float()[batch.places]
+    for name, columns in batch.columns.items():
+        shares = torch.cat([choice[column] for column in columns]).sum(0) / n_sequences[name]
+        for number, share in enumerate(shares, start=1):
+            losses[f"moe/{name}_expert_{number}"] += share
+    balance = model.bert.balance_loss() * (len(batch.lengths) / sum(n_sequences.values()))
+    losses["balance"] += balance.detach()
+    losses["sum"] += options.moe_balance * balance.detach()
+    return options.moe_balance * balance

@@ -1,10 +1,14 @@
 """Optimizers from scratch. Only torch is needed."""
 
+import argparse
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from utils import sum_over_processes
 
 # Elements of one block on a CPU. Seven passes go over a block's four tensors (parameter, gradient,
 # two moments) and one scratch tensor; 5 x 256 Ki floats are 5 MB, which the last-level cache keeps
@@ -354,3 +358,116 @@ def check_settings(lr: float, betas: tuple[float, float], **at_least_zero: float
     for index, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{index}] must be in [0, 1), not {beta}")
+
+
+SOPHIA_BETAS = {"sophiah": (0.985, 0.99), "sophiag": (0.965, 0.99)}
+
+
+def freeze_and_unfreeze(model: nn.Module, options: argparse.Namespace, epoch: int) -> None:
+    """Set which weights train in this epoch (counted from 0); the heads always do.
+
+    `pretrain`: nothing of the encoder. `finetune`: all of it, or with an unfreezing interval one
+    more layer every `interval` epochs from the top, and the embeddings after the last layer; but what
+    is new in it like the heads (embeddings of tags, what weighs experts), always.
+    """
+    n_layers = model.bert.config.num_hidden_layers
+    if options.option == "pretrain":
+        trained = 0
+    elif options.unfreeze_interval:
+        trained = epoch // options.unfreeze_interval
+    else:
+        trained = n_layers + 1
+    for stack in model.bert.stacks:
+        for depth, layer in enumerate(reversed(stack.encoder.layer)):
+            layer.requires_grad_(depth < trained)
+        stack.embeddings.requires_grad_(trained > n_layers)
+    for parameter in model.bert.new_parameters:
+        parameter.requires_grad_(options.option == "finetune")
+
+
+def build_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer over all weights that may ever train: encoder with and without weight decay
+    (biases and LayerNorm go without), and heads, likewise; with `--layer_lr_decay`, each layer of the
+    encoder by itself."""
+    groups = defaultdict(list)
+    poolers = {each for stack in model.bert.stacks for each in stack.pooler.parameters()}
+    unused = poolers - set(model.bert.new_parameters)
+    depths = layers_below_heads(model)
+    for name, parameter in model.named_parameters():
+        encoder = name.startswith("bert.")
+        if parameter in unused or (encoder and options.option == "pretrain"):
+            continue
+        lr = options.lr * options.layer_lr_decay ** depths.get(parameter, 0)
+        groups["encoder" if encoder else "heads", lr, parameter.ndim > 1].append(parameter)
+
+    grouped = [parameter for parameters in groups.values() for parameter in parameters]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(set(grouped)) == len(grouped) and set(trained) <= set(grouped)
+    settings = []
+    for (part, lr, decays), parameters in groups.items():
+        count = sum(parameter.numel() for parameter in parameters)
+        decay = options.weight_decay if decays else 0.0
+        rate = f", rate {lr:.3g}" * (options.layer_lr_decay != 1)
+        print(f"{part}: {len(parameters)} tensors, {count:,} weights, weight decay {decay:g}{rate}")
+        settings.append({"params": parameters, "weight_decay": decay, "lr": lr})
+    if options.optimizer == "adamw":
+        return AdamW(settings, lr=options.lr)
+    sophia = dict(lr=options.lr, rho=options.rho, betas=SOPHIA_BETAS[options.optimizer])
+    if options.optimizer == "sophiah":
+        sophia["update_period"] = options.hess_interval
+        return SophiaH(settings, **sophia, all_reduce=sum_over_processes)
+    return SophiaG(settings, **sophia)
+
+
+def layers_below_heads(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many layers lie between a pretrained weight of the encoder and the heads, its own counted."""
+    depths = {}
+    for stack in model.bert.stacks:
+        parts = [*reversed(stack.encoder.layer), stack.embeddings]
+        for depth, part in enumerate(parts, start=1):
+            depths |= dict.fromkeys(part.parameters(), depth)
+    return {
+        each: depth for each, depth in depths.items() if each not in set(model.bert.new_parameters)
+    }
+
+
+PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
+PLATEAU_FACTOR = 0.5
+# How the rate falls, from 1 to 0, over the share of the steps after the warm-up that are over.
+EACH_STEP = {
+    "linear": lambda over: 1 - over,
+    "cosine": lambda over: (1 + math.cos(math.pi * over)) / 2,
+}
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespace):
+    """`plateau` steps on the mean dev score, `linear` and `cosine` on each optimizer step; None for
+    `none`."""
+    if options.scheduler == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE
+        )
+    if options.scheduler not in EACH_STEP:
+        return None
+    window = options.batch_size * options.grad_accumulation
+    steps = options.epochs * math.ceil(options.samples_per_epoch / window)
+    warm_up = round(options.warmup * steps)
+    fall = EACH_STEP[options.scheduler]
+
+    def factor(step: int) -> float:
+        """Of the rate, for the step of this number, from 0; it rises from the first one on."""
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        return fall((step - warm_up) / max(steps - warm_up, 1))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
+    """Add the gradients of `loss`, with their graph, to `.grad`. `loss.backward` would do the same
+    and warn of the reference cycle, which SophiaH breaks."""
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    for param, gradient in zip(params, gradients):
+        if gradient is not None:
+            param.grad = gradient if param.grad is None else param.grad + gradient

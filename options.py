@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
+from datasets import SMOKETEST_ROWS
 from moe import GATINGS
-from utils import UserError, one_line
+from optimizer import PLATEAU_FACTOR, PLATEAU_PATIENCE
+from tasks import PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
+from utils import ROOT, UserError, one_line
 
 DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 1.2e-3}
 DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
@@ -18,11 +20,7 @@ DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho time
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 PRECISIONS = ("auto", "float32", "bfloat16")
-PLATEAU_PATIENCE = 1  # epochs without a better mean dev score that `plateau` lets pass
-PLATEAU_FACTOR = 0.5
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
-SMOKETEST_ROWS = 32  # read of each file
-ROOT = Path(__file__).resolve().parent
 
 
 class Search(NamedTuple):
@@ -584,3 +582,21 @@ def batch_shares(text: str) -> tuple[float, ...]:
             f"must be above 0, not {text!r}; --sst, --para and --sts " "leave tasks out"
         )
     return shares
+
+
+def decisive(options: dict) -> dict:
+    """The options that a run's numbers depend on."""
+    free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
+    free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
+    free |= {"spacy_model"}  # the state knows the pipeline by its content
+    free |= {"config", "ray_address", "hpo", "searched", "profiler"}
+    return {
+        key: each
+        for key, each in options.items()
+        if key not in free and key[-4:] != "_out" and not key.startswith("hpo_")
+    }
+
+
+def encodings_of(options: dict) -> dict[str, str]:
+    """Pair task -> encoding, of a run's options; those of older runs say nothing."""
+    return {name: options.get(f"{name}_encoding", "bi") for name in PAIR_TASKS}

@@ -20,12 +20,15 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import evaluation
-from datasets import MAX_SIMILARITY, TASKS, Task, TaskDataset, collate
+from batches import collate
+from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
-from multitask_classifier import MultitaskBERT, load_data, load_trained
-from options import ROOT, parse_options, positive_int
+from multitask_classifier import MultitaskBERT, load_trained
+from options import parse_options, positive_int
+from tasks import MAX_SIMILARITY, TASKS, Task
 from tokenizer import BertTokenizer
 from utils import (
+    ROOT,
     UserError,
     atomic_write,
     autocast,

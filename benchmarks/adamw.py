@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from base_bert import BertConfig
-from bert import BertModel
-from optimizer import AdamW
+from base_bert import BertConfig  # noqa: E402
+from bert import BertModel  # noqa: E402
+from optimizer import AdamW  # noqa: E402
 
 MINILM = BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536

@@ -13,10 +13,12 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from throughput import ROOT, WARM_UP, mc, seconds
+from throughput import ROOT, WARM_UP, seconds
 
-from bert import FusedAttention, Sequences, flash_attention, jagged_attention, plain_attention
-from datasets import TASKS, TaskDataset
+from attention import FusedAttention, Sequences, flash_attention, jagged_attention, plain_attention
+from datasets import TaskDataset
+from options import parse_options
+from tasks import TASKS
 from tokenizer import BertTokenizer
 
 N_HEADS, WIDTH, DROPOUT = 12, 32, 0.1
@@ -32,7 +34,7 @@ OURS = {
 
 def batch_lengths(data_dir: str, batch_size: int) -> list[list[int]]:
     """Of each sentence column of each task, in a batch with the first rows of the training files."""
-    options = mc.parse_options(["--data_dir", data_dir, "--bert_model", "minilm"])
+    options = parse_options(["--data_dir", data_dir, "--bert_model", "minilm"])
     tokenizer, columns = BertTokenizer.from_pretrained("minilm"), []
     for name, task in TASKS.items():
         path = getattr(options, f"{name}_train")

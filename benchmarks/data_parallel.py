@@ -14,7 +14,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import TASKS, EpochSampler, TaskDataset, deal_out  # noqa: E402
+from batches import EpochSampler  # noqa: E402
+from batches import deal_out  # noqa: E402
+from datasets import TaskDataset  # noqa: E402
+from tasks import TASKS  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
 
 

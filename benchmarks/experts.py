@@ -19,6 +19,8 @@ import torch
 from throughput import ROOT, WARM_UP, Inputs, mc, resident_peak, seconds
 
 from moe import N_EXPERTS, MixtureOfExperts
+from optimizer import build_optimizer
+from options import parse_options
 
 KINDS = {"one encoder": None, "soft": "soft", "hard": "hard"}
 
@@ -27,11 +29,11 @@ class Contender:
     def __init__(self, kind: str, inputs: Inputs, args):
         flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
         gating, bert = KINDS[kind], copy.deepcopy(inputs.bert)
-        self.options = mc.parse_options(flags + (["--moe", gating] if gating else []))
+        self.options = parse_options(flags + (["--moe", gating] if gating else []))
         torch.manual_seed(1)  # the same gate in all
         self.model = mc.MultitaskBERT(MixtureOfExperts.of(bert, gating) if gating else bert)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.optimizer = mc.build_optimizer(self.model, self.options)
+            self.optimizer = build_optimizer(self.model, self.options)
 
     def evaluate(self, batch) -> float:
         self.model.eval()

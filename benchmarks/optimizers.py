@@ -19,6 +19,11 @@ import sys
 import torch
 from throughput import ROOT, WARM_UP, Inputs, mc, resident_peak, seconds
 
+from optimizer import build_optimizer
+from options import parse_options
+from tasks import TASKS
+from utils import keep_freed_memory
+
 INTERVALS = 10, 50
 # kind of step -> (optimizer, does it refresh the estimate, is the graph built needlessly)
 KINDS = {
@@ -33,7 +38,7 @@ KINDS = {
 
 def parse(args, optimizer: str):
     flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model, "--lr", "0"]
-    return mc.parse_options(flags + ["--optimizer", optimizer])
+    return parse_options(flags + ["--optimizer", optimizer])
 
 
 class Steps:
@@ -45,7 +50,7 @@ class Steps:
         self.options = {KINDS[kind][0]: parse(args, KINDS[kind][0]) for kind in kinds}
         with contextlib.redirect_stdout(io.StringIO()):
             self.optimizers = {
-                name: mc.build_optimizer(self.model, each) for name, each in self.options.items()
+                name: build_optimizer(self.model, each) for name, each in self.options.items()
             }
 
     def __call__(self, kind: str, window) -> float:
@@ -60,7 +65,7 @@ class Steps:
 def naive_step(model, window, optimizer, options) -> None:
     (batch,) = window
     outputs = model(batch, second_derivative=True)
-    total = sum(mc.TASKS[name].loss(each, batch.labels[name]) for name, each in outputs.items())
+    total = sum(TASKS[name].loss(each, batch.labels[name]) for name, each in outputs.items())
     total.backward(create_graph=True)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     torch.nn.utils.clip_grad_norm_(parameters, options.clip)
@@ -85,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     args.use_gpu = args.base = False
     if "SophiaH" in (args.memory_of or "SophiaH"):
-        mc.keep_freed_memory()  # as a run with SophiaH does; other steps do not notice
+        keep_freed_memory()  # as a run with SophiaH does; other steps do not notice
     kinds = [args.memory_of] if args.memory_of else list(KINDS)
     steps = Steps(args, kinds)
     times = {kind: [] for kind in kinds}

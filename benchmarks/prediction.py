@@ -28,8 +28,11 @@ from throughput import ROOT, MatrixRate, encoder_flops, mc  # noqa: E402
 from throughput import seconds as timed  # noqa: E402
 
 import predict  # noqa: E402
-from datasets import TASKS  # noqa: E402
-from utils import autocast, seed_everything  # noqa: E402
+from checkpoint import checkpoint_content, write_checkpoint
+from export import export
+from options import parse_options
+from tasks import TASKS
+from utils import autocast, seed_everything
 
 MATRIX_TOKENS = 6000
 
@@ -51,9 +54,9 @@ def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
 
 def make_checkpoint(args, path: Path) -> None:
     """The pretrained encoder and new heads: how long they take does not hang on what they know."""
-    options = mc.parse_options(["--bert_model", args.bert_model])
+    options = parse_options(["--bert_model", args.bert_model])
     model, tokenizer, _, _ = mc.load_model(options, None, None)
-    mc.write_checkpoint(path, mc.checkpoint_content(model, tokenizer, options, 0, {}))
+    write_checkpoint(path, checkpoint_content(model, tokenizer, options, 0, {}))
 
 
 class Ours:
@@ -72,7 +75,7 @@ class Ours:
 class Peer:
     def __init__(self, checkpoint: Path, args):
         folder = str(checkpoint.with_suffix(""))
-        predict.export(str(checkpoint), folder)
+        export(str(checkpoint), folder)
         self.heads = mc.load_checkpoint(checkpoint)[0].eval().to(args.device).heads
         self.batch_size, self.device, self.precision = args.batch_size, args.device, args.precision
         self.extract = transformers.pipeline(

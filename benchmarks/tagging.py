@@ -23,9 +23,13 @@ from pathlib import Path
 import torch
 from throughput import BATCH_SIZE, ROOT, WARM_UP, mc, seconds
 
+from batches import EpochSampler, training_windows
 from bert import BertModel
-from datasets import SPLITS, EpochSampler, training_windows
+from datasets import load_data
+from optimizer import build_optimizer
+from options import parse_options
 from tagging import Pipeline, Tagger, load_spacy
+from tasks import SPLITS
 from tokenizer import BertTokenizer
 from utils import seed_everything
 
@@ -34,9 +38,9 @@ CPU = torch.device("cpu")
 
 
 def load(args, tagger: Tagger | None, cache_dir) -> dict:
-    options = mc.parse_options(["--data_dir", args.data_dir, "--cache_dir", str(cache_dir)])
+    options = parse_options(["--data_dir", args.data_dir, "--cache_dir", str(cache_dir)])
     tokenizer = BertTokenizer.from_pretrained(args.bert_model)
-    return mc.load_data(options, tokenizer, args.max_length, SPLITS, tagger)
+    return load_data(options, tokenizer, args.max_length, SPLITS, tagger)
 
 
 def start(args) -> None:
@@ -102,14 +106,14 @@ def compare_steps(args, data: dict) -> None:
     samplers = {name: EpochSampler(len(each), 0) for name, each in data["train"].items()}
     n_rows = BATCH_SIZE * (args.steps + WARM_UP)
     windows = training_windows(data["train"], samplers, n_rows, BATCH_SIZE, 1)
-    options = mc.parse_options([])
+    options = parse_options([])
     models = {}
     for name, tables in {"without tags": (0, 0), "with tags": sizes}.items():
         overrides = dict(num_pos_tags=tables[0], num_ner_tags=tables[1])
         bert = BertModel.from_pretrained(args.bert_model, **overrides)
         model = mc.MultitaskBERT(bert).train()
         with contextlib.redirect_stdout(io.StringIO()):
-            models[name] = model, mc.build_optimizer(model, options)
+            models[name] = model, build_optimizer(model, options)
     times = {name: [] for name in models}
     for number, window in enumerate(windows):
         plain = [dataclasses.replace(batch, tags=None) for batch in window]

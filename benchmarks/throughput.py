@@ -31,12 +31,20 @@ sys.path.insert(0, str(ROOT))
 
 import multitask_classifier as mc  # noqa: E402
 from base_bert import BertConfig  # noqa: E402
+from batches import EpochSampler  # noqa: E402
+from batches import evaluation_batches  # noqa: E402
+from batches import training_windows  # noqa: E402
 from bert import BertModel  # noqa: E402
-from datasets import TASKS, EpochSampler, evaluation_batches, training_windows  # noqa: E402
+from datasets import load_data  # noqa: E402
 from evaluation import predict  # noqa: E402
+from optimizer import build_optimizer  # noqa: E402
 from options import PRECISIONS  # noqa: E402
+from options import parse_options  # noqa: E402
+from tasks import TASKS  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
-from utils import autocast, pick_device, seed_everything  # noqa: E402
+from utils import autocast  # noqa: E402
+from utils import pick_device  # noqa: E402
+from utils import seed_everything  # noqa: E402
 
 OURS, PEER = "this project", "transformers"
 BATCH_SIZE = 64
@@ -152,11 +160,11 @@ class Inputs:
         self.device = pick_device(args.use_gpu)
         flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
         flags += ["--precision", precision]
-        self.options = mc.parse_options(flags)
+        self.options = parse_options(flags)
         tokenizer = BertTokenizer.from_pretrained(args.bert_model)
         self.bert = BertModel(BASE) if args.base else BertModel.from_pretrained(args.bert_model)
         max_length = self.bert.config.max_position_embeddings
-        splits = mc.load_data(self.options, tokenizer, max_length, ("train", "dev"))
+        splits = load_data(self.options, tokenizer, max_length, ("train", "dev"))
         self.train, self.dev = splits["train"], splits["dev"]
         samplers = {name: EpochSampler(len(each), 0) for name, each in self.train.items()}
         n_rows = BATCH_SIZE * (args.steps + WARM_UP)
@@ -167,7 +175,7 @@ class Ours:
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
         self.model = mc.MultitaskBERT(inputs.bert).to(inputs.device).train()
-        self.optimizer = mc.build_optimizer(self.model, inputs.options)
+        self.optimizer = build_optimizer(self.model, inputs.options)
 
     def step(self, window):
         mc.training_step(self.model, window, self.optimizer, self.inputs.options)

@@ -23,7 +23,7 @@ from hypothesis import settings  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
-from datasets import TASKS  # noqa: E402
+from tasks import TASKS  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import minilm_directory, seed_everything  # noqa: E402
 

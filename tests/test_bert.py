@@ -2,21 +2,22 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import TINY, TRANSFORMERS_SEES_DATASETS
 
-import bert
-from base_bert import BertConfig
-from bert import (
-    BertModel,
-    Dropout,
+from attention import (
+    ATTENTION,
     FusedAttention,
     Sequences,
     draw_kept,
+    flash_attention,
+    flash_takes,
     jagged_attention,
-    pack,
     plain_attention,
 )
+from base_bert import BertConfig
+from bert import ACTIVATION_FUNCTIONS, GELU_BLOCK, BertModel, Dropout, pack
 
 SENTENCES = [
     "A deep, moving and often funny film.",
@@ -168,7 +169,7 @@ def test_every_attention_equals_padded_transformers_in_float32(
     twins, monkeypatch, attention, lengths
 ):
     """The one for CUDA too: on a CPU only the kernel within it is another."""
-    monkeypatch.setitem(bert.ATTENTION, "cpu", attention)
+    monkeypatch.setitem(ATTENTION, "cpu", attention)
     ours, theirs = twins(BertConfig(**TINY | dict(max_position_embeddings=512)))
     rows = [torch.randint(1, TINY["vocab_size"], (length,)) for length in lengths]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -200,7 +201,7 @@ def test_every_attention_equals_padded_transformers_in_float32(
 def test_flash_attention_is_for_some_heads_and_gpus(dtype, width, capability, takes):
     """As PyTorch says in pytorch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where it
     pads narrower heads, which the kernel itself does not."""
-    assert bert.flash_takes(dtype, width, capability) == takes
+    assert flash_takes(dtype, width, capability) == takes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
@@ -211,7 +212,7 @@ def test_flash_attention_equals_plain_attention_in_float64(lengths):
     qkv = torch.randn(sum(lengths), 3, 12, 32, device="cuda", dtype=torch.bfloat16)
     gradient = torch.randn_like(qkv[:, 0])
     results = []
-    for attention, dtype in ((bert.flash_attention, qkv.dtype), (plain_attention, torch.float64)):
+    for attention, dtype in ((flash_attention, qkv.dtype), (plain_attention, torch.float64)):
         leaf = qkv.to(dtype).requires_grad_()
         context = attention(leaf, sequences, 0.0)
         results.append((context, *torch.autograd.grad(context, leaf, gradient.to(dtype))))
@@ -220,7 +221,7 @@ def test_flash_attention_equals_plain_attention_in_float64(lengths):
         return float((ours.double() - expected).norm() / expected.norm())
 
     assert max(error(*pair) for pair in zip(*results)) < 1e-2
-    draws = [bert.flash_attention(qkv, sequences, 0.1).double() for _ in range(400)]
+    draws = [flash_attention(qkv, sequences, 0.1).double() for _ in range(400)]
     exact = results[1][0].detach()
     assert error(draws[0], exact) > 0.05 > error(sum(draws) / len(draws), exact)
 
@@ -287,3 +288,30 @@ def test_dropout_adds_the_residual_keeps_the_mean_and_rests_in_evaluation():
     torch.testing.assert_close(gradient, dropped.detach())
     assert not torch.equal(dropout(states), dropout(states))
     assert torch.equal(dropout.eval()(states, residual), states + residual)
+
+
+def random_states(*shape, **kwargs):
+    return (3 * torch.randn(*shape, **kwargs)).requires_grad_()
+
+
+@pytest.mark.parametrize("name", ACTIVATION_FUNCTIONS)
+def test_both_derivatives_are_right(name):
+    torch.manual_seed(1)
+    states = random_states(5, 7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(ACTIVATION_FUNCTIONS[name], (states,))
+    assert torch.autograd.gradgradcheck(ACTIVATION_FUNCTIONS[name], (states,))
+
+
+@pytest.mark.parametrize("shape", [(GELU_BLOCK // 8 + 3, 17), (3, 1), (0, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gelu_and_its_derivatives_are_pytorchs(shape, transposed):
+    torch.manual_seed(2)
+    states, vector = random_states(*shape), torch.randn(*shape)
+    results = []
+    for function in (ACTIVATION_FUNCTIONS["gelu"], F.gelu):
+        inputs = states.mT if transposed else states
+        outputs = function(inputs)
+        gradients = torch.autograd.grad(outputs.square().sum(), states, create_graph=True)
+        results.append([outputs, *gradients, *torch.autograd.grad(gradients, states, vector)])
+    for ours, pytorchs in zip(*results):
+        torch.testing.assert_close(ours, pytorchs)

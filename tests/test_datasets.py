@@ -20,19 +20,9 @@ from hypothesis import strategies as st
 from mutations import mutated
 
 import datasets
-from datasets import (
-    NAMED_ROWS,
-    TASKS,
-    EpochSampler,
-    TaskDataset,
-    collate,
-    deal_out,
-    download,
-    evaluation_batches,
-    git_blob_id,
-    read_examples,
-    training_windows,
-)
+from batches import EpochSampler, collate, deal_out, evaluation_batches, training_windows
+from datasets import NAMED_ROWS, TaskDataset, download, git_blob_id, read_examples
+from tasks import TASKS
 from utils import UserError
 
 SST, PARA, STS = TASKS.values()

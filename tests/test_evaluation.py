@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import evaluation
-from datasets import TASKS, TaskDataset
+from datasets import TaskDataset
 from evaluation import Evaluation, evaluate, mean_score, predict, score, write_predictions
+from tasks import TASKS
 
 
 @pytest.fixture

@@ -23,6 +23,17 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import experiments as ex
 from options import parse_options
+from result_tables import (
+    BUDGETS,
+    COLUMNS,
+    CURVE_COLUMNS,
+    CURVES,
+    FIGURE,
+    MAIN_SCORES,
+    RESULTS,
+    spread,
+)
+from utils import check_writable
 
 BUDGET = 3, 256  # in the place of the full one
 RECIPE = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 16}
@@ -53,7 +64,7 @@ def trained(flags, tmp_path_factory):
     folder, shown = tmp_path_factory.mktemp("trained"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(ex.BUDGETS, "full", BUDGET)
+        patch.setitem(BUDGETS, "full", BUDGET)
         write_recipes(baseline=RECIPE, bad=TOO_LONG)
         with contextlib.redirect_stdout(shown):
             status = ex.main(["run", "bad", "baseline", "--jobs", "2", "--seeds", "1", *flags])
@@ -129,12 +140,12 @@ def test_a_failed_run_stops_no_other(trained):
 def test_only_what_is_not_done_is_run(trained, flags, tmp_path, monkeypatch):
     shutil.copytree(trained[0] / "results", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ex.BUDGETS, "full", BUDGET)
+    monkeypatch.setitem(BUDGETS, "full", BUDGET)
     write_recipes(baseline=RECIPE)
     started = []
 
     def train(run, *_):
-        ex.check_writable(run.log)
+        check_writable(run.log)
         run.log.write_text("")
         started.append(int(run.identity["seed"]))
         return 1
@@ -221,7 +232,7 @@ def result(recipe, seed, scores, **more):
 
 
 def write_results(*rows):
-    ex.record(ex.RESULTS, list(rows), ex.COLUMNS, ["run"])
+    ex.record(RESULTS, list(rows), COLUMNS, ["run"])
 
 
 START, END = "# A\n\n  text \n<!-- experiments:{} -->\n", "<!-- /experiments -->"
@@ -303,7 +314,7 @@ def test_rows_compare_on_one_device_and_on_the_seeds_that_both_have(place):
 def test_the_memory_of_a_gpu_is_its_own(trained, flags, monkeypatch):
     """What CUDA's allocator had at most, not what the process took of the host's."""
     monkeypatch.chdir(trained[0])
-    monkeypatch.setitem(ex.BUDGETS, "full", BUDGET)
+    monkeypatch.setitem(BUDGETS, "full", BUDGET)
     run = ex.plan_run("baseline", 11711, "full", flags)
     before, text = ex.outcome(run)[0], run.log.read_text()
     with monkeypatch.context() as patch:
@@ -343,16 +354,16 @@ def test_curves_are_the_mean_over_seeds_within_its_range(place, monkeypatch):
     runs = [result("baseline", seed, (1, 1, 1)) for seed in range(3)]
     write_results(*runs, result("baseline", 1, (1, 1, 1), budget="2x4000"))
     ex.record(
-        ex.CURVES,
+        CURVES,
         [
             {"run": run["run"], "epoch": str(epoch), "split": "dev", "metric": metric}
             | {"value": str(values[epoch][seed] / (1 + place))}
-            for place, metric in enumerate(ex.MAIN_SCORES)
+            for place, metric in enumerate(MAIN_SCORES)
             for seed, run in enumerate(runs)
             for epoch in values
         ],
-        ex.CURVE_COLUMNS,
-        ex.CURVE_COLUMNS[:-1],
+        CURVE_COLUMNS,
+        CURVE_COLUMNS[:-1],
     )
     figures, save = [], matplotlib.figure.Figure.savefig
 
@@ -364,7 +375,7 @@ def test_curves_are_the_mean_over_seeds_within_its_range(place, monkeypatch):
     pictures = []
     for _ in range(2):
         assert ex.main(["plot"]) == 0
-        pictures.append(ex.FIGURE.read_bytes())
+        pictures.append(FIGURE.read_bytes())
     assert pictures[0] == pictures[1]
     assert pictures[0].startswith(b"\x89PNG") and len(pictures[0]) < 150_000
     for place, panel in enumerate(figures[0].axes):
@@ -396,6 +407,6 @@ def test_two_writers_lose_nothing(place):
 
 def test_a_score_that_a_seed_lacks_has_no_mean():
     """Which would be that of other seeds than the scores beside it."""
-    assert ex.spread(pd.Series([0.25, 0.5, 0.75])) == "0.500 ± 0.250"
-    assert ex.spread(pd.Series([0.25])) == "0.250"
-    assert ex.spread(pd.Series([0.25, np.nan])) == ""
+    assert spread(pd.Series([0.25, 0.5, 0.75])) == "0.500 ± 0.250"
+    assert spread(pd.Series([0.25])) == "0.250"
+    assert spread(pd.Series([0.25, np.nan])) == ""

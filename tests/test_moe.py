@@ -7,6 +7,9 @@ from test_resume import OFTEN, Killed, assert_same, nth_call, outcome
 import multitask_classifier as mc
 from bert import BertModel
 from moe import GATINGS, N_EXPERTS, MixtureOfExperts
+from optimizer import build_optimizer, freeze_and_unfreeze
+from options import parse_options
+from tasks import TASKS
 
 
 @pytest.fixture
@@ -185,20 +188,20 @@ def test_tensorboard_shows_how_sentences_spread(flags, tmp_path):
     assert mc.main(flags + ["--moe", "hard", "--moe_balance", "0.5"]) == 0
     (directory,) = (tmp_path / "logdir").iterdir()
     log = EventAccumulator(str(directory)).Reload()
-    for task in mc.TASKS:
+    for task in TASKS:
         shares = [
             [event.value for event in log.Scalars(f"moe/{task}_expert_{number}")]
             for number in range(1, N_EXPERTS + 1)
         ]
         assert np.sum(shares, axis=0) == pytest.approx(np.ones(8))  # of eight steps
-    parts = [log.Scalars(f"loss/{name}") for name in (*mc.TASKS, "balance", "sum")]
+    parts = [log.Scalars(f"loss/{name}") for name in (*TASKS, "balance", "sum")]
     for *losses, balance, whole in zip(*parts):
         assert whole.value == pytest.approx(sum(x.value for x in losses) + 0.5 * balance.value)
         assert 1 <= balance.value <= N_EXPERTS + 1e-5
 
 
 def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
-    options = mc.parse_options(["--bert_model", str(tiny_directory), "--moe", "soft"])
+    options = parse_options(["--bert_model", str(tiny_directory), "--moe", "soft"])
     model = mc.load_model(options, None, None)[0]
     expected = BertModel.from_pretrained(str(tiny_directory)).state_dict()
     assert len(model.bert.stacks) == N_EXPERTS + 1
@@ -210,9 +213,9 @@ def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
 
 
 def test_what_trains_of_a_mixture(tiny_directory):
-    options = mc.parse_options(["--bert_model", str(tiny_directory), "--moe", "hard"])
+    options = parse_options(["--bert_model", str(tiny_directory), "--moe", "hard"])
     model = mc.load_model(options, None, None)[0]
-    mc.freeze_and_unfreeze(model, "finetune", 1, epoch=0)
+    freeze_and_unfreeze(model, "finetune", 1, epoch=0)
     names = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     bert = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("bert.")}
     assert (
@@ -228,8 +231,8 @@ def test_what_trains_of_a_mixture(tiny_directory):
         }
         and "route" in names
     )
-    mc.freeze_and_unfreeze(model, "finetune", 0, epoch=0)
-    mc.build_optimizer(model, options)  # checks that its groups hold all that trains
+    freeze_and_unfreeze(model, "finetune", 0, epoch=0)
+    build_optimizer(model, options)  # checks that its groups hold all that trains
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {
         f"bert.experts.{number}.pooler.dense.{kind}"

@@ -22,11 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bert
 import datasets
 import multitask_classifier as mc
+import run_log
+from attention import ATTENTION, FusedAttention, jagged_attention, plain_attention
+from batches import EpochSampler, collate, join, step_noise, training_windows
 from bert import BertModel, Dropout
-from datasets import SPLITS, TASKS, EpochSampler, TaskDataset, collate, training_windows
+from checkpoint import checkpoint_content, claim_run, write_checkpoint
+from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
-from options import SMOKETEST
+from optimizer import build_optimizer, build_scheduler, freeze_and_unfreeze
+from options import SMOKETEST, encodings_of, parse_options
+from run_log import RunLog
+from tasks import SPLITS, TASKS, task_loss
 from tokenizer import BertTokenizer
 from utils import UserError, seeded_generator
 
@@ -47,7 +54,7 @@ def data(tiny_directory):
 
 
 def options(*flags):
-    return mc.parse_options(list(flags))
+    return parse_options(list(flags))
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -175,7 +182,7 @@ def test_pairs_in_one_sequence_equal_their_formula(tiny_directory, encoding, nam
 def test_pairs_that_are_too_long_are_cut_alike_packed_and_padded():
     ids = [torch.randint(5, 90, (2, length)) for length in (50, 30)]
     first, second = ((each, torch.ones_like(each), each[None].repeat(2, 1, 1)) for each in ids)
-    joint, mask, tags, types = mc.join(first, second, 40)
+    joint, mask, tags, types = join(first, second, 40)
     assert joint.shape == mask.shape == types.shape == (2, 40) and mask.all()
     assert tags.shape == (2, 2, 40) and tags.equal(joint[None].expand(2, 2, 40))
     columns = [datasets.TokenColumn(each[:1].numpy(), np.array([0, each.shape[1]])) for each in ids]
@@ -185,11 +192,11 @@ def test_pairs_that_are_too_long_are_cut_alike_packed_and_padded():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("attention", [bert.FusedAttention.apply, bert.jagged_attention])
+@pytest.mark.parametrize("attention", [FusedAttention.apply, jagged_attention])
 def test_bfloat16_autocast_gives_finite_gradients_to_float32_weights(
     model, data, attention, monkeypatch
 ):
-    monkeypatch.setitem(bert.ATTENTION, "cpu", attention)
+    monkeypatch.setitem(ATTENTION, "cpu", attention)
     batch = collate({name: (data[name], np.arange(6)) for name in TASKS})
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(batch)
@@ -220,7 +227,7 @@ class Waits(TorchDispatchMode):
 def test_a_training_step_waits_for_the_device_once(model, data, name):
     """For whether it is finite; of Sophia one between two estimates, which are looked at too."""
     chosen = options("--optimizer", name)
-    optimizer = mc.build_optimizer(model.train(), chosen)
+    optimizer = build_optimizer(model.train(), chosen)
     mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
     with Waits() as waits:
         mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
@@ -242,13 +249,13 @@ def parts_that_train(model):
 
 
 def test_option_and_unfreezing_decide_what_trains(model):
-    mc.freeze_and_unfreeze(model, "pretrain", 0, epoch=5)
+    freeze_and_unfreeze(model, "pretrain", 0, epoch=5)
     assert parts_that_train(model) == (set(), False)
-    mc.freeze_and_unfreeze(model, "finetune", 0, epoch=0)
+    freeze_and_unfreeze(model, "finetune", 0, epoch=0)
     assert parts_that_train(model) == ({0, 1}, True)
     seen = []
     for epoch in range(8):
-        mc.freeze_and_unfreeze(model, "finetune", 2, epoch)
+        freeze_and_unfreeze(model, "finetune", 2, epoch)
         seen.append(parts_that_train(model))
     top, both = ({1}, False), ({0, 1}, False)
     assert seen == 2 * [(set(), False)] + 2 * [top] + 2 * [both] + 2 * [({0, 1}, True)]
@@ -257,8 +264,8 @@ def test_option_and_unfreezing_decide_what_trains(model):
 @pytest.mark.parametrize("epoch, moved", [(0, set()), (1, {1}), (2, {0, 1})])
 def test_the_optimizer_never_touches_a_frozen_parameter(model, data, epoch, moved):
     chosen = options("--unfreeze_interval", "1", "--lr", "0.01", "--weight_decay", "0.5")
-    optimizer = mc.build_optimizer(model, chosen)
-    mc.freeze_and_unfreeze(model, "finetune", 1, epoch)
+    optimizer = build_optimizer(model, chosen)
+    freeze_and_unfreeze(model, "finetune", 1, epoch)
     before = {name: p.clone() for name, p in model.named_parameters()}
     batch = collate({name: (data[name], np.arange(4)) for name in TASKS})
     mc.training_step(model, [batch], optimizer, chosen)
@@ -270,8 +277,8 @@ def test_the_optimizer_never_touches_a_frozen_parameter(model, data, epoch, move
 
 @pytest.mark.parametrize("option", ["finetune", "pretrain"])
 def test_optimizer_groups_hold_each_trained_weight_once(model, option):
-    mc.freeze_and_unfreeze(model, option, 0, 0)
-    optimizer = mc.build_optimizer(model, options("--option", option, "--weight_decay", "0.3"))
+    freeze_and_unfreeze(model, option, 0, 0)
+    optimizer = build_optimizer(model, options("--option", option, "--weight_decay", "0.3"))
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
@@ -349,10 +356,10 @@ def test_only_steps_that_refresh_take_the_plain_attention(model, data, monkeypat
     def note(name, attention):
         return lambda *arguments: taken.append(name) or attention(*arguments)
 
-    monkeypatch.setitem(bert.ATTENTION, "cpu", note("fused", bert.FusedAttention.apply))
-    monkeypatch.setattr(bert, "plain_attention", note("plain", bert.plain_attention))
+    monkeypatch.setitem(ATTENTION, "cpu", note("fused", FusedAttention.apply))
+    monkeypatch.setattr(bert, "plain_attention", note("plain", plain_attention))
     chosen = options("--optimizer", "sophiah", "--hess_interval", "3")
-    optimizer = mc.build_optimizer(model.train(), chosen)
+    optimizer = build_optimizer(model.train(), chosen)
     for _ in range(5):
         mc.training_step(model, windows(data, 10, 1), optimizer, chosen)
     layers = model.bert.config.num_hidden_layers
@@ -367,7 +374,7 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
     model.double().eval()
     window = windows({name: data[name] for name in ("sst", "sts")}, 4, 3)
     chosen = options("--optimizer", "sophiah", "--clip", "1e-4", "--lr", "0")
-    optimizer = mc.build_optimizer(model, chosen)
+    optimizer = build_optimizer(model, chosen)
     for group in optimizer.param_groups:
         group["betas"] = (0.9, 0.0)  # the average is the estimate
     mc.training_step(model, window, optimizer, chosen)
@@ -399,7 +406,7 @@ def test_estimates_in_bfloat16_are_finite_and_close(model, data, name):
     estimates = []
     for precision in ("float32", "bfloat16"):
         chosen = options("--optimizer", name, "--lr", "0", "--precision", precision)
-        optimizer = mc.build_optimizer(model.eval(), chosen)
+        optimizer = build_optimizer(model.eval(), chosen)
         torch.manual_seed(4)
         mc.training_step(model, windows(data, 10, 1), optimizer, chosen)
         assert optimizer.skipped_refreshes == 0
@@ -413,7 +420,7 @@ def test_estimates_in_bfloat16_are_finite_and_close(model, data, name):
 
 def test_labels_drawn_from_outputs_that_are_not_finite_give_a_skipped_estimate(model, data):
     chosen = options("--optimizer", "sophiag")
-    optimizer = mc.build_optimizer(model.train(), chosen)
+    optimizer = build_optimizer(model.train(), chosen)
     with torch.no_grad():
         model.heads["sst"].out.bias.fill_(torch.nan)
     mc.gauss_newton_gradients(model, windows(data, 10, 1), dict.fromkeys(TASKS, 1.0), (1, 0))
@@ -451,7 +458,7 @@ def test_drawn_labels_do_not_depend_on_how_rows_are_divided(data):
         noise = torch.empty(10, TASKS["sst"].num_classes)
         for rank in range(n_processes):
             for batch in windows(data, batch_size, 10 // batch_size, rank, n_processes):
-                noise[batch.picks["sst"]] = mc.step_noise(batch, "sst", (7, step))
+                noise[batch.picks["sst"]] = step_noise(batch, "sst", (7, step))
         return noise
 
     alone = drawn(1, 10, 0)
@@ -470,20 +477,20 @@ def test_drawn_labels_have_the_distribution_that_the_loss_assumes():
 
 
 def test_schedulers(model):
-    optimizer = mc.build_optimizer(model, options("--lr", "0.5"))
+    optimizer = build_optimizer(model, options("--lr", "0.5"))
     rates = []
-    plateau = mc.build_scheduler(optimizer, options("--scheduler", "plateau"))
+    plateau = build_scheduler(optimizer, options("--scheduler", "plateau"))
     for mean in (0.5, 0.6, 0.6, 0.6, 0.7, 0.7):
         plateau.step(mean)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
     chosen = options("--scheduler", "cosine", "--epochs", "2", "--samples_per_epoch", "130")
-    cosine = mc.build_scheduler(optimizer, chosen)  # 3 steps an epoch
+    cosine = build_scheduler(optimizer, chosen)  # 3 steps an epoch
     for _ in range(6):
         optimizer.step()
         cosine.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
-    assert mc.build_scheduler(optimizer, options("--scheduler", "none")) is None
+    assert build_scheduler(optimizer, options("--scheduler", "none")) is None
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -491,8 +498,8 @@ def test_warm_up_and_fall_are_those_of_transformers(model, name):
     """With one step more at each end, where its rate is 0 and nothing would be learned."""
     flags = ["--epochs", "3", "--samples_per_epoch", "640", "--warmup", "0.2", "--lr", "0.5"]
     chosen = options("--scheduler", name, *flags)
-    optimizer = mc.build_optimizer(model, chosen)
-    scheduler = mc.build_scheduler(optimizer, chosen)
+    optimizer = build_optimizer(model, chosen)
+    scheduler = build_scheduler(optimizer, chosen)
     peer_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     peer = transformers.get_scheduler(name, peer_optimizer, 7, 31)
     for step in range(30):
@@ -505,7 +512,7 @@ def test_warm_up_and_fall_are_those_of_transformers(model, name):
 
 
 def test_lower_layers_have_lower_rates(model):
-    optimizer = mc.build_optimizer(model, options("--lr", "0.1", "--layer_lr_decay", "0.5"))
+    optimizer = build_optimizer(model, options("--lr", "0.1", "--layer_lr_decay", "0.5"))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     n_layers = model.bert.config.num_hidden_layers
     for name, parameter in model.named_parameters():
@@ -581,7 +588,7 @@ def numpy_ordinal():
 )
 def test_losses_of_classes_equal_their_formulas(flags, expected):
     outputs = [torch.tensor(LOGITS)]
-    loss = mc.task_loss(TASKS["sst"], outputs, torch.tensor(LABELS), options(*flags))
+    loss = task_loss(TASKS["sst"], outputs, torch.tensor(LABELS), options(*flags))
     assert loss.item() == pytest.approx(expected)
 
 
@@ -594,12 +601,12 @@ def test_rdrop_equals_its_formula():
         divergence = (one * np.log(one / two)).sum(axis=1) + (two * np.log(two / one)).sum(axis=1)
         total += (likelihood + 0.7 * divergence / 2).mean() / 2
     outputs, labels = [torch.tensor(each.copy()) for each in passes], torch.tensor(LABELS)
-    loss = mc.task_loss(TASKS["para"], outputs, labels, options("--rdrop", "0,0.7,2"))
+    loss = task_loss(TASKS["para"], outputs, labels, options("--rdrop", "0,0.7,2"))
     assert loss.item() == pytest.approx(total / 2)
     values = [torch.tensor([1.0, 2.0, 4.5]), torch.tensor([1.5, 2.0, 4.0])]
     truth = torch.tensor([0.0, 3.0, 5.0])
     expected = np.mean([[1, 1, 0.25], [2.25, 1, 1]]) + 2 / 2 * np.mean([0.25, 0, 0.25])
-    loss = mc.task_loss(TASKS["sts"], values, truth, options("--rdrop", "0,0.7,2"))
+    loss = task_loss(TASKS["sts"], values, truth, options("--rdrop", "0,0.7,2"))
     assert loss.item() == pytest.approx(expected)
 
 
@@ -684,14 +691,14 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
 
 
 def test_tensorboards_projector_has_dev_sentences(model, tiny_directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(mc, "PROJECTED_ROWS", 4)
+    monkeypatch.setattr(run_log, "PROJECTED_ROWS", 4)
     texts = ["a longer film", "a\ttab", "two\nlines", "good .", "not shown"]
     with open(tmp_path / "dev.csv", "w", newline="") as file:
         rows = [[f"i{n}", text, n % 5] for n, text in enumerate(texts)]
         csv.writer(file, delimiter="\t").writerows([["id", "sentence", "sentiment"], *rows])
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     dataset = TaskDataset(tmp_path / "dev.csv", TASKS["sst"], "dev", tokenizer, 128)
-    log = mc.RunLog(tmp_path / "log")
+    log = RunLog(tmp_path / "log")
     log.sentences(model, dataset, batch_size=3, precision="float32")
     log.close()
 
@@ -770,7 +777,7 @@ def test_smoketest_is_short(flags, tmp_path, monkeypatch, capsys):
     assert mc.main(keep + ["--smoketest"]) == 0
     files = list((tmp_path / "predictions" / "smoketest").glob("*.csv"))
     assert len(files) == 6
-    assert {len(path.read_text().splitlines()) for path in files} == {mc.SMOKETEST_ROWS + 1}
+    assert {len(path.read_text().splitlines()) for path in files} == {SMOKETEST_ROWS + 1}
     assert options("--smoketest").epochs == SMOKETEST["epochs"]
     assert options("--smoketest", "--epochs", "3").epochs == 3
 
@@ -796,8 +803,8 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
 
 def test_both_orders_are_for_training_on_pairs_that_are_read_in_one_sequence(minilm_tokenizer):
     chosen = options("--data_dir", str(SAMPLE), "--both_orders", "--sts_encoding", "cross")
-    encodings = mc.encodings_of(vars(chosen))
-    data = mc.load_data(chosen, minilm_tokenizer, 64, SPLITS, None, encodings)
+    encodings = encodings_of(vars(chosen))
+    data = load_data(chosen, minilm_tokenizer, 64, SPLITS, None, encodings)
     rows = {split: [len(dataset) for dataset in data[split].values()] for split in SPLITS}
     assert rows == {"train": [1500, 1500, 3000], "dev": [300] * 3, "test": [300] * 3}
 
@@ -862,7 +869,7 @@ def checkpoint(model, tiny_directory, tmp_path):
     path = tmp_path / "model.pt"
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     scores = {"sst": {"accuracy": 0.5}}
-    mc.write_checkpoint(path, mc.checkpoint_content(model, tokenizer, options(), 3, scores))
+    write_checkpoint(path, checkpoint_content(model, tokenizer, options(), 3, scores))
     return path
 
 
@@ -952,9 +959,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model, tokenizer, saved = mc.load_checkpoint({str(checkpoint)!r})
 try:
-    content = mc.checkpoint_content(model, tokenizer, mc.parse_options([]), 4, {{}})
-    mc.write_checkpoint(mc.Path({str(checkpoint)!r}), content)
-except mc.UserError as error:
+    content = checkpoint_content(model, tokenizer, parse_options([]), 4, {{}})
+    write_checkpoint(mc.Path({str(checkpoint)!r}), content)
+except UserError as error:
     print(error)
 """
     before = checkpoint.read_bytes()
@@ -979,7 +986,7 @@ def test_a_fourth_task_is_a_row_and_a_head(model, data, monkeypatch):
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):
     chosen = options("--logdir", str(tmp_path))
-    claimed = [mc.claim_run(chosen, "finetune") for _ in range(5)]
+    claimed = [claim_run(chosen, "finetune") for _ in range(5)]
     assert len({run for run, _ in claimed}) == len({folder for _, folder in claimed}) == 5
 
 

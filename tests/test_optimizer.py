@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets import draw_class, draw_value
 from optimizer import CPU_BLOCK, AdamW, SophiaG, SophiaH
+from tasks import draw_class, draw_value
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 

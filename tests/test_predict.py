@@ -17,10 +17,16 @@ from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+import export
 import multitask_classifier as mc
 import predict
+from batches import collate
 from bert import BertModel
-from datasets import TASKS, collate
+from checkpoint import checkpoint_content, write_checkpoint
+from datasets import load_data
+from export import hub_id
+from options import parse_options
+from tasks import TASKS
 
 KINDS = {
     "plain": [],
@@ -59,16 +65,16 @@ def make_checkpoint(tmp_path_factory, tiny_directory, request):
             flags += ["--cache_dir", str(folder / "cache"), "--data_dir", str(SAMPLE)]
             if kind == "tags":
                 flags += ["--spacy_model", str(request.getfixturevalue("pipeline_directory"))]
-            options = mc.parse_options(flags)
+            options = parse_options(flags)
             torch.manual_seed(4)
             model, tokenizer, tagger, _ = mc.load_model(options, None, None)
             length = options.max_length or model.bert.config.max_position_embeddings
             parts = options, tokenizer, length, ("dev",), tagger, model.encodings
-            scatter(model, mc.load_data(*parts)["dev"])
+            scatter(model, load_data(*parts)["dev"])
             scores = {"sst": {"accuracy": 0.4321}, "sts": {"pearson": 0.8765}}
-            content = mc.checkpoint_content(model, tokenizer, options, 3, scores, tagger)
+            content = checkpoint_content(model, tokenizer, options, 3, scores, tagger)
             made[kind] = folder / f"{kind.replace(' ', '-')}.pt"
-            mc.write_checkpoint(made[kind], content)
+            write_checkpoint(made[kind], content)
         return made[kind]
 
     return make
@@ -535,7 +541,7 @@ def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
     assert ("is not the similarity for which" in card.content) == (kind in ("cross", "both"))
     assert ("`joint_heads.*`" in card.content) == (kind in ("cross", "both"))
     (command,) = re.findall(r"^python multitask_classifier.py .*", card.content, re.MULTILINE)
-    options = mc.parse_options(shlex.split(command)[2:])
+    options = parse_options(shlex.split(command)[2:])
     assert options.evaluate == f"models/{kind}.pt".replace(" ", "-")
     for path in exported(kind).glob("**/*"):
         if path.suffix in (".md", ".json", ".py"):
@@ -545,10 +551,10 @@ def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
 
 
 def test_the_card_names_the_model_it_began_with():
-    assert predict.hub_id("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
-    assert predict.hub_id("bert-base-uncased") == "bert-base-uncased"
-    assert predict.hub_id("google/bert_uncased_L-2_H-128_A-2").startswith("google/")
-    assert predict.hub_id(str(ROOT)) is None and predict.hub_id("tests") is None
+    assert hub_id("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert hub_id("bert-base-uncased") == "bert-base-uncased"
+    assert hub_id("google/bert_uncased_L-2_H-128_A-2").startswith("google/")
+    assert hub_id(str(ROOT)) is None and hub_id("tests") is None
 
 
 @pytest.mark.parametrize("kind, flag", [("tags", "--additional_input"), ("hard", "--moe")])
@@ -577,7 +583,7 @@ def test_an_export_is_all_or_nothing(make_checkpoint, tmp_path, capsys, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "model_card", interrupt)  # the last part of it
+        patch.setattr(export, "model_card", interrupt)  # the last part of it
         assert predict.main([*command, str(tmp_path / "new")]) == 130
         assert predict.main([*command, str(empty)]) == 130
     assert sorted(path.name for path in tmp_path.glob("**/*")) == ["empty", "full", "mine"]

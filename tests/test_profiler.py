@@ -11,6 +11,7 @@ from torch_tb_profiler.profiler.data import RunProfileData
 from torch_tb_profiler.profiler.event_parser import ProfileRole
 
 import multitask_classifier as mc
+import training
 from profiler import KINDS, breakdown, length_of_union, steps_of
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
@@ -128,6 +129,6 @@ def test_profiling_changes_no_numbers(profiled, flags, tmp_path):
 
 
 def test_without_the_flag_nothing_is_recorded(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(mc, "StepProfiler", None)
+    monkeypatch.setattr(training, "StepProfiler", None)
     assert mc.main(flags + ["--epochs", "1"]) == 0
     assert not list((tmp_path / "logdir").glob("*/*.json"))

@@ -13,11 +13,17 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import multitask_classifier as mc
 import report
+from batches import collate
 from bert import BertModel
-from datasets import TASKS, TaskDataset, collate
+from checkpoint import checkpoint_content, write_checkpoint
+from datasets import TaskDataset
+from evaluation import confusion_counts
 from multitask_classifier import MultitaskBERT
+from options import parse_options
 from report import Calibration, Result, Score
+from tasks import TASKS
 from tokenizer import BertTokenizer
+from utils import UserError
 
 # ---------------------------------------------------------------------------------------- numbers
 
@@ -249,15 +255,15 @@ def trained(tiny_directory, tmp_path):
     """Writes a checkpoint of an untrained model, which is as good as any here."""
 
     def make(*flags):
-        options = mc.parse_options(["--bert_model", str(tiny_directory), *flags])
+        options = parse_options(["--bert_model", str(tiny_directory), *flags])
         options.cache_dir = str(tmp_path / "cache")
         model, tokenizer, tagger, _ = mc.load_model(options, None, None)
         with torch.no_grad():
             for head in (*model.heads.values(), *model.joint_heads.values()):
                 for parameter in head.parameters():
                     parameter.mul_(3)  # else all rows would get the same class
-        content = mc.checkpoint_content(model, tokenizer, options, 1, {}, tagger)
-        mc.write_checkpoint(tmp_path / "model.pt", content)
+        content = checkpoint_content(model, tokenizer, options, 1, {}, tagger)
+        write_checkpoint(tmp_path / "model.pt", content)
         return str(tmp_path / "model.pt")
 
     return make
@@ -299,7 +305,7 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
     again = ["--evaluate", checkpoint, "--data_dir", str(SAMPLE), "--smoketest"]
     again += ["--predictions_dir", str(tmp_path / "predictions")]
     again += ["--cache_dir", str(tmp_path / "cache")]
-    expected = mc.evaluate_only(mc.parse_options(again))
+    expected = mc.evaluate_only(parse_options(again))
     titles = {task.title: name for name, task in TASKS.items()}
     scores = {
         (titles[row[0]], row[1].replace(" ", "_")): row[2]
@@ -393,13 +399,13 @@ def test_bad_input_ends_in_one_line(flags, message, trained, tmp_path, capsys):
 
 def test_answers_that_are_no_numbers_are_an_error(result):
     data = result("sst")[0].dataset
-    with pytest.raises(mc.UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         Result.of(data, torch.full((120, 5), torch.nan))
 
 
 def test_the_confusion_matrix_counts_labelled_rows(result):
     found, outputs = result("para")
-    counts = report.confusion_counts(found.evaluation)
+    counts = confusion_counts(found.evaluation)
     for true in range(2):
         for predicted in range(2):
             rows = (found.dataset.labels == true) & (outputs.argmax(axis=1) == predicted)

@@ -17,7 +17,10 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
-from utils import UserError
+from checkpoint import read_state
+from tasks import TASKS
+from training import Training
+from utils import UserError, hold
 
 OPTIMIZERS = {
     "adamw": [
@@ -143,7 +146,7 @@ def kill_often(flags, times, longest):
         if run.returncode == 0:  # it had finished before; the rest of the moments come too late
             break
         states = Path(flags[flags.index("--models_dir") + 1]).glob("*.resume")
-        killed += [mc.read_state(path)["epoch"] for path in states] or [0]
+        killed += [read_state(path)["epoch"] for path in states] or [0]
     last = start(flags, "--resume", "auto")  # TensorBoard's files are ordered by the second
     _, errors = last.communicate()
     assert last.returncode == 0, errors
@@ -205,10 +208,8 @@ def test_what_a_killed_run_had_half_written_is_removed(flags, tmp_path):
 
 def test_how_often_a_run_saves(flags, monkeypatch):
     saves = []
-    save = mc.Training.save
-    monkeypatch.setattr(
-        mc.Training, "save", lambda self: saves.append(self.n_windows) or save(self)
-    )
+    save = Training.save
+    monkeypatch.setattr(Training, "save", lambda self: saves.append(self.n_windows) or save(self))
     assert mc.main(flags) == 0
     assert saves == [0, 0]  # after each of the two epochs
     saves.clear()
@@ -217,7 +218,7 @@ def test_how_often_a_run_saves(flags, monkeypatch):
 
 
 def test_a_resumed_run_may_write_elsewhere(flags, stopped, tmp_path):
-    outputs = [f"--{name}_{split}_out" for name in mc.TASKS for split in ("dev", "test")]
+    outputs = [f"--{name}_{split}_out" for name in TASKS for split in ("dev", "test")]
     assert all(output in flags for output in outputs)
     state = torch.load(stopped, weights_only=True)
     for output in outputs:
@@ -361,8 +362,8 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, t
 
     training_step = mc.training_step
     monkeypatch.setattr(mc, "training_step", note)
-    task = mc.dataclasses.replace(mc.TASKS["sts"], loss=loss)
-    monkeypatch.setitem(mc.TASKS, "sts", task)
+    task = mc.dataclasses.replace(TASKS["sts"], loss=loss)
+    monkeypatch.setitem(TASKS, "sts", task)
     assert mc.main(flags + ["--sts"]) == 0
     assert steps == [True, True, False, False, True, True, True, True]
     assert "steps skipped so far, since not finite: 2" in capsys.readouterr().out
@@ -370,10 +371,8 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, t
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_too_many_of_them_end_the_run(flags, optimizer, monkeypatch, capsys, tmp_path):
-    task = mc.dataclasses.replace(
-        mc.TASKS["sts"], loss=lambda outputs, _: outputs.sum() * torch.nan
-    )
-    monkeypatch.setitem(mc.TASKS, "sts", task)
+    task = mc.dataclasses.replace(TASKS["sts"], loss=lambda outputs, _: outputs.sum() * torch.nan)
+    monkeypatch.setitem(TASKS, "sts", task)
     more = ["--max_bad_steps", "2", *OPTIMIZERS[optimizer]]
     assert mc.main(flags + more) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -470,8 +469,8 @@ def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
 
 def test_hold_is_let_go(tmp_path):
     path = Path(tmp_path / "file")
-    with mc.hold([path], "is held"):
-        with pytest.raises(UserError, match="file: is held"), mc.hold([path], "is held"):
+    with hold([path], "is held"):
+        with pytest.raises(UserError, match="file: is held"), hold([path], "is held"):
             pass
-    with mc.hold([path], "is held"):
+    with hold([path], "is held"):
         pass

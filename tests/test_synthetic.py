@@ -20,11 +20,14 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
+import generators
 import multitask_classifier as mc
 import synthetic
 from base_bert import BertConfig
-from datasets import TASKS, read_examples
-from synthetic import CausalLM, NearDuplicates, nucleus, words_of
+from datasets import read_examples
+from generators import CausalLM, Gpt2Generator, SmallGenerator, nucleus
+from synthetic import NearDuplicates, words_of
+from tasks import TASKS
 
 SST_TRAIN = str(SAMPLE / "ids-sst-train.csv")
 
@@ -103,7 +106,7 @@ def test_kept_states_give_the_same(model):
 @pytest.mark.parametrize("looked_at_first", [1, 2, 3, 1000])
 def test_nucleus_sampling_has_the_published_distribution(looked_at_first, monkeypatch):
     """Of 0.4, 0.3, 0.2, 0.1 the first three reach 0.8; what is left is drawn in proportion."""
-    monkeypatch.setattr(synthetic, "LIKELY", looked_at_first)
+    monkeypatch.setattr(generators, "LIKELY", looked_at_first)
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(60_000, 4)
     shares = torch.bincount(nucleus(logits, 0.8, 1.0), minlength=4) / 60_000
     expected = torch.tensor([0.0, 0.4, 0.2, 0.3]) / 0.9
@@ -117,7 +120,7 @@ def test_nucleus_sampling_has_the_published_distribution(looked_at_first, monkey
 def small(tmp_path, tiny_directory, monkeypatch):
     """Flags for a small model that is smaller still."""
     size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
-    monkeypatch.setattr(synthetic.SmallGenerator, "SIZE", size)
+    monkeypatch.setattr(SmallGenerator, "SIZE", size)
     flags = [
         "--generator",
         "small",
@@ -144,9 +147,9 @@ def test_small_keeps_its_best_epoch_and_stops_when_it_overfits(small, tmp_path, 
         seen.append(self.model.words.weight.detach().clone())
         return next(left)
 
-    monkeypatch.setattr(synthetic.SmallGenerator, "perplexity", perplexity)
+    monkeypatch.setattr(SmallGenerator, "perplexity", perplexity)
     args = synthetic.parse([*small, "--epochs", "9"])
-    generator = synthetic.SmallGenerator(args, torch.device("cpu"))
+    generator = SmallGenerator(args, torch.device("cpu"))
     train = read_examples(SST_TRAIN, TASKS["sst"], "train")[:100]
     generator.fit(train, train[:10], tmp_path)
     assert len(seen) == 5
@@ -158,9 +161,7 @@ def test_small_learns_more_than_how_frequent_words_are(small, tmp_path):
         read_examples(SAMPLE / TASKS["sst"].filename(split), TASKS["sst"], split)
         for split in ("train", "dev")
     )
-    generator = synthetic.SmallGenerator(
-        synthetic.parse([*small, "--epochs", "4"]), torch.device("cpu")
-    )
+    generator = SmallGenerator(synthetic.parse([*small, "--epochs", "4"]), torch.device("cpu"))
     generator.fit(train, dev, tmp_path)
     counts = Counter(piece for row in generator._rows(train) for piece in row[1:])
     pieces = [piece for row in generator._rows(dev) for piece in row[1:]]
@@ -207,7 +208,7 @@ def test_an_interrupted_run_goes_on(small, tmp_path, monkeypatch, capsys):
     assert synthetic.main(small) == 0
     expected = (tmp_path / "new.csv").read_bytes()
     (tmp_path / "new.csv").unlink()
-    sample, calls = synthetic.SmallGenerator.sample, []
+    sample, calls = SmallGenerator.sample, []
 
     def interrupted(self, *arguments):
         calls.append(arguments)
@@ -216,7 +217,7 @@ def test_an_interrupted_run_goes_on(small, tmp_path, monkeypatch, capsys):
         return sample(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic.SmallGenerator, "sample", interrupted)
+        patch.setattr(SmallGenerator, "sample", interrupted)
         assert synthetic.main(small) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     rounds = tmp_path / "new.csv.part" / "rounds.jsonl"
@@ -224,7 +225,7 @@ def test_an_interrupted_run_goes_on(small, tmp_path, monkeypatch, capsys):
         file.write('{"rows": [[0, "cut sho')  # as a kill would leave it
     assert synthetic.main(small + ["--seed", "5"]) == 1
     assert "an interrupted run with other flags or files" in capsys.readouterr().err
-    monkeypatch.setattr(synthetic.SmallGenerator, "_train", None)  # nor is it trained again
+    monkeypatch.setattr(SmallGenerator, "_train", None)  # nor is it trained again
     assert synthetic.main(small) == 0
     assert (tmp_path / "new.csv").read_bytes() == expected
 
@@ -327,7 +328,7 @@ def test_gpt2_fine_tuning_lowers_the_loss_of_sentences(tiny_gpt2, tmp_path):
         ["--generator", "gpt2", "--model", str(tiny_gpt2), "--output", "x", "--lr", "1e-2"]
         + ["--sst_train", SST_TRAIN, "--epochs", "1", "--max_length", "100"]
     )
-    generator = synthetic.Gpt2Generator(args, torch.device("cpu"))
+    generator = Gpt2Generator(args, torch.device("cpu"))
     generator._load(str(tiny_gpt2))
     train = read_examples(SST_TRAIN, TASKS["sst"], "train")[:160]
     before = generator.perplexity(train)
@@ -344,7 +345,7 @@ def test_gpt2_fine_tuning_lowers_the_loss_of_sentences(tiny_gpt2, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     generator.fit(train, None, tmp_path)
     assert generator.perplexity(train) < 0.5 * before
-    again = synthetic.Gpt2Generator(args, torch.device("cpu"))
+    again = Gpt2Generator(args, torch.device("cpu"))
     again.fit(train, None, tmp_path)  # from what the first one has left
     assert again.perplexity(train) == pytest.approx(generator.perplexity(train))
 

@@ -27,8 +27,9 @@ import multitask_classifier as mc
 import tagging
 from base_bert import BertConfig
 from bert import BertModel
-from datasets import SPLITS, TASKS, read_examples
+from datasets import read_examples
 from tagging import Pipeline, Tagger
+from tasks import SPLITS, TASKS
 from utils import UserError
 
 
