@@ -1,4 +1,9 @@
-"""The ways to compute attention, per device."""
+"""Ways to compute attention on packed sequences: one for CPUs, one for CUDA, one for everything else.
+
+Each takes qkv [N, 3, H, K], the queries, keys and values as one linear layer gives them, and
+returns the context [N, H, K]. Axes as in bert.py: N tokens of all sequences, B sequences, S tokens
+of one sequence, H heads, K width of a head.
+"""
 
 import itertools
 from typing import NamedTuple
@@ -9,27 +14,31 @@ from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """How packed tokens divide into sequences. Sorted lengths give the fewest runs, and attention
-    on a CPU the least work; any order is right."""
+    """How packed tokens divide into sequences. Any order of lengths is right; sorted lengths give the
+    fewest runs, and so the least work on a CPU."""
 
     lengths: list[int]  # [B]; on the host, so that reading them never waits for a GPU
     offsets: Tensor  # [B + 1] where each sequence starts, and N at the end; on the device
-    runs: list[tuple[int, int]]  # (count, length) of neighbours of equal length
-    sizes: list[int]  # the runs' numbers of tokens
-    plain: bool  # whether attention has to have a second derivative
+    runs: list[tuple[int, int]]  # (count, length) of neighbouring sequences of equal length
+    sizes: list[int]  # tokens in each run
+    second_derivative: bool  # whether attention must have one
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device, plain: bool = False) -> "Sequences":
-        pinned = device.type == "cuda"  # which makes the copy asynchronous
+    def of(
+        cls, lengths: list[int], device: torch.device, second_derivative: bool = False
+    ) -> "Sequences":
+        # From pinned memory the copy is asynchronous.
+        pinned = device.type == "cuda"
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], pin_memory=pinned)
         runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
         sizes = [count * length for count, length in runs]
-        return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes, plain)
+        return cls(lengths, offsets.to(device, non_blocking=True), runs, sizes, second_derivative)
 
 
 def draw_kept(n: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """On the CPU: [n] ones, zeros with probability `p` (to the nearest 2^-16); one over the share
-    of ones. `bernoulli_` draws a number an element, here one 64-bit number serves four."""
+    """Draw a dropout mask on the CPU: [n] ones, and zeros with probability `p` (to the nearest 2^-16).
+    Also return one over the share of ones, by which the kept elements are scaled."""
+    # One 64-bit number serves four elements; `bernoulli_` draws one number for each.
     dropped = min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = torch.empty(n, dtype=dtype)
@@ -38,14 +47,15 @@ def draw_kept(n: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
 
 
 def by_head(tokens: Tensor, run: tuple[int, int]) -> Tensor:
-    """A view of one run's tokens, [B S, C, H, K] to [C, B, H, S, K]."""
+    """View the tokens of one run by head: [B S, C, H, K] to [C, B, H, S, K]."""
     return tokens.unflatten(0, run).permute(2, 0, 3, 1, 4)
 
 
 def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On any device, and the one with a second derivative: sequences of equal length together."""
+    """Compute attention for one run after the other, with plain operations. Works on any device, and
+    is the only one of the four that has a second derivative."""
     contexts = []
-    for part, run in zip(qkv.split(sequences.sizes), sequences.runs):
+    for part, run in zip(qkv.split(sequences.sizes), sequences.runs, strict=True):
         query, key, value = by_head(part, run)  # 3 x [B, H, S, K]
         scores = query @ key.mT / query.shape[-1] ** 0.5  # [B, H, S, S]
         context = F.dropout(scores.softmax(dim=-1), dropout) @ value  # [B, H, S, K]
@@ -54,50 +64,51 @@ def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor
 
 
 def jagged_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On CUDA: one kernel for sequences of all lengths, of the kernels that PyTorch has for the dtype,
-    the width of a head and the GPU."""
+    """Compute attention on CUDA for sequences of all lengths in one kernel, which PyTorch chooses by
+    dtype, width of a head and GPU."""
     limits = dict(min_seqlen=min(sequences.lengths), max_seqlen=max(sequences.lengths))
     jagged = [
-        torch.nested.nested_tensor_from_jagged(each.contiguous(), sequences.offsets, **limits)
-        for each in qkv.unbind(1)
+        torch.nested.nested_tensor_from_jagged(part.contiguous(), sequences.offsets, **limits)
+        for part in qkv.unbind(1)
     ]
-    query, key, value = (each.transpose(1, 2) for each in jagged)  # [B, H, S, K], S differs
+    query, key, value = (part.transpose(1, 2) for part in jagged)  # [B, H, S, K], S differs
     context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     return context.transpose(1, 2).values()
 
 
 def flash_takes(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> bool:
-    """Whether PyTorch's kernel is for heads of this width on a GPU of this CUDA capability."""
+    """Return whether PyTorch's flash kernel takes heads of this width on a GPU of this CUDA
+    capability."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and width % 8 == 0 and width <= 256 and capability >= (8, 0)
 
 
 def flash_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
-    """On CUDA: flash attention (Dao 2023, arXiv 2307.08691) where it can be. `jagged_attention` comes
-    to the same kernel, by nested tensors, which take the host longer than the kernel takes the GPU.
-    PyTorch's public `varlen_attn` is the same but for the dropout that it lacks."""
+    """Compute flash attention (Dao 2023, arXiv 2307.08691) on CUDA where the kernel takes the input,
+    and `jagged_attention` elsewhere."""
+    # The operator is called directly: nested tensors reach the same kernel, but they take the host
+    # longer than the kernel takes the GPU. PyTorch's public `varlen_attn` has no dropout.
     if not flash_takes(qkv.dtype, qkv.shape[-1], torch.cuda.get_device_capability(qkv.device)):
         return jagged_attention(qkv, sequences, dropout)
     offsets, longest = sequences.offsets.int(), max(sequences.lengths)
     limits = offsets, offsets, longest, longest
-    causal = with_debug_mask = False
     context, *_ = torch.ops.aten._flash_attention_forward(
-        *qkv.unbind(1), *limits, dropout, causal, with_debug_mask
+        *qkv.unbind(1), *limits, dropout_p=dropout, is_causal=False, return_debug_mask=False
     )
     return context
 
 
 def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """`scale * left @ right`, without a pass of its own for the factor."""
+    """Return `scale * left @ right` without a separate pass for the factor."""
     return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
 
 
 class FusedAttention(torch.autograd.Function):
-    """On a CPU: what `plain_attention` does, in half the time. All dropout comes from one draw,
+    """Attention on a CPU in half the time of `plain_attention`: all dropout comes from one draw,
     results are written where they belong, and the graph has one node. No second derivative."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # all in the dtype of qkv
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx, qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
         _, _, n_heads, width = qkv.shape
         ctx.sequences, ctx.scale = sequences, width**-0.5
@@ -105,9 +116,9 @@ class FusedAttention(torch.autograd.Function):
         kept, ctx.kept_scale = draw_kept(sum(squares) if dropout else 0, dropout, qkv.dtype)
         masks = kept.split(squares) if dropout else [None] * len(squares)
         context = torch.empty_like(qkv[:, :1])  # [N, 1, H, K]
-        parts = zip(qkv.split(sequences.sizes), context.split(sequences.sizes), sequences.runs)
+        parts = qkv.split(sequences.sizes), context.split(sequences.sizes), sequences.runs
         saved = []
-        for (part, target, run), mask in zip(parts, masks):
+        for part, target, run, mask in zip(*parts, masks, strict=True):
             heads = by_head(part, run).flatten(1, 2)  # [3, B H, S, K], a copy
             query, key, value = heads
             weights = scaled_bmm(query, key.mT, ctx.scale).softmax(dim=-1)  # [B H, S, S]
@@ -125,9 +136,9 @@ class FusedAttention(torch.autograd.Function):
         n_tokens, n_heads, width = grad_context.shape
         sizes, runs = ctx.sequences.sizes, ctx.sequences.runs
         grad_qkv = grad_context.new_empty(n_tokens, 3, n_heads, width)
-        parts = zip(grad_context.unsqueeze(1).split(sizes), grad_qkv.split(sizes), runs)
-        saved = zip(*[iter(ctx.saved_tensors)] * 4)
-        for (part, target, run), (heads, weights, dropped, mask) in zip(parts, saved):
+        parts = grad_context.unsqueeze(1).split(sizes), grad_qkv.split(sizes), runs
+        saved = zip(*[iter(ctx.saved_tensors)] * 4, strict=True)
+        for part, target, run, (heads, weights, dropped, mask) in zip(*parts, saved, strict=True):
             query, key, value = heads
             (grad,) = by_head(part, run).flatten(1, 2)  # [B H, S, K]
             grad_weights = scaled_bmm(grad, value.mT, ctx.kept_scale)  # [B H, S, S]
@@ -142,4 +153,12 @@ class FusedAttention(torch.autograd.Function):
         return grad_qkv, None, None
 
 
-ATTENTION = {"cpu": FusedAttention.apply, "cuda": flash_attention}  # elsewhere plain_attention
+ATTENTION = {"cpu": FusedAttention.apply, "cuda": flash_attention}
+
+
+def attend(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
+    """Compute attention in the way that suits the device: qkv [N, 3, H, K] to the context [N, H, K]."""
+    attention = plain_attention
+    if not sequences.second_derivative:
+        attention = ATTENTION.get(qkv.device.type, plain_attention)
+    return attention(qkv, sequences, dropout)

@@ -1,47 +1,62 @@
-"""Rows to packed batches."""
+"""Rows to packed batches: which rows an epoch draws, which batches a step sees, and `collate`."""
 
 import dataclasses
 import heapq
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets import TaskDataset, joint_lengths
-from tasks import TASKS
+from attention import Sequences
+from bert import Tokens
+from datasets import TaskDataset, TokenColumn, joint_lengths
+from tasks import TASKS, Task
 from utils import seeded_generator
 
-NO_SECOND = 2**31  # where the second sentence of a sequence begins that has none
+# Start of the second sentence in a sequence that has none: after all positions.
+NO_SECOND = 2**31
+
+
+class Rows(Protocol):
+    """What a batch needs of a dataset."""
+
+    task: Task
+    columns: list[TokenColumn]
+    labels: np.ndarray  # [n_rows]
+    n_tokens: np.ndarray  # [n_rows]
 
 
 @dataclasses.dataclass
 class Batch:
     """Rows of one or more tasks, packed for one pass through the encoder.
 
-    The sequences stand shortest first, so that those of equal length are neighbours. `places`
-    brings their vectors back into the order in which `columns` names them: task by task, sentence
-    column by sentence column, row by row.
+    The shortest sequences come first, so that sequences of equal length are neighbours. Indexing
+    with `places` restores the order of `columns`: task by task, sentence column by sentence column,
+    row by row.
     """
 
-    input_ids: Tensor  # [n_tokens]
-    tags: Tensor | None  # [2, n_tokens] part-of-speech and named-entity ids, where there are any
-    position_ids: Tensor  # [n_tokens]
-    token_type_ids: Tensor | None  # [n_tokens] 1 in the second sentence of a sequence, else 0
-    lengths: list[int]  # [n_sequences]; stays on the host, so reading it never waits for a GPU
-    places: Tensor  # [n_sequences]
-    columns: dict[str, list[slice]]  # task -> where its sentence columns stand after `places`
+    input_ids: Tensor  # [N]
+    tags: Tensor | None  # [2, N] part-of-speech and named-entity ids
+    position_ids: Tensor  # [N]
+    token_type_ids: Tensor | None  # [N] 1 in the second sentence of a sequence, else 0
+    lengths: list[int]  # [B]; on the host, so that reading them never waits for a GPU
+    places: Tensor  # [B]
+    columns: dict[
+        str, list[slice]
+    ]  # task -> its sentence columns, in the order that `places` gives
     labels: dict[str, Tensor]  # task -> [n_rows]
     rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
-    step_rows: dict[
-        str, int
-    ]  # task -> rows of the optimizer step, in all its batches and processes
-    picks: dict[str, np.ndarray]  # task -> [n_rows] which of them these are
+    step_rows: dict[str, int]  # task -> rows of the optimizer step, in all batches and processes
+    picks: dict[str, np.ndarray]  # task -> [n_rows] which rows of the step are in this batch
 
     def to(self, device: torch.device) -> "Batch":
-        def move(tensor):
-            if device.type == "cuda":  # pinned memory makes the copy asynchronous
-                tensor = tensor.pin_memory()
+        """Copy the tensors to the device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            # From pinned memory the copy is asynchronous.
+            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
             return tensor.to(device, non_blocking=True)
 
         return dataclasses.replace(
@@ -54,33 +69,48 @@ class Batch:
             labels={name: move(labels) for name, labels in self.labels.items()},
         )
 
+    def tokens(self, second_derivative: bool = False) -> Tokens:
+        """Return what the encoder reads. With `second_derivative` the pass is slower, and its result
+        can be differentiated twice."""
+        sequences = Sequences.of(self.lengths, self.input_ids.device, second_derivative)
+        ids = self.input_ids, self.position_ids
+        return Tokens(*ids, sequences, self.token_type_ids, self.tags)
+
 
 def collate(
-    parts: dict[str, tuple[TaskDataset, np.ndarray]],
+    parts: Mapping[str, tuple[Rows, np.ndarray]],
     step_rows: dict[str, int] | None = None,
     picks: dict[str, np.ndarray] | None = None,
     twice: Collection[str] = (),
 ) -> Batch:
-    """Pack the given rows of each task's dataset into one batch, which by default is all that one
-    optimizer step sees. Tasks that are to go through the model `twice` have their columns twice."""
+    """Pack rows of each task's dataset into one batch.
+
+    Args:
+        parts: task -> its dataset and row numbers [n_rows].
+        step_rows: task -> rows of the whole optimizer step; by default this batch is the step.
+        picks: task -> [n_rows] which rows of the step these are.
+        twice: tasks that go through the model twice; the batch has their columns twice.
+    """
     n_rows = {name: len(rows) for name, (_, rows) in parts.items()}
-    sequences, firsts, columns, labels = [], [], {}, {}
+    sequences: list[np.ndarray] = []
+    seconds: list[int] = []  # where the second sentence of each sequence starts
+    columns: dict[str, list[slice]] = {name: [] for name in parts}
+    labels = {}
     for name, (dataset, rows) in parts.items():
-        columns[name] = []
         for column in dataset.columns * (2 if name in twice else 1):
             columns[name].append(slice(len(sequences), len(sequences) + len(rows)))
             sequences.extend(column.row(row) for row in rows)
-            joint = column.first_lengths is not None
-            firsts.extend(column.first_lengths[rows] if joint else [NO_SECOND] * len(rows))
-        dtype = torch.long if dataset.task.num_classes else torch.float32
-        values = np.nan_to_num(dataset.labels[rows], nan=-1)  # -1: no label, never in training
+            firsts = column.first_lengths
+            seconds.extend([NO_SECOND] * len(rows) if firsts is None else firsts[rows])
+        dtype = torch.long if dataset.task.classes else torch.float32
+        # Rows without a label, which training never has, get -1.
+        values = np.nan_to_num(dataset.labels[rows], nan=-1)
         labels[name] = torch.from_numpy(values).to(dtype)
     lengths = np.array([sequence.shape[1] for sequence in sequences])
     order = np.argsort(lengths, kind="stable")
-    places = np.argsort(order)
     positions = np.concatenate([np.arange(lengths[index]) for index in order])
-    types = positions >= np.repeat(np.array(firsts)[order], lengths[order])
-    pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, n_tokens]
+    types = positions >= np.repeat(np.array(seconds)[order], lengths[order])
+    pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, N]
     input_ids, *tags = torch.from_numpy(pieces.astype(np.int64))
     return Batch(
         input_ids=input_ids,
@@ -88,7 +118,7 @@ def collate(
         position_ids=torch.from_numpy(positions),
         token_type_ids=torch.from_numpy(types.astype(np.int64)) if types.any() else None,
         lengths=lengths[order].tolist(),
-        places=torch.from_numpy(places),
+        places=torch.from_numpy(np.argsort(order)),
         columns=columns,
         labels=labels,
         rows={name: rows for name, (_, rows) in parts.items()},
@@ -98,9 +128,9 @@ def collate(
 
 
 class EpochSampler:
-    """Draws a task's rows without replacement until they are used up, then reshuffles.
+    """Draws the rows of a task without replacement until they are used up, then reshuffles them.
 
-    What one epoch leaves over, the next one starts with.
+    The rows that an epoch leaves over come first in the next one.
     """
 
     def __init__(self, n_rows: int, seed: int | list[int]):
@@ -109,7 +139,7 @@ class EpochSampler:
         self.remaining = np.empty(0, np.int64)
 
     def draw(self, samples: int) -> np.ndarray:
-        """Row numbers [samples]."""
+        """Return row numbers [samples]."""
         drawn = []
         while samples > 0:
             if not len(self.remaining):
@@ -120,88 +150,102 @@ class EpochSampler:
         return np.concatenate(drawn)
 
     def state_dict(self) -> dict:
-        """For `torch.save`; `load_state_dict` goes on from there."""
+        """Return the state for `torch.save`."""
         state = self.generator.bit_generator.state
         return {"generator": state, "remaining": self.remaining.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue from a saved state."""
         self.generator.bit_generator.state = state["generator"]
         self.remaining = np.array(state["remaining"], np.int64)
 
 
 def training_windows(
-    datasets: dict[str, TaskDataset],
-    samplers: dict[str, EpochSampler],
+    datasets: Mapping[str, TaskDataset],
+    samplers: Mapping[str, EpochSampler],
     samples_per_epoch: int,
     batch_size: int,
     grad_accumulation: int,
+    *,
     rank: int = 0,
     n_processes: int = 1,
-    shares: dict[str, float] | None = None,
+    row_multiples: Mapping[str, float] | None = None,
     twice: Collection[str] = (),
 ) -> Iterator[list[Batch]]:
-    """One epoch: for each optimizer step, the batches whose gradients it adds up. Of `n_processes`
-    that share the rows of each batch, the one of this `rank` gets its own; it may get none. With
-    `shares`, a task has so many times the rows that the other arguments say."""
+    """Yield the batches of one epoch, one list for each optimizer step.
 
-    def place(name: str, row: int) -> int:
-        return round(shares[name] * row) if shares else row
+    Args:
+        rank: number of this process. The processes share the rows of each batch; a process may get
+            none of them, and then the list lacks the batch.
+        row_multiples: task -> rows it has for each row that the other arguments count (1 by default).
+        twice: tasks that go through the model twice.
+    """
 
-    drawn = {name: samplers[name].draw(place(name, samples_per_epoch)) for name in datasets}
+    def scaled(name: str, row: int) -> int:
+        return round(row_multiples[name] * row) if row_multiples else row
+
+    drawn = {name: samplers[name].draw(scaled(name, samples_per_epoch)) for name in datasets}
     window_size = batch_size * grad_accumulation
     for window in range(0, samples_per_epoch, window_size):
-        end = min(window + window_size, samples_per_epoch)
-        step_rows = {name: place(name, end) - place(name, window) for name in datasets}
+        window_end = min(window + window_size, samples_per_epoch)
+        step_rows = {name: scaled(name, window_end) - scaled(name, window) for name in datasets}
         batches = []
-        for start in range(window, end, batch_size):
-            stop = min(start + batch_size, end)
-            chosen = {name: drawn[name][place(name, start) : place(name, stop)] for name in drawn}
-            n_tokens = {name: dataset.n_tokens[chosen[name]] for name, dataset in datasets.items()}
-            mine = {
-                n: each for n, each in deal_out(n_tokens, n_processes)[rank].items() if len(each)
+        for start in range(window, window_end, batch_size):
+            end = min(start + batch_size, window_end)
+            chosen = {
+                name: rows[scaled(name, start) : scaled(name, end)] for name, rows in drawn.items()
             }
-            parts = {name: (datasets[name], chosen[name][mine[name]]) for name in mine}
-            picks = {n: place(n, start) - place(n, window) + each for n, each in mine.items()}
-            batches += [collate(parts, step_rows, picks, twice)] if parts else []
+            n_tokens = {name: dataset.n_tokens[chosen[name]] for name, dataset in datasets.items()}
+            share = deal_out(n_tokens, n_processes)[rank]
+            mine = {name: rows for name, rows in share.items() if len(rows)}
+            if not mine:
+                continue
+            parts = {name: (datasets[name], chosen[name][rows]) for name, rows in mine.items()}
+            offsets = {name: scaled(name, start) - scaled(name, window) for name in mine}
+            picks = {name: offsets[name] + rows for name, rows in mine.items()}
+            batches.append(collate(parts, step_rows, picks, twice))
         yield batches
 
 
-def deal_out(n_tokens: dict[str, np.ndarray], n_shares: int) -> list[dict[str, np.ndarray]]:
-    """Deal each task's rows out into shares of about as many tokens: the longest rows first, each
-    to the share that has the fewest tokens so far (Graham 1969, "Bounds on multiprocessing timing
-    anomalies").
+def deal_out(n_tokens: Mapping[str, np.ndarray], n_shares: int) -> list[dict[str, np.ndarray]]:
+    """Divide the rows of each task into shares with about equal numbers of tokens.
+
+    The longest rows come first; each goes to the share with the fewest tokens so far (Graham 1969,
+    "Bounds on multiprocessing timing anomalies").
 
     Args:
         n_tokens: task -> [n_rows] numbers of tokens.
 
     Returns:
-        of each share, task -> which of the rows it has, in order.
+        for each share, task -> the numbers of its rows, in order.
     """
     if n_shares == 1:
-        return [{name: np.arange(len(each)) for name, each in n_tokens.items()}]
-    rows = [(n, name, row) for name, each in n_tokens.items() for row, n in enumerate(each)]
-    shares = [{name: [] for name in n_tokens} for _ in range(n_shares)]
+        return [{name: np.arange(len(tokens)) for name, tokens in n_tokens.items()}]
+    rows = [(n, name, row) for name, tokens in n_tokens.items() for row, n in enumerate(tokens)]
+    shares: list[dict[str, list[int]]] = [{name: [] for name in n_tokens} for _ in range(n_shares)]
     loads = [(0, share) for share in range(n_shares)]
-    for n, name, row in sorted(rows, key=lambda each: -each[0]):
+    for n, name, row in sorted(rows, key=lambda row: -row[0]):
         load, share = loads[0]
         heapq.heapreplace(loads, (load + n, share))
         shares[share][name].append(row)
     return [
-        {name: np.array(sorted(each), np.int64) for name, each in share.items()} for share in shares
+        {name: np.array(sorted(numbers), np.int64) for name, numbers in share.items()}
+        for share in shares
     ]
 
 
 def evaluation_batches(
-    dataset: TaskDataset, batch_size: int, rank: int = 0, n_processes: int = 1
+    dataset: Rows, batch_size: int, rank: int = 0, n_processes: int = 1
 ) -> Iterator[Batch]:
-    """Every row once, longest first: what would not fit into memory fails at the start. Of
-    `n_processes`, each gets every n-th batch.
+    """Yield every row once, the longest first: what does not fit into memory fails at the start.
 
-    The first batch has `batch_size` rows, each later one as many as have no more tokens in all.
+    The first batch has `batch_size` rows; each later one has as many as have no more tokens in all.
+    With several processes, each gets every n-th batch.
     """
     order = np.argsort(-dataset.n_tokens, kind="stable")
-    ends = np.cumsum(dataset.n_tokens[order])  # tokens up to and with each row
-    start, budget, chunks = 0, ends[:batch_size][-1], []
+    ends = np.cumsum(dataset.n_tokens[order])  # tokens up to and including each row
+    budget = ends[:batch_size][-1]
+    start, chunks = 0, []
     while start < len(order):
         tokens_before = ends[start - 1] if start else 0
         end = np.searchsorted(ends, tokens_before + budget, side="right")
@@ -212,26 +256,35 @@ def evaluation_batches(
 
 
 def step_noise(batch: Batch, name: str, seed: tuple[int, ...]) -> Tensor:
-    """N(0, 1) for this batch's rows of a task, [n_rows, width of the outputs], of what is drawn for
-    all rows of the step."""
+    """Draw N(0, 1) noise for the batch's rows of a task: [n_rows, width of the outputs]. It is cut from
+    the noise for all rows of the step, and so does not depend on how the rows are divided."""
     generator = seeded_generator(torch.device("cpu"), *seed, list(TASKS).index(name))
     noise = torch.randn(batch.step_rows[name], TASKS[name].num_classes or 1, generator=generator)
     return noise[batch.picks[name]]
 
 
-def join(first: tuple, second: tuple, longest: int) -> tuple:
-    """Padded sentences (input_ids [B, S], attention_mask [B, S], tags [2, B, S] or None) and others to
-    the same with both in one sequence, and token_type_ids [B, S]."""
+class Padded(NamedTuple):
+    """A padded batch of sequences, as `BertModel.forward` takes it."""
+
+    input_ids: Tensor  # [B, S]
+    attention_mask: Tensor  # [B, S]
+    token_type_ids: Tensor | None = None  # [B, S]
+    tags: Tensor | None = None  # [2, B, S]
+
+
+def join(first: Padded, second: Padded, longest: int) -> Padded:
+    """Put the two sentences of each row into one sequence, which is cut after `longest` tokens."""
     rows = []
-    for row in range(len(first[0])):
-        parts = []
-        for ids, mask, tags in (first, second):
-            pieces = ids[None] if tags is None else torch.cat([ids[None], tags])
-            parts.append(pieces[:, row, mask[row].bool()])  # [1 or 3, n]
-        one, two = parts[0], parts[1][:, 1:]
+    for row in range(len(first.input_ids)):
+        sentences = []
+        for padded in (first, second):
+            ids = padded.input_ids[None]
+            pieces = ids if padded.tags is None else torch.cat([ids, padded.tags])
+            sentences.append(pieces[:, row, padded.attention_mask[row].bool()])  # [1 or 3, n]
+        one, two = sentences[0], sentences[1][:, 1:]
         n_one, n_two = joint_lengths(one.shape[1], two.shape[1], longest)
         cut = [one[:, : n_one - 1], one[:, -1:], two[:, : n_two - 1], two[:, -1:]]
         types = (torch.arange(n_one + n_two, device=one.device) >= n_one).long()
         rows.append(torch.cat([torch.cat(cut, dim=1), types[None], torch.ones_like(types)[None]]).T)
     ids, *tags, types, mask = nn.utils.rnn.pad_sequence(rows, batch_first=True).movedim(-1, 0)
-    return ids, mask, torch.stack(tags) if tags else None, types
+    return Padded(ids, mask, types, torch.stack(tags) if tags else None)

@@ -1,8 +1,7 @@
 """BERT from scratch (Devlin et al. 2018, arXiv 1810.04805): post-layer-norm encoder and pooler.
 
-Sequences run packed: the tokens of all sentences of a batch stand one after the other in one list
-without padding, so that linear layers multiply real tokens only, and attention takes neighbouring
-sequences of equal length together (CPU) or sequences of any lengths in one kernel (CUDA).
+Sequences are packed: the tokens of all sentences of a batch form one list without padding. So linear
+layers multiply real tokens only. How attention keeps the sentences apart is in attention.py.
 
 Axes:  N tokens of all sequences    B sequences    S tokens of one sequence
        D hidden size    H heads    K = D / H width of a head    I intermediate size
@@ -15,20 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import ATTENTION, Sequences, draw_kept, plain_attention
+from attention import Sequences, attend, draw_kept
 from base_bert import TAG_TABLES, BertConfig, BertPreTrainedModel
+
+
+class Tokens(NamedTuple):
+    """What the encoder reads: the tokens of all sequences, one sequence after the other."""
+
+    input_ids: Tensor  # [N]
+    position_ids: Tensor  # [N]
+    sequences: Sequences
+    token_type_ids: Tensor | None = None  # [N]; None: all 0
+    tags: Tensor | None = None  # [2, N] part-of-speech and named-entity ids
 
 
 class PackedBatch(NamedTuple):
     """A padded batch without its padding, shortest sequences first."""
 
-    input_ids: Tensor  # [N]
-    position_ids: Tensor  # [N] the token's column in the padded batch
-    token_type_ids: Tensor  # [N]
-    tags: Tensor | None  # [2, N]
-    rows: Tensor  # [N] the token's row in the padded batch
-    sequences: Sequences
-    places: Tensor  # [B] where each row of the padded batch stands in packed order
+    tokens: Tokens
+    rows: Tensor  # [N] row of each token in the padded batch; its column is the position id
+    places: Tensor  # [B] packed position of each row of the padded batch
 
 
 def pack(
@@ -37,8 +42,8 @@ def pack(
     token_type_ids: Tensor | None = None,
     tags: Tensor | None = None,
 ) -> PackedBatch:
-    """Take the padding out of a batch; all arguments are [B, S], but `tags` [2, B, S]; 1 in the
-    mask is a real token. A row without a single real token is a ValueError."""
+    """Take the padding out of a batch. `tags` are [2, B, S], all other arguments [B, S]; the mask is 1
+    for real tokens. Raises ValueError for a row without a real token."""
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1)
     if not lengths.all():
@@ -46,21 +51,18 @@ def pack(
     order = torch.argsort(lengths, stable=True)  # [B]
     packed_rows, columns = mask[order].nonzero(as_tuple=True)  # [N], [N]
     rows = order[packed_rows]
-    if token_type_ids is None:
-        token_type_ids = torch.zeros_like(input_ids)
-    return PackedBatch(
+    tokens = Tokens(
         input_ids=input_ids[rows, columns],
         position_ids=columns,
-        token_type_ids=token_type_ids[rows, columns],
-        tags=None if tags is None else tags[:, rows, columns],
-        rows=rows,
         sequences=Sequences.of(lengths[order].tolist(), input_ids.device),
-        places=torch.argsort(order),
+        token_type_ids=None if token_type_ids is None else token_type_ids[rows, columns],
+        tags=None if tags is None else tags[:, rows, columns],
     )
+    return PackedBatch(tokens, rows, places=torch.argsort(order))
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014), and the residual added where there is one."""
+    """Dropout (Srivastava et al. 2014); adds the residual where one is given."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -74,12 +76,62 @@ class Dropout(nn.Module):
         return torch.addcmul(residual, states, kept.view_as(states), value=scale)
 
 
-# Attention, four ways: qkv [N, 3, H, K] is queries, keys and values as one linear layer gives
-# them, the result is the context [N, H, K].
+# Elements of one pass of `gelu_curvature`: a few tensors of this size stay in the cache.
+GELU_BLOCK = 1 << 16
+
+
+class Gelu(torch.autograd.Function):
+    """x Phi(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415). Value and gradient are those of `F.gelu`.
+    The second derivative, for SophiaH, is written out: PyTorch's own makes so many passes over whole
+    tensors that it takes a fifth of the time of an estimate."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states)
+        return F.gelu(states)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return GeluGradient.apply(grad, *ctx.saved_tensors)
+
+
+class GeluGradient(torch.autograd.Function):
+    """The gradient of `Gelu`: grad * gelu'(states)."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, states: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, states)
+        return torch.ops.aten.gelu_backward(grad, states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, vector: Tensor) -> tuple[Tensor, Tensor]:
+        grad, states = ctx.saved_tensors
+        by_grad = torch.ops.aten.gelu_backward(vector, states)
+        return by_grad, gelu_curvature(vector * grad, states)
+
+
+def gelu_curvature(factor: Tensor, states: Tensor) -> Tensor:
+    """Return factor * gelu''(states), where gelu''(x) = (2 - x^2) exp(-x^2 / 2) / sqrt(2 pi)."""
+    result = factor.flatten()
+    blocks = result.split(GELU_BLOCK), states.flatten().split(GELU_BLOCK)
+    for product, x in zip(*blocks, strict=True):
+        square = x * x
+        product *= torch.exp(square * -0.5).mul_(square.sub_(2).mul_(-1 / math.sqrt(2 * math.pi)))
+    return result.view(factor.shape)
+
+
+# By the names that `hidden_act` has in a config.json.
+ACTIVATION_FUNCTIONS = {
+    "gelu": Gelu.apply,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class BertEmbeddings(nn.Module):
-    """Sum of word, position, token type and tag embeddings, normalised."""
+    """The normalised sum of word, position, token type and tag embeddings."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -88,33 +140,31 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.tagged = config.num_pos_tags > 0
-        if self.tagged:  # id 0, no tag, adds nothing
+        if self.tagged:  # id 0 is "no tag" and adds nothing
             self.pos_tag_embeddings = nn.Embedding(config.num_pos_tags, size, padding_idx=0)
             self.ner_tag_embeddings = nn.Embedding(config.num_ner_tags, size, padding_idx=0)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor,
-        tags: Tensor | None = None,
-    ) -> Tensor:
-        """[N, D]; `tags` [2, N] are part-of-speech and named-entity ids, all else [N]."""
-        if self.tagged != (tags is not None):
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return [N, D]. Raises ValueError if tags are missing, or given without tables for them."""
+        if self.tagged != (tokens.tags is not None):
             raise ValueError(f"this BERT {'needs' if self.tagged else 'has no embeddings of'} tags")
-        embeddings = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        token_type_ids = tokens.token_type_ids
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(tokens.input_ids)
+        embeddings = self.word_embeddings(tokens.input_ids)
+        embeddings = embeddings + self.position_embeddings(tokens.position_ids)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        if self.tagged:
-            pos_ids, ner_ids = tags
+        if tokens.tags is not None:
+            pos_ids, ner_ids = tokens.tags
             embeddings = embeddings + self.pos_tag_embeddings(pos_ids)
             embeddings = embeddings + self.ner_tag_embeddings(ner_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head scaled dot-product attention of each sequence to itself."""
+    """Multi-head scaled dot-product self-attention within each sequence."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -124,16 +174,14 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        # One multiplication for the three: its input is read once.
+        # One matrix product for the three projections reads its input once.
         projections = (self.query, self.key, self.value)
         weight = torch.cat([linear.weight for linear in projections])  # [3 D, D]
         bias = torch.cat([linear.bias for linear in projections])
         qkv = F.linear(hidden_states, weight, bias)  # [N, 3 D]
         qkv = qkv.unflatten(1, (3, self.config.num_attention_heads, self.config.head_size))
-        device = "any" if sequences.plain else qkv.device.type
-        attention = ATTENTION.get(device, plain_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        return attention(qkv, sequences, dropout).flatten(1)  # [N, H, K] -> [N, D]
+        return attend(qkv, sequences, dropout).flatten(1)  # [N, H, K] -> [N, D]
 
 
 class BertOutput(nn.Module):
@@ -193,7 +241,7 @@ class BertEncoder(nn.Module):
 
 
 class BertPooler(nn.Module):
-    """Linear layer and tanh on each sequence's first token, [CLS]."""
+    """Linear layer and tanh on the first token of each sequence, [CLS]."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -204,9 +252,9 @@ class BertPooler(nn.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder. Module names are Hugging Face's, so its weights load as they are.
+    """The encoder. Modules have the names of Hugging Face's BERT, so that its weights load unchanged.
 
-    `encode` is the core, on packed tokens; calling the model is the padded form of the same.
+    `encode` is the core and takes packed tokens; calling the model takes a padded batch.
     """
 
     def __init__(self, config: BertConfig):
@@ -218,29 +266,18 @@ class BertModel(BertPreTrainedModel):
 
     @property
     def stacks(self) -> list["BertModel"]:
-        """The BERTs that this one consists of: itself. A mixture of experts has several."""
+        """The BERTs in this encoder: itself. A mixture of experts has several."""
         return [self]
 
     @property
     def new_parameters(self) -> list[nn.Parameter]:
-        """What no pretrained BERT brings: embeddings of tags."""
+        """The weights that a pretrained BERT does not bring: embeddings of tags."""
         tables = self.embeddings.named_parameters()
         return [parameter for name, parameter in tables if name in TAG_TABLES]
 
-    def encode(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        sequences: Sequences,
-        token_type_ids: Tensor | None = None,
-        tags: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [N, D] of the last layer; `tags` [2, N] (part-of-speech and named-entity
-        ids) for a BERT with embeddings of them, the other arguments [N], packed."""
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        embeddings = self.embeddings(input_ids, position_ids, token_type_ids, tags)
-        return self.encoder(embeddings, sequences)
+    def encode(self, tokens: Tokens) -> Tensor:
+        """Return the hidden states [N, D] of the last layer for packed tokens."""
+        return self.encoder(self.embeddings(tokens), tokens.sequences)
 
     def forward(
         self,
@@ -249,74 +286,15 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         tags: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Encode a padded batch; `tags` are [2, B, S], all other arguments [B, S].
+        """Encode a padded batch. `tags` are [2, B, S], all other arguments [B, S].
 
         Returns:
             last_hidden_state: [B, S, D], zero at padded positions.
-            pooler_output: [B, D], from each sequence's first real token.
+            pooler_output: [B, D], from the first real token of each sequence.
         """
-        packed = pack(input_ids, attention_mask, token_type_ids, tags)
-        hidden_states = self.encode(
-            packed.input_ids,
-            packed.position_ids,
-            packed.sequences,
-            packed.token_type_ids,
-            packed.tags,
-        )
+        tokens, rows, places = pack(input_ids, attention_mask, token_type_ids, tags)
+        hidden_states = self.encode(tokens)  # [N, D]
         padded = hidden_states.new_zeros(*input_ids.shape, hidden_states.shape[-1])  # [B, S, D]
-        padded = padded.index_put((packed.rows, packed.position_ids), hidden_states)
-        pooled = self.pooler(hidden_states[packed.sequences.offsets[:-1]])  # [B, D], packed order
-        return {"last_hidden_state": padded, "pooler_output": pooled[packed.places]}
-
-
-GELU_BLOCK = (
-    1 << 16
-)  # elements of one pass of `gelu_curvature`: a few tensors of that stay in the cache
-
-
-class Gelu(torch.autograd.Function):
-    """x Phi(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415). Value and gradient are `F.gelu`'s. The
-    second derivative, for SophiaH, is written out: PyTorch's own makes so many passes over whole
-    tensors that it takes a fifth of an estimate's time."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor) -> Tensor:
-        ctx.save_for_backward(states)
-        return F.gelu(states)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return GeluGradient.apply(grad, *ctx.saved_tensors)
-
-
-class GeluGradient(torch.autograd.Function):
-    """grad * gelu'(states)"""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, states: Tensor) -> Tensor:
-        ctx.save_for_backward(grad, states)
-        return torch.ops.aten.gelu_backward(grad, states)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, vector: Tensor) -> tuple[Tensor, Tensor]:
-        grad, states = ctx.saved_tensors
-        by_grad = torch.ops.aten.gelu_backward(vector, states)
-        return by_grad, gelu_curvature(vector * grad, states)
-
-
-def gelu_curvature(factor: Tensor, states: Tensor) -> Tensor:
-    """factor * gelu''(states), where gelu''(x) = (2 - x^2) exp(-x^2 / 2) / sqrt(2 pi)"""
-    result = factor.flatten()
-    for product, x in zip(result.split(GELU_BLOCK), states.flatten().split(GELU_BLOCK)):
-        square = x * x
-        product *= torch.exp(square * -0.5).mul_(square.sub_(2).mul_(-1 / math.sqrt(2 * math.pi)))
-    return result.view(factor.shape)
-
-
-ACTIVATION_FUNCTIONS = {
-    "gelu": Gelu.apply,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+        padded = padded.index_put((rows, tokens.position_ids), hidden_states)
+        pooled = self.pooler(hidden_states[tokens.sequences.offsets[:-1]])  # [B, D], packed order
+        return {"last_hidden_state": padded, "pooler_output": pooled[places]}

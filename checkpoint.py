@@ -1,4 +1,4 @@
-"""Files of a run: write, read, find, resume, lock."""
+"""Files of a run: write, read, find, resume and lock them."""
 
 import argparse
 import contextlib
@@ -6,42 +6,56 @@ import dataclasses
 import os
 import secrets
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from base_bert import BertConfig
+from bert import BertModel
 from datasets import TaskDataset
-from options import DEFAULT_SPACY_MODEL, build_parser, decisive, parse_options
+from options import (
+    DEFAULT_SPACY_MODEL,
+    build_parser,
+    changed_options,
+    deciding,
+    parse_options,
+)
 from tagging import Pipeline, Tagger
 from tasks import SPLITS
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
     atomic_write,
+    by_first,
     check_writable,
     current_versions,
-    hold,
     load_torch_file,
+    lock_files,
     n_processes,
     one_line,
     rank,
 )
 
-CHECKPOINT_FORMAT = 2
-STILL_GOING = "is the state of a run that is still going"
+CHECKPOINT_FORMAT = 3
+STILL_RUNNING = "is the state of a run that is still running"
+
+
+# --------------------------------------------------------------------------------- write and read
 
 
 def checkpoint_content(
-    model: torch.nn.Module,
+    model: nn.Module,
     tokenizer: BertTokenizer,
     options: argparse.Namespace,
     epoch: int,
-    scores: dict[str, dict[str, float]],
+    scores: Mapping[str, Mapping[str, float]],
     tagger: Tagger | None = None,
-) -> dict:
-    """All that a later load needs. `epoch` counts those that are over, `scores` are on dev."""
+) -> dict[str, Any]:
+    """Return everything that a later load needs. `epoch` counts finished epochs, `scores` are on dev."""
     return {
         "format": CHECKPOINT_FORMAT,
         "model": model.state_dict(),
@@ -55,20 +69,20 @@ def checkpoint_content(
     }
 
 
-def write_checkpoint(path: Path, content: dict) -> None:
-    """Atomically, by the first process. UserError: it cannot be written, and what was there is
-    still there."""
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically, in the first process. Raises UserError if it cannot be written;
+    then the previous file is still there."""
     if rank():
         return
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
-    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+    except RuntimeError as error:  # PyTorch's writer raises it for a full disk
         raise UserError(f"cannot write {path}: {one_line(error)}") from error
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """What `write_checkpoint` wrote, of a format that this version reads; else UserError."""
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint. Raises UserError for another file or another format."""
     checkpoint = load_torch_file(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(
@@ -83,22 +97,41 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def check_tags(checkpoint: dict, config: BertConfig) -> None:
-    """ValueError unless a checkpoint's pipeline has as many labels as its model has embeddings."""
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Read the state of a run. Raises UserError with the reason if the file holds none."""
+    state = read_checkpoint(path)
+    training = state.get("training")
+    if not training or not isinstance(state.get("options"), dict):
+        raise UserError(f"{path}: holds no state of a run to continue; give a models/RUN.resume")
+    if training != "finished" and not {"data", "threads", "processes", "log"} <= set(training):
+        raise UserError(f"{path}: a damaged state of a run")
+    # A state of an older version lacks the flags that are new since then.
+    state["options"] = vars(build_parser().parse_args([])) | state["options"]
+    return state
+
+
+# ------------------------------------------------------------------------------------------- tags
+
+
+def check_tags(checkpoint: Mapping[str, Any], config: BertConfig) -> None:
+    """Raise ValueError unless a checkpoint's pipeline has as many labels as its model has embeddings."""
     tags, sizes = checkpoint.get("tags"), (config.num_pos_tags, config.num_ner_tags)
     if tags is None and sizes == (0, 0):
         return
+    if tags is None:
+        raise ValueError("its model has embeddings of tags, but the tags are missing")
     strings = [tags["name"], tags["version"], tags["digest"], *tags["pos_labels"]]
-    strings += tags["ner_labels"]
+    strings += [*tags["ner_labels"], checkpoint["options"]["spacy_model"]]
     fits = (len(tags["pos_labels"]), len(tags["ner_labels"])) == sizes
-    spacy_model = checkpoint["options"]["spacy_model"]
-    if not fits or not all(isinstance(each, str) for each in (*strings, spacy_model)):
+    if not fits or not all(isinstance(text, str) for text in strings):
         raise ValueError("its tags are not those of its model")
 
 
-def tagger_like(tags: dict | None, path: str | Path, options) -> Tagger | None:
-    """What tags sentences for a model that was trained with these tags; UserError if the pipeline
-    that `--spacy_model` names is another one."""
+def find_tagger(
+    tags: Mapping[str, Any] | None, path: str | Path, options: argparse.Namespace
+) -> Tagger | None:
+    """Return the tagger of a checkpoint with these tags. Raises UserError if `--spacy_model` names
+    another pipeline than the one it was trained with."""
     if tags is None:
         if options.additional_input or options.spacy_model:
             flags = "--additional_input and --spacy_model"
@@ -119,25 +152,38 @@ def tagger_like(tags: dict | None, path: str | Path, options) -> Tagger | None:
     return Tagger(pipeline, options.cache_dir)
 
 
-def remove_leftovers(models_dir: Path) -> None:
-    """What runs had half written when they were killed, and nobody will go on with."""
-    for leftover in models_dir.glob(".*.tmp"):
-        run = leftover.name[1:].rsplit(".", 3)[0]
-        with contextlib.suppress(UserError), hold([models_dir / f"{run}.resume"], STILL_GOING):
-            pass  # to hold it is to remove them
+def check_encoder(
+    bert: BertModel, source: str, tagger: Tagger | None, encodings: Mapping[str, str]
+) -> None:
+    """Raise UserError for an encoder that cannot do what is asked: it brings embeddings of tags of an
+    unknown pipeline, or cannot read two sentences in one sequence."""
+    tables = bert.new_parameters
+    if tables and (tagger is None or any(table.any() for table in tables)):
+        raise UserError(
+            f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "
+            "start from one that has none, or continue from a checkpoint (--resume, --evaluate)"
+        )
+    if set(encodings.values()) != {"bi"} and bert.config.type_vocab_size < 2:
+        raise UserError(
+            f"{source}: this encoder does not tell two sentences of a sequence apart "
+            "(type_vocab_size 1); leave --para_encoding and --sts_encoding at bi"
+        )
+
+
+# ----------------------------------------------------------------------------------------- resume
 
 
 def find_state(options: argparse.Namespace) -> Path | None:
-    """The state file that `--resume` means; None for a new run.
+    """Return the state file that `--resume` means; None for a new run.
 
-    `auto` is the newest good one in `--models_dir` of a run with the same options that is not going
-    on meanwhile.
+    `auto` is the newest readable one in `--models_dir` of a run that has the same options and is not
+    still running.
     """
     if options.resume != "auto":
         return Path(options.resume) if options.resume else None
-    wanted, tags = decisive(vars(options)), None
+    wanted, tags = deciding(vars(options)), None
     if options.additional_input:
-        tags = Pipeline.find(options.spacy_model or DEFAULT_SPACY_MODEL).to_dict()
+        tags = Pipeline.find(options.spacy_model).to_dict()
     paths = [path for path in Path(options.models_dir).glob("*.resume") if path.exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -145,48 +191,53 @@ def find_state(options: argparse.Namespace) -> Path | None:
         except UserError as error:
             warnings.warn(f"--resume auto passes over {error}", stacklevel=2)
             continue
-        if decisive(state["options"]) == wanted and state.get("tags") == tags:
-            with contextlib.suppress(UserError), hold([path], STILL_GOING):
+        if deciding(state["options"]) == wanted and state.get("tags") == tags:
+            with contextlib.suppress(UserError), lock_files([path], STILL_RUNNING):
                 return path
     print(f"--resume auto: {options.models_dir} has no run with these options; this is a new one")
     return None
 
 
-def read_state(path: str | Path) -> dict:
-    """The state of a run; UserError says why a file holds none."""
-    state = read_checkpoint(path)
-    training = state.get("training")
-    if not training or not isinstance(state.get("options"), dict):
-        raise UserError(f"{path}: holds no state of a run to go on with; give a models/RUN.resume")
-    if training != "finished" and not {"data", "threads", "processes", "log"} <= set(training):
-        raise UserError(f"{path}: a damaged state of a run")
-    state["options"] = vars(build_parser().parse_args([])) | state["options"]  # older: fewer flags
-    return state
+def lock_state(
+    options: argparse.Namespace, locks: contextlib.ExitStack
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """Find, lock and read the state that `--resume` means; (None, None) for a new run."""
+    remove_leftovers(Path(options.models_dir))
+    path = by_first(lambda: find_state(options))
+    if path is None:
+        return None, None
+    locks.enter_context(lock_files([path], STILL_RUNNING))
+    return path, read_state(path)
 
 
 def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
-    """The options of the saved run; what `argv` gives besides must not change its numbers."""
+    """Return the options of a saved run, with those flags of `argv` that do not change its numbers.
+    Raises UserError for flags that do."""
     saved = read_state(path)["options"]
-    named = {  # the other predictions follow --predictions_dir, which may be another one now
-        key: value
-        for key, value in saved.items()
-        if key[-4:] != "_out" or os.path.dirname(value) != saved["predictions_dir"]
-    }
-    options = parse_options(argv, named)
-    options.models_dir = str(Path(path).parent)
-    given, wanted = decisive(vars(options)), decisive(saved)
-    wanted.pop("tasks")  # follow from the flags of the tasks
-    if differing := [key for key in wanted if given.get(key) != wanted[key]]:
+
+    def follows_folder(key: str) -> bool:
+        """Whether a file of predictions follows --predictions_dir, which may have changed."""
+        return key.endswith("_out") and os.path.dirname(saved[key]) == saved["predictions_dir"]
+
+    defaults = {key: value for key, value in saved.items() if not follows_folder(key)}
+    options = parse_options(argv, defaults)
+    given, wanted = deciding(vars(options)), deciding(saved)
+    # The list of tasks follows from the flags of the tasks.
+    differing = [key for key in wanted if key != "tasks" and given.get(key) != wanted[key]]
+    if differing:
         raise UserError(
             f"{path}: this run has other values of --{', --'.join(differing)}; "
-            "leave them out to go on with it, or start a new run"
+            "leave them out to continue it, or start a new run"
         )
-    return options
+    return changed_options(options, models_dir=str(Path(path).parent))
 
 
-def check_unchanged(data: dict[str, dict[str, TaskDataset]], state: dict, path: Path) -> None:
-    """UserError unless the data are those of the saved run; a warning where numbers may differ."""
-    saved, here = state["training"]["data"], digests(data)
+def check_unchanged(
+    data: Mapping[str, Mapping[str, TaskDataset]], state: Mapping[str, Any], path: Path
+) -> None:
+    """Raise UserError if the data have changed since the run was saved. Warn of differences that can
+    change its numbers a little."""
+    saved, here = state["training"]["data"], data_digests(data)
     if changed := [name for name, digest in here.items() if saved.get(name) != digest]:
         raise UserError(
             f"{path}: the files of --{', --'.join(changed)} have changed since this run began; "
@@ -198,8 +249,8 @@ def check_unchanged(data: dict[str, dict[str, TaskDataset]], state: dict, path: 
         warnings.warn(f"{path} was saved with {'; '.join(other)}: the numbers may differ a little")
 
 
-def digests(data: dict[str, dict[str, TaskDataset]]) -> dict[str, str]:
-    """Of the files that decide what training does."""
+def data_digests(data: Mapping[str, Mapping[str, TaskDataset]]) -> dict[str, str]:
+    """Return the digests of the files that decide what training does."""
     return {
         f"{name}_{split}": dataset.digest
         for split in ("train", "dev")
@@ -207,9 +258,12 @@ def digests(data: dict[str, dict[str, TaskDataset]]) -> dict[str, str]:
     }
 
 
-def claim_run(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:
-    """For a name that no other run has: the path of its state, and its TensorBoard folder, made
-    here."""
+# ------------------------------------------------------------------------------- names and locks
+
+
+def new_run(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:
+    """Choose a name that no other run has. Return the path of the run's state, and its TensorBoard
+    folder, which is made here."""
     start = f"{datetime.now():%Y%m%d-%H%M%S}"
     run = f"{start}-{kind}-{options.optimizer}-{secrets.token_hex(2)}"
     directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
@@ -220,29 +274,35 @@ def claim_run(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:
     return Path(options.models_dir) / f"{run}.resume", directory
 
 
-def hold_predictions(options: argparse.Namespace):
-    """Keep other runs from writing the files that this one will write."""
-    paths = [
-        Path(getattr(options, f"{name}_{split}_out"))
-        for name in options.tasks
-        for split in ("dev", "test")
-    ]
-    what = "a run that is still going will write it; give this one another --predictions_dir"
-    return hold(paths, what)
+def remove_leftovers(models_dir: Path) -> None:
+    """Remove half-written files of runs that were killed."""
+    for leftover in models_dir.glob(".*.tmp"):
+        run = leftover.name[1:].rsplit(".", 3)[0]
+        paths = [models_dir / f"{run}.resume"]
+        # Locking them removes them; those of a run that is still running are locked by it.
+        with contextlib.suppress(UserError), lock_files(paths, STILL_RUNNING):
+            pass
+
+
+def lock_predictions(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Lock the prediction files of this run against other runs."""
+    what = "a run that is still running will write it; give this one another --predictions_dir"
+    return lock_files([Path(getattr(options, flag)) for flag in prediction_flags(options)], what)
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse paths that cannot be written before hours of training, not after."""
+    """Refuse outputs that cannot be written, or that are inputs, before hours of training."""
     check_writable(Path(options.models_dir) / "run.pt")
-    taken = {
-        Path(getattr(options, f"{name}_{split}")).resolve(): f"--{name}_{split}"
-        for name in options.tasks
-        for split in SPLITS
-    }
-    for name in options.tasks:
-        for split in ("dev", "test"):
-            flag, path = f"--{name}_{split}_out", getattr(options, f"{name}_{split}_out")
-            check_writable(path)
-            other = taken.setdefault(Path(path).resolve(), flag)
-            if other != flag:
-                raise UserError(f"{path}: is given for {flag} and for {other}")
+    inputs = [f"{name}_{split}" for name in options.tasks for split in SPLITS]
+    taken = {Path(getattr(options, flag)).resolve(): flag for flag in inputs}
+    for flag in prediction_flags(options):
+        path = getattr(options, flag)
+        check_writable(path)
+        other = taken.setdefault(Path(path).resolve(), flag)
+        if other != flag:
+            raise UserError(f"{path}: is given for --{flag} and for --{other}")
+
+
+def prediction_flags(options: argparse.Namespace) -> list[str]:
+    """Return the names of the options that name the prediction files of the chosen tasks."""
+    return [f"{name}_{split}_out" for name in options.tasks for split in ("dev", "test")]

@@ -1,4 +1,4 @@
-"""CSV rows to examples to sampled, packed batches; and the download of the real CSVs.
+"""CSV rows to examples, examples to word-piece ids; and the download of the real CSVs.
 
 python datasets.py download            fetch the nine real CSVs into data/
 """
@@ -15,19 +15,20 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from base_bert import BertConfig
 from tagging import Tagger
 from tasks import TASKS, Task
 from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
-SMOKETEST_ROWS = 32  # read of each file
+SMOKETEST_ROWS = 32  # read of each file with --smoketest
 NAMED_ROWS = 20  # a warning names this many unusable rows and counts the others
 
 
@@ -41,19 +42,21 @@ class Example(NamedTuple):
 
 
 def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
-    """Read one tab-separated CSV, quoted as pandas writes it; columns are found by name.
+    """Read a tab-separated CSV, quoted like pandas quotes it; columns are found by name.
 
-    Training rows need a label and sentences with text in them. Dev rows without a label are kept
-    with label nan, and an empty sentence is kept in dev and test, so that every row that has its
-    cells is predicted. Rows that cannot be used, and dev rows that cannot be scored, are counted
-    and named in one warning.
+    Training rows need a label and sentences with text. Every dev and test row that has all its cells
+    is predicted: dev rows without a label get the label nan, and empty sentences are kept. One
+    warning names and counts the rows that cannot be used, and the dev rows that cannot be scored.
 
     Raises:
-        UserError: no such file, not tab-separated, a column missing, or no usable row.
+        UserError: there is no such file, it is not tab-separated, a column is missing, or no row is
+            usable.
     """
     examples, unusable, unscored, repeated = [], [], [], []
     ids = set()
-    needed = ["id", *task.sentence_columns] + [task.label_column] * (split != "test")
+    needed = ["id", *task.sentence_columns]
+    if split != "test":
+        needed.append(task.label_column)
     rows = csv_rows(Path(path))
     header = next(rows, ("line 1", []))[1]
     columns = find_columns(path, header, needed)
@@ -80,7 +83,7 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
             f"expected tab-separated columns {', '.join(needed)}"
         )
     kinds = {"unusable": unusable, "predicted but not scored": unscored}
-    kinds["used although the id stands in an earlier row"] = repeated
+    kinds["used although an earlier row has the same id"] = repeated
     if found := [_describe(kind, problems) for kind, problems in kinds.items() if problems]:
         warnings.warn(f"{path}: {'; '.join(found)}", stacklevel=2)
     return examples
@@ -95,7 +98,7 @@ class _Unscored(ValueError):
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(the row's line or lines, cells) of a tab-separated file; blank lines are passed over."""
+    """Yield the rows of a tab-separated file: (its line or lines, cells). Blank lines are skipped."""
     csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -135,6 +138,7 @@ def _first_line_not_utf8(path: Path) -> int:
 
 
 def find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
+    """Find the numbers of these columns. Raises UserError if one is missing or there twice."""
     try:
         check_quotes(header)
     except ValueError as problem:
@@ -156,7 +160,7 @@ def find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict
 
 
 def check_quotes(cells: list[str]) -> None:
-    """ValueError for a cell that has swallowed whole rows, since a quote is missing."""
+    """Raise ValueError for a cell that has swallowed whole rows, because a quote is missing."""
     if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
         raise ValueError("one cell over several lines, with tabs in it; is a quote missing?")
 
@@ -191,14 +195,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(sentences: tuple[str, ...]) -> tuple[str, ...]:
-    """Without case, ASCII punctuation and differences in white space; the order of a pair does not
-    count."""
+    """Remove case, ASCII punctuation and differences in white space, and sort the sentences of a pair:
+    their order does not count."""
     words = (text.casefold().translate(_PUNCTUATION).split() for text in sentences)
     return tuple(sorted(map(" ".join, words)))
 
 
 def overlap(train: list[Example], *others: list[Example]) -> list[int]:
-    """Of each of the others, how many rows have the sentences of a training row."""
+    """Count, in each of the others, the rows whose sentences are also those of a training row."""
     known = {normalised(example.sentences) for example in train}
     return [sum(normalised(example.sentences) in known for example in other) for other in others]
 
@@ -207,8 +211,8 @@ def overlap(train: list[Example], *others: list[Example]) -> list[int]:
 
 
 class TokenColumn(NamedTuple):
-    """The word pieces of one sentence column, one sentence after the other; or of two columns, both
-    sentences of a row in one sequence."""
+    """The word pieces of one sentence column, one sentence after the other; or of a pair's two columns,
+    with both sentences of a row in one sequence."""
 
     pieces: np.ndarray  # [1 or 3, n_tokens]: ids; with tags also part-of-speech and entity ids
     offsets: np.ndarray  # [n_rows + 1] int64: row i is pieces[:, offsets[i]:offsets[i + 1]]
@@ -223,15 +227,15 @@ class TokenColumn(NamedTuple):
         return self.pieces[:, self.offsets[index] : self.offsets[index + 1]]
 
     def followed_by(self, other: "TokenColumn") -> "TokenColumn":
-        """The rows of a column of sentences, then those of another."""
-        parts = [each.pieces[:, each.offsets[0] : each.offsets[-1]] for each in (self, other)]
+        """Return the rows of this column, then those of another."""
+        parts = [part.pieces[:, part.offsets[0] : part.offsets[-1]] for part in (self, other)]
         lengths = np.concatenate([self.lengths, other.lengths])
         return TokenColumn(np.concatenate(parts, axis=1), np.concatenate([[0], np.cumsum(lengths)]))
 
     @classmethod
     def joint(cls, first: "TokenColumn", second: "TokenColumn", max_length: int) -> "TokenColumn":
-        """[CLS] first [SEP] second [SEP] for each row; where that is too long, the longer sentence is
-        cut first."""
+        """Join two columns: [CLS] first [SEP] second [SEP] for each row. If a row is too long, its longer
+        sentence is cut first."""
         rows, first_lengths = [], []
         for index in range(len(first.offsets) - 1):
             one, two = first.row(index), second.row(index)[:, 1:]
@@ -244,8 +248,8 @@ class TokenColumn(NamedTuple):
 
 
 def joint_lengths(first: int, second: int, most: int) -> tuple[int, int]:
-    """How long [CLS] first [SEP] and second [SEP] may stay to be no longer than `most` together: the
-    longer sentence is cut, and once both are equal, each in turn."""
+    """Return the lengths to which [CLS] first [SEP] and second [SEP] are cut so that both together have
+    at most `most` tokens: the longer sentence is cut, and once both are equal, each in turn."""
     sentences, room = (first - 2, second - 1), most - 3
     short = min(*sentences, room // 2)
     long = min(max(sentences), room - short)
@@ -253,21 +257,21 @@ def joint_lengths(first: int, second: int, most: int) -> tuple[int, int]:
 
 
 def cut(pieces: np.ndarray, length: int) -> np.ndarray:
-    """[1 or 3, n] to [1 or 3, length]: the last one, [SEP], stays."""
+    """Cut [1 or 3, n] to [1 or 3, length]; the last piece, [SEP], stays."""
     return np.concatenate([pieces[:, : length - 1], pieces[:, -1:]], axis=1)
 
 
 class TaskDataset:
-    """One file of one task: its examples, and their word-piece ids, made once and cached.
+    """One file of one task: its examples and their word-piece ids, which are made once and cached.
 
     Args:
         path: the CSV.
         split: "train", "dev" or "test".
-        max_length: sequences are cut there, special tokens included.
-        cache_dir: where the ids are kept for the next run; None keeps them nowhere.
-        limit: keep no more than this many examples.
+        max_length: sequences are cut after this many tokens, special tokens included.
+        cache_dir: folder that keeps the ids for the next run; None: they are not kept.
+        limit: keep at most this many examples.
         tagger: gives the word pieces their tags; None: they have none.
-        encoding: of a pair: "bi", each sentence is a sequence; "cross", both are one; "both".
+        encoding: of a pair. "bi": each sentence is a sequence; "cross": both are one; "both".
         both_orders: have each pair twice, the second time (after all others) with its sentences
             exchanged.
     """
@@ -279,6 +283,7 @@ class TaskDataset:
         split: str,
         tokenizer: BertTokenizer,
         max_length: int,
+        *,
         cache_dir: str | Path | None = None,
         limit: int | None = None,
         tagger: Tagger | None = None,
@@ -289,9 +294,9 @@ class TaskDataset:
         self.examples = read_examples(path, task, split)
         with open(path, "rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if limit is not None:  # of dev rows, those that can be scored
-            labelled = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
-            self.examples = labelled[:limit]
+        if limit is not None:
+            usable = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
+            self.examples = usable[:limit]
         sentences = [text for column in zip(*self._sentences()) for text in column]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
@@ -333,11 +338,11 @@ def tokenize_cached(
     name: str,
     tagger: Tagger | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`tokenizer.packed_ids` [1, n_tokens], with a tagger [3, n_tokens] ids and tags; and the
-    lengths. Kept in `cache_dir` under a digest of all that decides the result.
+    """Return word-piece ids [1, n_tokens], with a tagger ids and tags [3, n_tokens], and the lengths of
+    the sentences. `cache_dir` keeps them, under a digest of everything that decides the result.
 
-    A cache file that is damaged, or whose content does not have the digest noted in it, is made
-    anew. A cache that cannot be written is a warning.
+    A damaged cache file is made again: its content has another digest than the file says. If the
+    cache cannot be written, this is a warning.
     """
 
     def tokenize():
@@ -359,7 +364,7 @@ def tokenize_cached(
     path = Path(cache_dir) / f"tokens-{key.hexdigest()[:32]}.safetensors"
     try:
         return _read_token_cache(path, len(sentences))
-    except Exception:  # absent, truncated, garbled, ...: whatever it is, it is made anew
+    except Exception:  # absent, truncated, garbled, ...: whatever is wrong, it is made again
         pieces, lengths = tokenize()
     try:
         _write_token_cache(path, pieces, lengths)
@@ -388,11 +393,63 @@ def _write_token_cache(path: Path, pieces: np.ndarray, lengths: np.ndarray) -> N
 
     arrays = {"pieces": pieces, "lengths": lengths}
     content = save(arrays, metadata={"digest": _digest(pieces, lengths)})
+    # Not save_file, which has its own error for a full disk.
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content)  # save_file would have its own error for a full disk
+        temporary.write_bytes(content)
 
 
-# ------------------------------------------------------------------------------------- batches
+def checked_max_length(
+    options: argparse.Namespace, source: str, config: BertConfig, tokenizer: BertTokenizer
+) -> int:
+    """Return the length at which sequences are cut for the encoder from `source`. Raises UserError if
+    encoder, tokenizer and --max_length do not fit together."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} word pieces, "
+            f"the encoder only {config.vocab_size}; they do not belong together"
+        )
+    if options.max_length and options.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_length {options.max_length} is more than this encoder's "
+            f"{config.max_position_embeddings} positions"
+        )
+    return options.max_length or config.max_position_embeddings
+
+
+def load_data(
+    options: argparse.Namespace,
+    tokenizer: BertTokenizer,
+    max_length: int,
+    splits: Sequence[str],
+    tagger: Tagger | None = None,
+    encodings: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, TaskDataset]]:
+    """Read the files of the chosen tasks: split -> task -> dataset.
+
+    `encodings` says of pair tasks how the encoder reads them; "bi" where it says nothing.
+    """
+    encodings = {name: "bi" for name in options.tasks} | dict(encodings or {})
+    data = {
+        split: {
+            name: TaskDataset(
+                getattr(options, f"{name}_{split}"),
+                TASKS[name],
+                split,
+                tokenizer,
+                max_length,
+                cache_dir=options.cache_dir,
+                limit=SMOKETEST_ROWS if options.smoketest else None,
+                tagger=tagger,
+                encoding=encodings[name],
+                both_orders=split == "train" and options.both_orders and encodings[name] != "bi",
+            )
+            for name in options.tasks
+        }
+        for split in splits
+    }
+    if tagger:
+        tagger.rest()
+    return data
 
 
 # ------------------------------------------------------------------------------------- download
@@ -417,7 +474,7 @@ TIMEOUT_SECONDS = 30
 
 
 def git_blob_id(path: Path) -> str:
-    """The id that git gives a file's content: SHA-1 of "blob <size>\\0" and the content."""
+    """Return the id that git gives the content of a file: SHA-1 of "blob <size>\\0" and the content."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -428,11 +485,11 @@ def git_blob_id(path: Path) -> str:
 def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = GIT_BLOBS) -> None:
     """Fetch the files of `blobs` (name -> git blob id) into `data_dir`.
 
-    A file arrives as NAME.part, which a later call goes on with; only once its blob id is right
-    does it take its name. Files that are there and right are left alone.
+    A file arrives as NAME.part, which a later call continues. It takes its name only when its blob id
+    is right. Files that are already there and right are left alone.
 
     Raises:
-        UserError: names each file that could not be had, and why; the others are there.
+        UserError: names each file that could not be fetched, and why; the others are there.
     """
     failures = []
     for name, blob in blobs.items():
@@ -449,7 +506,7 @@ def _download_file(url: str, path: Path, blob: str) -> None:
         if path.is_file() and git_blob_id(path) == blob:
             print(f"{path}: already there")
             return
-        raise UserError(f"{path} is there and is another file; move it away and run this again")
+        raise UserError(f"{path} is there with other content; move it away and run this again")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -463,22 +520,22 @@ def _download_file(url: str, path: Path, blob: str) -> None:
                     raise
                 time.sleep(attempt)
     except Exception as error:
-        kept = f"; {part.stat().st_size} bytes are kept to go on with" if part.exists() else ""
+        kept = f"; {part.stat().st_size} bytes are kept for the next try" if part.exists() else ""
         raise UserError(f"cannot download {url}: {one_line(error)}{kept}") from error
     if (found := git_blob_id(part)) != blob:
         part.unlink()
-        raise UserError(f"{url}: what came has git blob id {found}, not {blob}; it was deleted")
+        raise UserError(f"{url}: the file has git blob id {found}, not {blob}; it was deleted")
     part.replace(path)
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Append what is missing of `url` to `part`. EOFError: the connection closed too early."""
+    """Append the missing bytes of `url` to `part`. Raises EOFError if the connection closes too early."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing; the blob id tells whether it is right
+        if error.code == 416:  # no byte is missing; the blob id tells whether they are right
             return
         raise
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
@@ -506,43 +563,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def load_data(
-    options,
-    tokenizer,
-    max_length,
-    splits,
-    tagger: Tagger | None = None,
-    encodings: dict[str, str] | None = None,
-) -> dict[str, dict[str, TaskDataset]]:
-    """split -> task -> dataset, for the chosen tasks."""
-    encodings = encodings or {}
-    data = {
-        split: {
-            name: TaskDataset(
-                getattr(options, f"{name}_{split}"),
-                TASKS[name],
-                split,
-                tokenizer,
-                max_length,
-                options.cache_dir,
-                SMOKETEST_ROWS if options.smoketest else None,
-                tagger,
-                encodings.get(name, "bi"),
-                split == "train" and options.both_orders and encodings.get(name, "bi") != "bi",
-            )
-            for name in options.tasks
-        }
-        for split in splits
-    }
-    if tagger:
-        tagger.rest()
-    return data

@@ -1,10 +1,12 @@
-"""Metrics, the evaluation pass and prediction files. Takes a model and datasets, made elsewhere."""
+"""Metrics, the evaluation pass and prediction files. The model and the datasets are made elsewhere."""
 
 import argparse
 import csv
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from datasets import TaskDataset
 from tasks import TASKS, Task
 from utils import atomic_write, autocast, gather, n_processes, rank
 
+Scores = dict[str, dict[str, float]]  # task -> metric -> value
+
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     from sklearn.metrics import accuracy_score
@@ -23,14 +27,14 @@ def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """F1 of each class that occurs in labels or predictions, averaged."""
+    """Average the F1 of the classes that occur in labels or predictions."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
 def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one side is constant and it is undefined."""
+    """Return Pearson's correlation; 0 if one side is constant, where it is undefined."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
     return float(np.corrcoef(labels, predictions)[0, 1])
@@ -40,7 +44,7 @@ METRICS = {"accuracy": accuracy, "macro_f1": macro_f1, "pearson": pearson}
 
 
 def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """The task's metrics by name; rows without a label (nan) do not count."""
+    """Return the metrics of a task by name. Rows without a label (nan) do not count."""
     labelled = ~np.isnan(labels)
     return {
         name: METRICS[name](labels[labelled], predictions[labelled].astype(labels.dtype))
@@ -49,13 +53,13 @@ def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
 
 
 def mean_score(scores: dict[str, dict[str, float]]) -> float:
-    """What selects the model: the mean over tasks of each task's first metric."""
+    """Return the score that selects the model: the mean over tasks of their first metrics."""
     return sum(next(iter(metrics.values())) for metrics in scores.values()) / len(scores)
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """A model's predictions for one dataset, in the dataset's order, and what they score."""
+    """The predictions of a model for one dataset, in the dataset's order, and their scores."""
 
     dataset: TaskDataset
     predictions: np.ndarray  # [n_rows], on the label's scale
@@ -66,44 +70,45 @@ class Evaluation:
 def outputs(
     model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
 ) -> torch.Tensor:
-    """The model's answers, logits [n_rows, classes] or similarities [n_rows], float32, on the CPU, in
-    the dataset's order; the processes of a data-parallel run share the work, and all get all. The
-    model's training mode is left as found."""
+    """Compute the outputs of a model: logits [n_rows, classes] or numbers [n_rows], float32, on the
+    CPU, in the dataset's order. Several processes share the work, and all get all outputs. The model
+    stays in its mode (training or evaluation)."""
     task = dataset.task
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    rows, answers = [], []
-    progress = dict(total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row")
+    parts: list[tuple[np.ndarray, torch.Tensor]] = []
+    progress: dict[str, Any] = dict(
+        total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row"
+    )
     with tqdm(**progress, leave=False) as bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
-            answers.append(model(batch.to(device))[task.name].float())
-            rows.append(batch.rows[task.name])
-            bar.update(len(rows[-1]) * n_processes())
+            rows = batch.rows[task.name]
+            parts.append((rows, model(batch.to(device))[task.name].float()))
+            bar.update(len(rows) * n_processes())
     model.train(was_training)
-    width = [task.num_classes] if task.num_classes else []
-    in_order = torch.empty(len(dataset), *width)
-    mine = [(each, answer.cpu()) for each, answer in zip(rows, answers)]
-    for some, values in itertools.chain(*gather(mine)):
-        in_order[some] = values
+    in_order = torch.empty(len(dataset), *([len(task.classes)] if task.classes else []))
+    mine = [(rows, output.cpu()) for rows, output in parts]
+    for rows, output in itertools.chain(*gather(mine)):
+        in_order[rows] = output
     return in_order
 
 
 def predict(
     model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
 ) -> np.ndarray:
-    """Predictions [n_rows] on the label's scale; see `outputs`."""
-    answers = outputs(model, dataset, batch_size, precision)
-    return dataset.task.decode(answers).double().numpy()
+    """Return predictions [n_rows] on the label's scale; see `outputs`."""
+    in_order = outputs(model, dataset, batch_size, precision)
+    return dataset.task.decode(in_order).double().numpy()
 
 
 def evaluate(
     model: torch.nn.Module,
-    datasets: dict[str, TaskDataset],
+    datasets: Mapping[str, TaskDataset],
     batch_size: int,
     precision: str = "auto",
 ) -> dict[str, Evaluation]:
-    """Predict every dataset (task name -> dataset) and score those with labels."""
+    """Predict every dataset (task -> dataset) and score those with labels."""
     evaluations = {}
     for name, dataset in datasets.items():
         predictions = predict(model, dataset, batch_size, precision)
@@ -114,28 +119,28 @@ def evaluate(
 
 
 def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
-    """Tab-separated `id` and predicted value, one row per example, in input order."""
+    """Write one tab-separated row for each example, in the dataset's order: id and predicted value."""
     task = evaluation.dataset.task
     values = evaluation.predictions
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, delimiter="\t", lineterminator="\n")
         writer.writerow(("id", task.prediction_column))
         for id, value in zip(evaluation.dataset.ids, values.tolist(), strict=True):
-            writer.writerow((id, int(value) if task.num_classes else f"{value:.6f}"))
+            writer.writerow((id, int(value) if task.classes else f"{value:.6f}"))
 
 
 def confusion_counts(evaluation: Evaluation) -> np.ndarray:
-    """[classes, classes] numbers of labelled rows: true classes by predicted ones."""
+    """Count the labelled rows by true class and predicted class, [classes, classes]."""
     from sklearn.metrics import confusion_matrix
 
     labels = evaluation.dataset.labels
     labelled = ~np.isnan(labels)
-    classes = list(range(evaluation.dataset.task.num_classes))
+    classes = list(range(len(evaluation.dataset.task.classes)))
     return confusion_matrix(labels[labelled], evaluation.predictions[labelled], labels=classes)
 
 
 def confusion_figure(evaluation: Evaluation):
-    """A matplotlib figure: rows are true classes, columns predicted ones, cells counts."""
+    """Draw the confusion matrix with matplotlib: rows are true classes, columns predicted ones."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -147,7 +152,7 @@ def confusion_figure(evaluation: Evaluation):
 
 
 def format_scores(scores: dict[str, float]) -> str:
-    """`accuracy 0.463, macro_f1 0.441`"""
+    """Return a text like `accuracy 0.463, macro_f1 0.441`."""
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
@@ -155,10 +160,10 @@ def evaluate_checkpoint(
     path: str | Path,
     model: torch.nn.Module,
     epoch: int,
-    data: dict[str, dict[str, TaskDataset]],
+    data: Mapping[str, Mapping[str, TaskDataset]],
     options: argparse.Namespace,
-) -> dict[str, dict[str, float]]:
-    """Write dev and test predictions of a checkpoint's model, print the table, return dev scores."""
+) -> Scores:
+    """Write the dev and test predictions of a checkpoint's model, print its dev scores and return them."""
     written, scores = [], {}
     for split in ("dev", "test"):
         batches = data[split], options.batch_size, options.precision

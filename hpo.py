@@ -1,6 +1,7 @@
 """Search for good hyper-parameters over whole training runs, with Ray Tune and Optuna.
 
-python multitask_classifier.py --hpo --hpo_trials 20
+    python hpo.py --hpo_trials 20                              or, which starts the same,
+    python multitask_classifier.py --hpo --hpo_trials 20
 
 What is searched stands in SEARCH_SPACE in options.py. Ray Tune runs the trials where there is room,
 Optuna proposes their settings, asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 # Before Ray is imported: it sends nothing about its use, and its loggers are not needed.
@@ -48,13 +50,15 @@ from utils import (
     Terminated,
     UserError,
     atomic_write,
-    hold,
+    exit_status,
     is_out_of_memory,
+    lock_files,
     one_line,
     pick_device,
     random_states,
     restore_random_states,
     seed_everything,
+    terminate,
 )
 
 WORST = -1.0  # the objective of a trial that has failed: below all others
@@ -80,7 +84,7 @@ def search(options: argparse.Namespace) -> Path:
         path, logs = claim_run(options, "hpo")
         directory = path.with_suffix("").absolute()
         write_json(directory / "search.json", {"options": vars(options), "logs": str(logs)})
-    with hold([directory / "search.json"], STILL_GOING):
+    with lock_files([directory / "search.json"], STILL_GOING):
         logs = Path(json.loads((directory / "search.json").read_text())["logs"]).absolute()
         shared = Shared.load(options, directory, logs)
         try:
@@ -423,3 +427,18 @@ def flags_of(options: argparse.Namespace) -> dict:
 def write_json(path: Path, content: dict) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Search; the flags are those of multitask_classifier.py, and `--hpo` need not be given."""
+
+    def work():
+        options = parse_options(["--hpo", *(sys.argv[1:] if argv is None else argv)])
+        search(options)
+
+    return exit_status(work, "lower --batch_size or --max_length", "nothing new was saved")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(main())

@@ -1,9 +1,9 @@
 """A mixture of experts (Jacobs et al. 1991, "Adaptive mixtures of local experts"): several BERTs, and
 one more, the gate, that weighs them for each sentence.
 
-Soft: a sentence's hidden states are those of all experts, weighted. Hard: they are those of the expert
-with the largest weight, and only that one reads the sentence (as in Fedus et al. 2021, arXiv
-2101.03961, where experts are feed-forward layers and read single tokens).
+Soft gating: the hidden states of a sentence are those of all experts, weighted. Hard gating: they are
+those of the expert with the largest weight, and only this expert reads the sentence. (In Fedus et al.
+2021, arXiv 2101.03961, experts are feed-forward layers and read single tokens.)
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch
-from bert import BertModel
+from bert import BertModel, Tokens
 from tasks import sequences_per_row
 
 N_EXPERTS = 3
@@ -25,10 +25,13 @@ GATINGS = ("soft", "hard")
 
 
 class MixtureOfExperts(nn.Module):
-    """From outside a `BertModel`.
+    """Several BERTs with the interface of one `BertModel`.
 
-    The gate's pooled output goes through a linear layer and a softmax over the experts.
+    The pooled output of the gate goes through a linear layer and a softmax over the experts.
     """
+
+    weights: Tensor  # [B, E] of the experts, for the sequences of the last pass
+    choice: Tensor  # [B] the expert with the largest weight
 
     def __init__(self, config: BertConfig, gating: str):
         super().__init__()
@@ -36,13 +39,11 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(BertModel(config) for _ in range(N_EXPERTS))
         self.gate = BertModel(config)
         self.route = nn.Linear(config.hidden_size, N_EXPERTS)
-        # For the sequences of the last pass: the experts' weights [B, E], and the largest one [B].
-        self.weights = self.choice = None
 
     @classmethod
     def of(cls, bert: BertModel, gating: str) -> "MixtureOfExperts":
-        """All experts and the gate begin as `bert`; the layer that weighs them is new."""
-        with torch.device("meta"):  # no time for weights to be replaced
+        """Start all experts and the gate as `bert`; only the layer that weighs them is new."""
+        with torch.device("meta"):  # no time for weights that are replaced
             mixture = cls(bert.config, gating)
         mixture.experts = nn.ModuleList(copy.deepcopy(bert) for _ in range(N_EXPERTS))
         mixture.gate = bert
@@ -51,92 +52,98 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def stacks(self) -> list[BertModel]:
+        """The BERTs in this encoder."""
         return [*self.experts, self.gate]
 
     @property
     def new_parameters(self) -> list[nn.Parameter]:
+        """The weights that a pretrained BERT does not bring, or brings for another purpose."""
         tables = [table for stack in self.stacks for table in stack.new_parameters]
         return [*tables, *self.gate.pooler.parameters(), *self.route.parameters()]
 
-    def encode(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        sequences: Sequences,
-        token_type_ids: Tensor | None = None,
-        tags: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [N, D], as `BertModel.encode`."""
-        tokens = input_ids, position_ids, token_type_ids, tags
-        gate_states = encode_with(self.gate, sequences, tokens)
-        pooled = self.gate.pooler(gate_states[sequences.offsets[:-1]])  # [B, D]
-        with torch.autocast(pooled.device.type, enabled=False):  # in bfloat16 many would be equal
+    def encode(self, tokens: Tokens) -> Tensor:
+        """Return hidden states [N, D], like `BertModel.encode`."""
+        gate_states = self.gate.encode(tokens)
+        pooled = self.gate.pooler(gate_states[tokens.sequences.offsets[:-1]])  # [B, D]
+        # In bfloat16 many weights would be equal.
+        with torch.autocast(pooled.device.type, enabled=False):
             self.weights = self.route(pooled.to(self.route.weight.dtype)).softmax(dim=-1)  # [B, E]
         self.choice = self.weights.argmax(dim=-1)  # [B]
-        mix = self._mix_softly if self.gating == "soft" else self._choose
-        return mix(sequences, tokens)
+        return self._mix(tokens) if self.gating == "soft" else self._choose(tokens)
 
-    def _mix_softly(self, sequences: Sequences, tokens: tuple) -> Tensor:
-        weights = per_token(self.weights, sequences)  # [N, E]
+    def _mix(self, tokens: Tokens) -> Tensor:
+        weights = per_token(self.weights, tokens.sequences)  # [N, E]
         states = 0.0
         for number, expert in enumerate(self.experts):
-            output = encode_with(expert, sequences, tokens)  # [N, D]
+            output = expert.encode(tokens)  # [N, D]
             states = states + weights[:, number, None].to(output.dtype) * output
         return states
 
-    def _choose(self, sequences: Sequences, tokens: tuple) -> Tensor:
+    def _choose(self, tokens: Tokens) -> Tensor:
+        sequences = tokens.sequences
         weight = self.weights.gather(1, self.choice[:, None]).squeeze(1)  # [B]
-        choice = (
-            self.choice.cpu().numpy()
-        )  # lengths of what each expert reads are needed on the host
-        of_tokens = np.repeat(choice, sequences.lengths)  # [N]
-        device, outputs, places = weight.device, [], []
+        # The host needs the lengths of the sequences that each expert reads.
+        choice = self.choice.cpu().numpy()
+        token_choice = np.repeat(choice, sequences.lengths)  # [N]
+        outputs, places = [], []
         for number in np.unique(choice):
-            place = torch.from_numpy(np.flatnonzero(of_tokens == number)).to(device)
+            place = torch.from_numpy(np.flatnonzero(token_choice == number)).to(weight.device)
             lengths = np.array(sequences.lengths)[choice == number].tolist()
-            part = Sequences.of(lengths, device, sequences.plain)
-            mine = tuple(each if each is None else each[..., place] for each in tokens)
-            outputs.append(encode_with(self.experts[number], part, mine))
+            outputs.append(self.experts[number].encode(take(tokens, place, lengths)))
             places.append(place)
         order = torch.cat(places).argsort()
         states = torch.cat(outputs)[order]  # [N, D]
-        # 1, but with a gradient for the gate, though the other experts have computed nothing.
+        # The factor is 1, but it has a gradient: without it the gate would not learn, since the
+        # other experts have computed nothing.
         scale = per_token(weight / weight.detach(), sequences)
         return states * scale[:, None].to(states.dtype)
 
     def pooler(self, first_tokens: Tensor) -> Tensor:
-        """The experts' poolers on the first tokens [B, D] of the sequences of the last pass, weighted;
-        with hard gating, the chosen one's."""
+        """Pool the first tokens [B, D] of the sequences of the last pass with all experts, weighted; with
+        hard gating, with the chosen one."""
         weights = self.weights
         if self.gating == "hard":
-            weights = nn.functional.one_hot(self.choice, N_EXPERTS)
+            weights = F.one_hot(self.choice, N_EXPERTS)
         outputs = torch.stack([expert.pooler(first_tokens) for expert in self.experts], dim=1)
         return (weights[:, :, None].to(outputs.dtype) * outputs).sum(dim=1)  # [B, D]
 
     forward = BertModel.forward
 
     def balance_loss(self) -> Tensor:
-        """E sum_e f_e P_e, where f_e is the share of the last pass's sequences for which expert e has
-        the largest weight and P_e its mean weight: 1 if both are even, up to E (Fedus et al. 2021,
-        equation 4)."""
-        shares = nn.functional.one_hot(self.choice, N_EXPERTS).float().mean(0)
+        """Return E sum_e f_e P_e, where f_e is the share of the last pass's sequences that give expert e
+        the largest weight, and P_e is its mean weight (Fedus et al. 2021, equation 4). It is 1 if both
+        are even, and at most E."""
+        shares = F.one_hot(self.choice, N_EXPERTS).float().mean(0)
         return N_EXPERTS * (shares * self.weights.mean(0)).sum()
 
 
-def encode_with(bert: BertModel, sequences: Sequences, tokens: tuple) -> Tensor:
-    input_ids, position_ids, token_type_ids, tags = tokens
-    return bert.encode(input_ids, position_ids, sequences, token_type_ids, tags)
+def new_encoder(config: BertConfig, gating: str | None) -> BertModel | MixtureOfExperts:
+    """Make an encoder without trained weights; with a gating, a mixture of experts."""
+    return MixtureOfExperts(config, gating) if gating else BertModel(config)
+
+
+def take(tokens: Tokens, place: Tensor, lengths: list[int]) -> Tokens:
+    """Take the tokens at `place` [n], which form sequences of these lengths."""
+    sequences = Sequences.of(lengths, place.device, tokens.sequences.second_derivative)
+    types, tags = tokens.token_type_ids, tokens.tags
+    return Tokens(
+        tokens.input_ids[place],
+        tokens.position_ids[place],
+        sequences,
+        None if types is None else types[place],
+        None if tags is None else tags[:, place],
+    )
 
 
 def per_token(values: Tensor, sequences: Sequences) -> Tensor:
-    """Each sequence's values [B, ...] for each of its tokens [N, ...]."""
+    """Repeat the value of each sequence [B, ...] for its tokens [N, ...]."""
     n_tokens = sum(sequences.lengths)
     return values.repeat_interleave(sequences.offsets.diff(), dim=0, output_size=n_tokens)
 
 
 def expert_tags(options: argparse.Namespace) -> list[str]:
-    """What is logged of a mixture of experts: its balance, and for each task and expert, to how many
-    of the task's sentences the gate gives that expert the largest weight."""
+    """Return the names under which a mixture of experts is logged: its balance, and for each task and
+    expert the share of the task's sentences that give this expert the largest weight."""
     experts = range(1, N_EXPERTS + 1)
     return ["balance", *(f"moe/{name}_expert_{e}" for name in options.tasks for e in experts)]
 
@@ -144,7 +151,8 @@ def expert_tags(options: argparse.Namespace) -> list[str]:
 def add_routing(
     losses: dict[str, Tensor], model: nn.Module, batch: Batch, options: argparse.Namespace
 ) -> Tensor:
-    """Note how the gate has spread the batch's sentences; the loss for an uneven spread."""
+    """Add to `losses` how the gate spread the sentences of the batch. Return the weighted loss for an
+    uneven spread."""
     n_sequences = {
         name: rows * sequences_per_row(name, model.encodings, options.rdrop)
         for name, rows in batch.step_rows.items()

@@ -1,77 +1,66 @@
 """Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) at once.
 
 python -u multitask_classifier.py --use_gpu
+
+`MultitaskBERT` is the model, `training_step` one optimizer step, `fit` the loop.
 """
 
 import os
 import signal
 
 if __name__ == "__main__":  # before PyTorch is imported
-    # Ctrl-C during the seconds that the import takes: just end.
+    # Ctrl-C during the seconds that the import takes ends the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # OpenMP's threads wait for each other in a loop; GNU's would loop so long that two runs on the
-    # same cores stop each other almost wholly. This costs one run alone a few per cent.
+    # OpenMP's threads wait for each other in a loop. GNU's would loop so long that two runs on the
+    # same cores nearly stop each other. This costs a run that is alone a few per cent.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if os.environ.get("RANK", "0") != "0":  # the first process of a data-parallel run has the bars
+    if os.environ.get("RANK", "0") != "0":  # the first process of a run shows the bars
         os.environ["TQDM_DISABLE"] = "1"
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
 import evaluation
 from attention import Sequences
 from base_bert import BertConfig
-from batches import Batch, join, step_noise
-from bert import BertModel, pack
-from checkpoint import (
-    STILL_GOING,
-    check_outputs,
-    check_tags,
-    check_unchanged,
-    claim_run,
-    find_state,
-    hold_predictions,
-    options_to_resume,
-    read_checkpoint,
-    read_state,
-    remove_leftovers,
-    tagger_like,
-)
-from datasets import load_data
-from evaluation import evaluate_checkpoint
-from moe import MixtureOfExperts, add_routing, expert_tags
-from optimizer import SophiaG, SophiaH, backward_with_graph, freeze_and_unfreeze
-from options import DEFAULT_SPACY_MODEL, encodings_of, parse_options
+from batches import Batch, Padded, join
+from bert import BertModel, Tokens, pack
+from curvature import backward_with_graph, refresh_hessian
+from datasets import checked_max_length, load_data
+from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
+from optimizer import freeze_and_unfreeze
+from options import changed_options, encodings_of, parse_options
 from run_log import RunLog, describe_run
 from tagging import Pipeline, Tagger
-from tasks import MAX_SIMILARITY, SPLITS, TASKS, combine, task_loss
+from tasks import SPLITS, TASKS, Task, combine, task_loss
 from tokenizer import BertTokenizer
-from training import Step, Training, restored_training
+from training import Answers, Parts, Step, Training, prepare_device, restored_training
 from utils import (
+    ROOT,
     UserError,
     autocast,
     by_first,
-    copy_from_first,
     exit_status,
-    hold,
     join_processes,
-    keep_freed_memory,
     leave_processes,
+    lock_files,
     n_processes,
     one_first_on_each_node,
     one_line,
     pick_device,
     rank,
     seed_everything,
-    seeded_generator,
     sum_gradients,
     terminate,
     uninterrupted,
@@ -81,7 +70,8 @@ from utils import (
 
 
 class AttentionLayer(nn.Module):
-    """A learned weighted sum of each sequence's hidden states: softmax(v tanh(W h)) over tokens."""
+    """Attention pooling: a learned weighted sum of the hidden states of each sequence, with weights
+    softmax(v tanh(W h)) over its tokens."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -89,15 +79,15 @@ class AttentionLayer(nn.Module):
         self.v = nn.Linear(hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """[N, D] packed hidden states to [B, D]."""
+        """Pool packed hidden states: [N, D] to [B, D]."""
         rows, weights = self.weigh(hidden_states, sequences)
         weighted = weights[:, None] * hidden_states  # [N, D]
         n_sequences = len(sequences.lengths)
         return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
 
     def weigh(self, hidden_states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """For each token the number of its sequence [N] and its weight there [N]; a sequence's weights
-        sum to 1."""
+        """Return for each token the number of its sequence [N] and its weight there [N]. The weights of
+        a sequence sum to 1."""
         scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(1)  # [N]
         n_sequences, longest = len(sequences.lengths), max(sequences.lengths)
         rows = torch.repeat_interleave(sequences.offsets.diff(), output_size=len(scores))  # [N]
@@ -108,16 +98,18 @@ class AttentionLayer(nn.Module):
 
 
 def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
-    """A linear layer that keeps the size of its signal through the ReLU behind it (He et al. 2015,
-    arXiv 1502.01852). With PyTorch's own initial weights, three such layers shrink it so much that
-    sentiment hardly learns in the first epoch."""
+    """Make a linear layer that keeps the size of its signal through the ReLU after it (He et al. 2015,
+    arXiv 1502.01852). With PyTorch's own initial weights, three such layers shrink the signal so much
+    that sentiment hardly learns in the first epoch."""
     linear = nn.Linear(input_size, output_size)
     nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
     nn.init.zeros_(linear.bias)
     return linear
 
 
-class SentimentHead(nn.Module):
+class SentenceHead(nn.Module):
+    """Logits of the classes of one sentence."""
+
     def __init__(self, hidden_size: int, num_classes: int):
         super().__init__()
         self.hidden = nn.ModuleList(linear_before_relu(hidden_size, hidden_size) for _ in range(3))
@@ -129,9 +121,9 @@ class SentimentHead(nn.Module):
         return self.out(vector)  # [B, num_classes]
 
 
-class ParaphraseHead(nn.Module):
-    """The same projection of both sentences, then |u - v| and |u + v|: swapping them changes
-    nothing."""
+class PairHead(nn.Module):
+    """Logits of the classes of a pair, from |u - v| and |u + v| of the projected sentences. Swapping
+    the sentences changes nothing."""
 
     def __init__(self, hidden_size: int, num_classes: int):
         super().__init__()
@@ -150,131 +142,132 @@ class ParaphraseHead(nn.Module):
 
 
 class SimilarityHead(nn.Module):
-    """Five times the cosine: no weights, and no clamp either, which would stop the gradient."""
+    """A number for a pair: the highest label times the cosine. It has no weights, and no clamp either,
+    which would stop the gradient."""
+
+    def __init__(self, highest: float):
+        super().__init__()
+        self.highest = highest
 
     def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
-        return MAX_SIMILARITY * F.cosine_similarity(vector_1.float(), vector_2.float())  # [B]
+        return self.highest * F.cosine_similarity(vector_1.float(), vector_2.float())  # [B]
 
 
 class JointHead(nn.Module):
-    """For two sentences that the encoder has read as one sequence: logits, or without classes a
-    similarity, which begins in the middle of its scale."""
+    """Logits or a number for a pair that the encoder has read as one sequence. A number starts in the
+    middle of its range."""
 
-    def __init__(self, hidden_size: int, num_classes: int | None):
+    def __init__(self, hidden_size: int, task: Task):
         super().__init__()
         self.hidden = linear_before_relu(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, num_classes or 1)
-        if num_classes is None:
-            nn.init.constant_(self.out.bias, MAX_SIMILARITY / 2)
+        self.out = nn.Linear(hidden_size, task.num_classes or 1)
+        if not task.classes:
+            nn.init.constant_(self.out.bias, sum(task.range) / 2)
 
     def forward(self, vector: Tensor) -> Tensor:
         output = self.out(F.relu(self.hidden(vector)))
         return output if output.shape[1] > 1 else output.squeeze(1)  # [B, num_classes] or [B]
 
 
+def new_head(task: Task, hidden_size: int) -> nn.Module:
+    """Make the head of a task for sentences that the encoder reads one by one."""
+    if not task.is_pair:
+        return SentenceHead(hidden_size, task.num_classes or 1)
+    if task.classes:
+        return PairHead(hidden_size, len(task.classes))
+    return SimilarityHead(task.range[1])
+
+
 class MultitaskBERT(nn.Module):
-    """One BERT, attention pooling, three heads. Heads are named like the rows of TASKS.
+    """One BERT, attention pooling, and the heads of all tasks.
 
     Args:
-        encodings: pair task -> one of PAIR_ENCODINGS; "bi" where nothing is said. "both" answers
-            with both, one head each.
+        encodings: pair task -> one of PAIR_ENCODINGS; "bi" for tasks it does not name. "both" has two
+            heads, whose answers are averaged.
     """
 
-    def __init__(self, bert: BertModel | MixtureOfExperts, encodings: dict[str, str] | None = None):
+    def __init__(
+        self, bert: BertModel | MixtureOfExperts, encodings: Mapping[str, str] | None = None
+    ):
         super().__init__()
         size = bert.config.hidden_size
         self.bert = bert
-        for stack in bert.stacks:  # no head reads them; kept so that each BERT is whole
+        # No head reads the poolers. They are kept so that each BERT is complete.
+        for stack in bert.stacks:
             stack.pooler.requires_grad_(False)
         self.attention_layer = AttentionLayer(size)
-        self.encodings = {name: "bi" for name in TASKS} | (encodings or {})
-        heads = {
-            "sst": SentimentHead(size, TASKS["sst"].num_classes),
-            "para": ParaphraseHead(size, TASKS["para"].num_classes),
-            "sts": SimilarityHead(),
-        }
-        heads = {name: head for name, head in heads.items() if self.encodings[name] != "cross"}
-        joint = [name for name, encoding in self.encodings.items() if encoding != "bi"]
-        self.heads = nn.ModuleDict(heads)
+        self.encodings = dict.fromkeys(TASKS, "bi") | dict(encodings or {})
+        # All heads are made, so that the random weights of one do not depend on the others' encoding.
+        heads = {name: new_head(task, size) for name, task in TASKS.items()}
+        self.heads = nn.ModuleDict(
+            {name: head for name, head in heads.items() if self.encodings[name] != "cross"}
+        )
         self.joint_heads = nn.ModuleDict(
-            {name: JointHead(size, TASKS[name].num_classes) for name in joint}
+            {
+                name: JointHead(size, TASKS[name])
+                for name, encoding in self.encodings.items()
+                if encoding != "bi"
+            }
         )
 
     def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
-        """Each task's outputs (logits [B, classes] or similarities [B]) for its rows; see
-        `answers`."""
+        """Return the outputs of each task for its rows: logits [B, classes] or numbers [B]."""
         answers = self.answers(batch, second_derivative)
         return {name: combine(TASKS[name], outputs) for name, outputs in answers.items()}
 
     def answers(self, batch: Batch, second_derivative: bool = False) -> dict[str, list[Tensor]]:
-        """The outputs of each task's heads, one after the other, and all again if its columns stand
-        twice in the batch: one pass through the encoder for all sequences of all tasks. With
-        `second_derivative` it is slower, and the outputs can be differentiated twice."""
+        """Return the outputs of each head of each task, after one pass through the encoder for all
+        sequences. A task that the batch has twice has all outputs twice. With `second_derivative`
+        the pass is slower, and the outputs can be differentiated twice."""
         vectors = self.vectors(batch, second_derivative)
         return {
-            name: self._answers(name, [vectors[column] for column in columns])
+            name: self._outputs(name, [vectors[column] for column in columns])
             for name, columns in batch.columns.items()
         }
 
     def vectors(self, batch: Batch, second_derivative: bool = False) -> Tensor:
-        """One vector per sequence [B, D], in the order of the batch's columns."""
-        sequences = Sequences.of(batch.lengths, batch.input_ids.device, second_derivative)
-        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
-        return self._embed(*tokens)[batch.places]
+        """Return one vector per sequence [B, D], in the order of the batch's columns."""
+        return self._pooled(batch.tokens(second_derivative))[batch.places]
 
-    def token_weights(self, batch: Batch) -> list[Tensor]:
-        """How much each token counts in its sequence's vector: [n_tokens] for each sequence, in the
-        order of the batch's columns."""
-        sequences = Sequences.of(batch.lengths, batch.input_ids.device)
-        tokens = batch.input_ids, batch.position_ids, sequences, batch.token_type_ids, batch.tags
-        _, weights = self.attention_layer.weigh(self.bert.encode(*tokens), sequences)
-        by_length = weights.split(batch.lengths)
-        return [by_length[place] for place in batch.places.tolist()]
+    def _pooled(self, tokens: Tokens) -> Tensor:
+        return self.attention_layer(self.bert.encode(tokens), tokens.sequences)  # [B, D]
 
-    def _answers(self, name: str, vectors: list[Tensor]) -> list[Tensor]:
-        outputs, vectors = [], iter(vectors)
-        for vector in vectors:
-            if name in self.heads:
-                pair = len(TASKS[name].sentence_columns) == 2
-                outputs.append(self.heads[name](*([vector, next(vectors)] if pair else [vector])))
-                if name not in self.joint_heads:
-                    continue
-                vector = next(vectors)
-            outputs.append(self.joint_heads[name](vector))
+    def _outputs(self, name: str, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of a task's heads. `vectors` has one [B, D] for each column that the heads
+        read: the sentences one by one, then both as one sequence; the same again for a second pass.
+        """
+        n_separate = len(TASKS[name].sentence_columns) if name in self.heads else 0
+        n_joint = 1 if name in self.joint_heads else 0
+        outputs = []
+        for start in range(0, len(vectors), n_separate + n_joint):
+            joint = start + n_separate
+            if n_separate:
+                outputs.append(self.heads[name](*vectors[start:joint]))
+            if n_joint:
+                outputs.append(self.joint_heads[name](vectors[joint]))
         return outputs
 
     def embed(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        tags: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> Tensor:
-        """One vector per sequence: padded [B, S] (and `tags` [2, B, S] where the encoder has
-        embeddings of them) to [B, D]."""
+        """Return one vector per sequence of a padded batch: [B, S] (and `tags` [2, B, S] where the
+        encoder has embeddings of them) to [B, D]."""
         packed = pack(input_ids, attention_mask, token_type_ids, tags)
-        tokens = packed.input_ids, packed.position_ids, packed.sequences
-        return self._embed(*tokens, packed.token_type_ids, packed.tags)[packed.places]
-
-    def _embed(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        sequences: Sequences,
-        token_type_ids: Tensor | None,
-        tags: Tensor | None,
-    ) -> Tensor:
-        hidden_states = self.bert.encode(input_ids, position_ids, sequences, token_type_ids, tags)
-        return self.attention_layer(hidden_states, sequences)  # [B, D]
+        return self._pooled(packed.tokens)[packed.places]
 
     def predict_sentiment(
         self, input_ids: Tensor, attention_mask: Tensor, tags: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, 5] of the classes 0 (negative) to 4 (positive)."""
-        return self.heads["sst"](self.embed(input_ids, attention_mask, tags))
+        """Return logits [B, 5] of the classes 0 (negative) to 4 (positive)."""
+        return self.heads["sst"](self.embed(input_ids, attention_mask, tags=tags))
 
-    def predict_paraphrase(
+    def _predict_pair(
         self,
+        name: str,
         input_ids_1: Tensor,
         mask_1: Tensor,
         input_ids_2: Tensor,
@@ -282,67 +275,23 @@ class MultitaskBERT(nn.Module):
         tags_1: Tensor | None = None,
         tags_2: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, 2]: no paraphrase, paraphrase."""
-        pair = (input_ids_1, mask_1, tags_1), (input_ids_2, mask_2, tags_2)
-        return self._predict_pair("para", *pair)
-
-    def predict_similarity(
-        self,
-        input_ids_1: Tensor,
-        mask_1: Tensor,
-        input_ids_2: Tensor,
-        mask_2: Tensor,
-        tags_1: Tensor | None = None,
-        tags_2: Tensor | None = None,
-    ) -> Tensor:
-        """Similarities [B]; clamp to 0..5 to show or score them (a cosine alone gives -5 to 5)."""
-        pair = (input_ids_1, mask_1, tags_1), (input_ids_2, mask_2, tags_2)
-        return self._predict_pair("sts", *pair)
-
-    def _predict_pair(self, name: str, first: tuple, second: tuple) -> Tensor:
+        first = Padded(input_ids_1, mask_1, tags=tags_1)
+        second = Padded(input_ids_2, mask_2, tags=tags_2)
         vectors = []
         if name in self.heads:
             vectors += [self.embed(*first), self.embed(*second)]
         if name in self.joint_heads:
             longest = self.bert.config.max_position_embeddings
             vectors.append(self.embed(*join(first, second, longest)))
-        return combine(TASKS[name], self._answers(name, vectors))
+        return combine(TASKS[name], self._outputs(name, vectors))
+
+    # Logits [B, 2]: no paraphrase, paraphrase.
+    predict_paraphrase = functools.partialmethod(_predict_pair, "para")
+    # Similarities [B]. Clamp them to 0..5 to show or score them; a cosine alone gives -5 to 5.
+    predict_similarity = functools.partialmethod(_predict_pair, "sts")
 
 
-def encoder_like(config: BertConfig, gating: str | None) -> BertModel | MixtureOfExperts:
-    """An encoder without trained weights; with a gating, a mixture of experts."""
-    return MixtureOfExperts(config, gating) if gating else BertModel(config)
-
-
-def model_of(checkpoint: dict, path: str | Path) -> tuple[MultitaskBERT, BertTokenizer]:
-    """The model (on the CPU) and its tokenizer; UserError if `path` held no whole one."""
-    try:
-        config = BertConfig(**checkpoint["bert_config"])
-        with torch.device("meta"):  # no time for weights to be replaced
-            encoder = encoder_like(config, checkpoint["options"].get("moe"))
-            model = MultitaskBERT(encoder, encodings_of(checkpoint["options"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
-        tokenizer = BertTokenizer.from_json(checkpoint["tokenizer"])
-        check_tags(checkpoint, config)
-        checkpoint["epoch"], checkpoint["options"]["tasks"], checkpoint["options"]["max_length"]
-    except Exception as error:  # whatever a missing or damaged entry makes of these lines
-        raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
-    return model, tokenizer
-
-
-def load_checkpoint(path: str | Path) -> tuple[MultitaskBERT, BertTokenizer, dict]:
-    """The model (on the CPU), its tokenizer, and all else that a checkpoint holds.
-
-    UserError says why a file is of no use.
-    """
-    checkpoint = read_checkpoint(path)
-    if checkpoint.get("training") == "finished":
-        model = Path(path).with_suffix(".pt")
-        raise UserError(f"{path}: only says that this run is finished; its model is {model}")
-    return *model_of(checkpoint, path), checkpoint
-
-
-# ---------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 
 
 def training_step(
@@ -351,45 +300,33 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
 ) -> Step:
-    """One optimizer step on the summed losses of all tasks, over the batches of one window, of
-    which each process of a data-parallel run has its share.
+    """Take one optimizer step on the weighted sum of the losses of all tasks.
 
-    Returns:
-        each task's mean loss over all rows of the step and their weighted sum (scalar tensors, on
-        the device), and (task, labels, decoded outputs) of each batch of this process.
-
-    A step whose loss or gradient is not finite is not taken: the weights stay as they were.
+    `window` lists the batches whose gradients are accumulated; each process gets its share of their
+    rows. The losses that it returns are means over all rows of the step. If the loss or a gradient is
+    not finite, the step is not taken and the weights stay as they were.
     """
     device = next(model.parameters()).device
-    weights = dict(zip(TASKS, options.loss_weights, strict=True))
     window = [batch.to(device) for batch in window]
-    with_graph = isinstance(optimizer, SophiaH) and optimizer.refreshes
-    if with_graph:
-        optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
-    if isinstance(optimizer, SophiaG) and optimizer.n_steps % options.hess_interval == 0:
-        seed = options.seed, optimizer.n_steps
-        gauss_newton_gradients(model, window, weights, seed, options.precision)
-        optimizer.update_hessian()
-        optimizer.zero_grad(set_to_none=True)
-    losses = {name: torch.zeros((), device=device) for name in (*options.tasks, "sum")}
-    if options.moe:
-        losses |= {name: torch.zeros((), device=device) for name in expert_tags(options)}
+    with_graph = refresh_hessian(model, window, optimizer, options)
+    names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
+    losses = {name: torch.zeros((), device=device) for name in names}
     answers = []
     for batch in window:
         with autocast(device, options.precision):
             outputs = model.answers(batch, second_derivative=with_graph)
-        total = 0.0
+        total = torch.zeros((), device=device)
         for name, task_outputs in outputs.items():
             task, labels = TASKS[name], batch.labels[name]
             task_outputs = [output.float() for output in task_outputs]
-            # The share of all rows of the step, so that the batches of all processes make one.
+            # Its share of all rows of the step, so that all batches and processes add up to a mean.
             share = len(labels) / batch.step_rows[name]
             loss = task_loss(task, task_outputs, labels, options) * share
-            total = total + weights[name] * loss
+            total = total + options.loss_weights[name] * loss
             losses[name] += loss.detach()
-            losses["sum"] += weights[name] * loss.detach()
+            losses["sum"] += options.loss_weights[name] * loss.detach()
             combined = combine(task, [output.detach() for output in task_outputs])
-            answers.append((name, labels, task.decode(combined)))
+            answers.append(Answers(name, labels, task.decode(combined)))
         if options.moe:
             total = total + add_routing(losses, model, batch, options)
         if with_graph:
@@ -397,270 +334,263 @@ def training_step(
         else:
             total.backward()
     sum_gradients(model, list(losses.values()))
+    return Step(losses, answers, update_weights(model, optimizer, losses["sum"], options.clip))
+
+
+def update_weights(
+    model: MultitaskBERT, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
+) -> str | None:
+    """Clip the gradients and let the optimizer take its step. Return why it was not taken, if so."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    finite = bool((norm + losses["sum"]).isfinite())  # on a GPU: waits for the step
+    finite = bool((norm + loss).isfinite())  # on a GPU, this waits for the step
     if finite:
-        if options.clip:
-            nn.utils.clip_grads_with_norm_(trained, options.clip, norm)
+        if clip:
+            nn.utils.clip_grads_with_norm_(trained, clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    problem = f"loss {float(losses['sum']):g}, norm of the gradients {float(norm):g}"
-    return Step(losses, answers, None if finite else problem)
-
-
-def gauss_newton_gradients(
-    model: MultitaskBERT,
-    window: list[Batch],
-    weights: dict[str, float],
-    seed: tuple[int, ...],
-    precision: str = "auto",
-) -> None:
-    """Put into `.grad` the gradient whose square `SophiaG.update_hessian` wants for all tasks at
-    once: of each task's mean loss over the step's rows, for labels drawn from the model's own
-    outputs, times the root of its rows and of its weight. The same `seed` draws the same labels,
-    however the rows are divided among processes. It is the curvature of the plain losses: terms that
-    `--sst_loss`, `--label_smoothing` and `--rdrop` add are no likelihoods to draw labels from."""
-    device = next(model.parameters()).device
-    for batch in window:
-        with autocast(device, precision):
-            answers = model.answers(batch)
-        total = 0.0
-        for name, outputs in answers.items():
-            task, n_rows = TASKS[name], batch.step_rows[name]
-            for number, output in enumerate(map(Tensor.float, outputs)):  # each for itself
-                noise = step_noise(batch, name, (*seed, number) if number else seed)
-                labels = task.draw(output.detach(), noise.to(device))
-                loss = task.loss(output, labels) * (len(labels) / n_rows)
-                total = total + (weights[name] * n_rows / len(outputs)) ** 0.5 * loss
-        total.backward()
-    sum_gradients(model, [])
+    return None if finite else f"loss {float(loss):g}, norm of the gradients {float(norm):g}"
 
 
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:
-    """Train the epochs that are left; after each one evaluate on dev, and keep the best model."""
+    """Train the epochs that are left. After each epoch, evaluate on dev and keep the best model."""
     model, options = training.model, training.options
     for epoch in range(training.epoch, options.epochs):
         freeze_and_unfreeze(model, options, epoch)
         for window in training.windows():  # the batches of one optimizer step
             with uninterrupted():  # a signal waits until the step is done
                 step = training_step(model, window, training.optimizer, options)
-                training.record(step, window)
+                training.record(step, window)  # moving average, learning rate, log
             training.save_or_stop()
         dev = evaluation.evaluate(
             training.evaluated_model, training.data["dev"], options.batch_size, options.precision
         )
         with uninterrupted():
-            training.end_epoch(dev)
+            training.end_epoch(dev)  # log, learning rate, keep the best
         training.save_or_stop(due=True)
         after_epoch(training)
 
 
-def train_multitask(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Train, keep the best model, write predictions; or with `--resume` go on with that.
-
-    Args:
-        options: what `parse_options` returns.
-
-    Returns:
-        the best model's dev scores, task -> metric -> value.
-    """
+def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
+    """Train, keep the best model and write its predictions; with `--resume`, continue a saved run.
+    Return the best model's dev scores."""
     device = pick_device(options.use_gpu)
-    check_outputs(options)
-    with contextlib.ExitStack() as held:
-        remove_leftovers(Path(options.models_dir))
-        path, state = by_first(lambda: find_state(options)), None
-        if path:
-            held.enter_context(hold([path], STILL_GOING))
-            state = read_state(path)
-            if state["training"] == "finished":
-                print(f"{path.stem} is finished; its predictions are written again")
-                options.evaluate = str(path.with_suffix(".pt"))
-                return evaluate_only(options)
-        held.enter_context(hold_predictions(options))
+    checkpoint.check_outputs(options)
+    with contextlib.ExitStack() as locks:
+        path, state = checkpoint.lock_state(options, locks)
+        if path and state and state["training"] == "finished":
+            print(f"{path.stem} is finished; its predictions are written again")
+            return evaluate_only(changed_options(options, evaluate=str(path.with_suffix(".pt"))))
+        locks.enter_context(checkpoint.lock_predictions(options))
         with one_first_on_each_node():
-            model, tokenizer, tagger, data = load_all(options, path, state)
-        if state:
-            check_unchanged(data, state, path)
+            parts = load_all(options, path, state)
+        if path and state:
+            checkpoint.check_unchanged(parts.data, state, path)
         else:
-            path, log_directory = by_first(lambda: claim_run(options, options.option))
-            held.enter_context(hold([path], STILL_GOING))
+            path, log_directory = by_first(lambda: checkpoint.new_run(options, options.option))
+            locks.enter_context(lock_files([path], checkpoint.STILL_RUNNING))
         if rank() == 0:
-            describe_run(options, path.stem, device, data, tokenizer, tagger)
-        if options.optimizer == "sophiah":
-            keep_freed_memory()
-        copy_from_first([*model.to(device).state_dict().values()])
-        if rank():  # else all would drop the same
-            torch.manual_seed(seeded_generator(device, options.seed, rank()).initial_seed())
-        parts = model, tokenizer, tagger, data, options
+            describe_run(options, path.stem, device, parts.data, parts.tokenizer, parts.tagger)
+        prepare_device(parts.model, device, options)
         if state:
-            training = restored_training(*parts, path=path, state=state)
-            state = None  # on a GPU, it would hold a second copy of all on the host
+            training = restored_training(parts, path, state)
+            state = None  # on a GPU, it would keep a second copy of everything on the host
         else:
-            training = Training(*parts, path, RunLog(log_directory))
-        return complete(training, device)
+            training = Training(parts, path, RunLog(log_directory))
+        return train_and_evaluate(training, device)
 
 
-def complete(training: Training, device: torch.device) -> dict[str, dict[str, float]]:
-    """All epochs that are left, then the best model's predictions and scores."""
-    options, log, checkpoint = training.options, training.log, training.path.with_suffix(".pt")
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    # A process alone answers a signal at once, several have to agree on it between two steps.
-    answering = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
+def train_and_evaluate(training: Training, device: torch.device) -> evaluation.Scores:
+    """Train the epochs that are left, then write the best model's predictions and return its scores.
+    An interrupt saves the state."""
+    # A single process answers a signal at once; several agree on it between two steps.
+    waiting = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
     try:
-        with answering as training.signals:
+        with waiting as training.signals:
+            start = time.perf_counter()
             fit(training)
             seconds = time.perf_counter() - start
             print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device) / 2**20
                 print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
-            if training.best is None:
-                raise UserError(
-                    f"{checkpoint} could not be written; saved: {training.describe_saved()}"
-                )
-            model, _, content = load_checkpoint(checkpoint)
-            model.to(device)
-            scores = evaluate_checkpoint(
-                checkpoint, model, content["epoch"], training.data, options
-            )
-            if "sst" in scores:
-                log.sentences(
-                    model, training.data["dev"]["sst"], options.batch_size, options.precision
-                )
-            log.hyper_parameters(options, scores)
+            scores = evaluate_best(training, device)
             training.save_finished()
             training.signals.clear()  # too late to stop
     except KeyboardInterrupt as interrupt:
         with uninterrupted():
             training.save()
-        message = f"saved: {training.describe_saved()}; TensorBoard log: {log.directory}"
-        raise type(interrupt)(message) from None
+        saved = f"saved: {training.describe_saved()}"
+        raise type(interrupt)(f"{saved}; TensorBoard log: {training.log.directory}") from None
     finally:
-        log.close()
-    print(f"TensorBoard log: {log.directory}")
+        training.log.close()
+    print(f"TensorBoard log: {training.log.directory}")
     return scores
 
 
-def checked_max_length(options, source: str, config: BertConfig, tokenizer: BertTokenizer) -> int:
-    """Where sequences are cut, for the encoder from `source`; UserError if it cannot be."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} word pieces, "
-            f"the encoder only {config.vocab_size}; they do not belong together"
-        )
-    if options.max_length and options.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max_length {options.max_length} is more than this encoder's "
-            f"{config.max_position_embeddings} positions"
-        )
-    return options.max_length or config.max_position_embeddings
+def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores:
+    """Write the predictions of the best model, log it, and return its dev scores."""
+    options, log, path = training.options, training.log, training.path.with_suffix(".pt")
+    if training.best is None:
+        raise UserError(f"{path} could not be written; saved: {training.describe_saved()}")
+    model, _, content = load_checkpoint(path)
+    data = training.data, options
+    scores = evaluation.evaluate_checkpoint(path, model.to(device), content["epoch"], *data)
+    log.best(model, training.data["dev"], options, scores)
+    return scores
 
 
-def load_model(options, path: Path | None, state: dict | None) -> tuple:
-    """The model, its tokenizer, its tagger or None, and where they are from: the saved state, or
-    `--bert_model`."""
-    if state:
-        return *model_of(state, path), tagger_like(state.get("tags"), path, options), str(path)
+# ---------------------------------------------------------------------------------------- loading
+
+
+class LoadedCheckpoint(NamedTuple):
+    model: MultitaskBERT  # on the CPU
+    tokenizer: BertTokenizer
+    content: dict[str, Any]  # all of the checkpoint
+
+
+def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
+    """Load a checkpoint. Raises UserError with the reason if it cannot be used."""
+    content = checkpoint.read_checkpoint(path)
+    if content.get("training") == "finished":
+        model = Path(path).with_suffix(".pt")
+        raise UserError(f"{path}: only says that this run is finished; its model is {model}")
+    return model_from_checkpoint(content, path)
+
+
+def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCheckpoint:
+    """Build the model that a checkpoint holds. Raises UserError if it is not complete."""
+    try:
+        config = BertConfig(**content["bert_config"])
+        with torch.device("meta"):  # no time for weights that are replaced
+            encoder = new_encoder(config, content["options"].get("moe"))
+            model = MultitaskBERT(encoder, encodings_of(content["options"]))
+        model.load_state_dict(content["model"], assign=True)
+        tokenizer = BertTokenizer.from_json(content["tokenizer"])
+        checkpoint.check_tags(content, config)
+        if missing := {"tasks", "max_length"} - set(content["options"]):
+            raise KeyError(*missing)
+        int(content["epoch"])
+    except Exception as error:  # whatever a missing or damaged entry makes of these lines
+        raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
+    return LoadedCheckpoint(model, tokenizer, content)
+
+
+def load_all(
+    options: argparse.Namespace, path: Path | None = None, state: dict[str, Any] | None = None
+) -> Parts:
+    """Load what a run needs: from its saved state, or from `--bert_model` for a new run. From here on,
+    random numbers follow from the seed."""
+    seed_everything(options.seed)
+    if path and state:
+        model, tokenizer, _ = model_from_checkpoint(state, path)
+        tagger, source = checkpoint.find_tagger(state.get("tags"), path, options), str(path)
+    else:
+        model, tokenizer, tagger = load_pretrained(options)
+        source = options.bert_model
+    max_length = checked_max_length(options, source, model.bert.config, tokenizer)
+    data = load_data(options, tokenizer, max_length, SPLITS, tagger, model.encodings)
+    return Parts(model, tokenizer, tagger, data, options)
+
+
+def load_pretrained(
+    options: argparse.Namespace,
+) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
+    """Load the encoder that `--bert_model` names, and make new heads."""
     source, local = options.bert_model, options.local_files_only
-    overrides, tagger = {}, None
+    overrides: dict[str, Any] = {}
+    tagger = None
     if options.hidden_dropout_prob is not None:
         overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
     if options.additional_input:
-        options.spacy_model = options.spacy_model or DEFAULT_SPACY_MODEL
         tagger = Tagger(Pipeline.find(options.spacy_model), options.cache_dir)
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
-    bert = BertModel.from_pretrained(source, local, **overrides)
-    check_new_tables(bert, source, tagger)
+    bert: BertModel | MixtureOfExperts = BertModel.from_pretrained(source, local, **overrides)
     encodings = encodings_of(vars(options))
-    if set(encodings.values()) != {"bi"} and bert.config.type_vocab_size < 2:
-        raise UserError(
-            f"{source}: this encoder does not tell two sentences of a sequence apart "
-            "(type_vocab_size 1); leave --para_encoding and --sts_encoding at bi"
-        )
+    checkpoint.check_encoder(bert, source, tagger, encodings)
     if options.moe:
         bert = MixtureOfExperts.of(bert, options.moe)
     model = MultitaskBERT(bert, encodings)
-    return model, BertTokenizer.from_pretrained(source, local), tagger, source
+    return model, BertTokenizer.from_pretrained(source, local), tagger
 
 
-def load_all(options, path: Path | None = None, state: dict | None = None) -> tuple:
-    """Model, tokenizer, tagger or None, data; from here on random numbers follow from the seed."""
-    seed_everything(options.seed)
-    model, tokenizer, tagger, source = load_model(options, path, state)
-    max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-    data = load_data(options, tokenizer, max_length, SPLITS, tagger, model.encodings)
-    return model, tokenizer, tagger, data
+# ------------------------------------------------------------------------------------- evaluation
 
 
-def check_new_tables(bert: BertModel, source: str, tagger: Tagger | None) -> None:
-    """UserError for an encoder that brings embeddings of tags, but does not say of which."""
-    tables = bert.new_parameters
-    if tables and (tagger is None or any(table.any() for table in tables)):
-        raise UserError(
-            f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "
-            "start from one that has none, or go on from a checkpoint (--resume, --evaluate)"
+class Trained(NamedTuple):
+    """A trained model with what its evaluation needs."""
+
+    model: MultitaskBERT
+    tokenizer: BertTokenizer
+    tagger: Tagger | None
+    content: dict[str, Any]  # of the checkpoint
+    options: argparse.Namespace  # those left open are as in training
+
+
+def load_trained(options: argparse.Namespace) -> Trained:
+    """Load the checkpoint that `--evaluate` names."""
+    path = options.evaluate
+    model, tokenizer, content = load_checkpoint(path)
+    trained = content["options"]
+    if content.get("tags") is not None and options.spacy_model is None:
+        options = changed_options(options, spacy_model=trained["spacy_model"])
+    tagger = checkpoint.find_tagger(content.get("tags"), path, options)
+    asked = [name for name in TASKS if getattr(options, name)]
+    if untrained := [name for name in asked if name not in trained["tasks"]]:
+        known = ", ".join(trained["tasks"])
+        raise UserError(f"{path}: was not trained on {', '.join(untrained)}, only on {known}")
+    options = changed_options(
+        options,
+        tasks=[name for name in options.tasks if name in trained["tasks"]],
+        max_length=options.max_length or trained["max_length"],
+        precision=(
+            trained.get("precision", "auto") if options.precision == "auto" else options.precision
+        ),
+    )
+    length = checked_max_length(options, path, model.bert.config, tokenizer)
+    return Trained(model, tokenizer, tagger, content, changed_options(options, max_length=length))
+
+
+def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
+    """Do `--evaluate`: print the dev scores of a checkpoint, write its predictions, return the scores."""
+    device = pick_device(options.use_gpu)
+    model, tokenizer, tagger, content, options = load_trained(options)
+    checkpoint.check_outputs(options)
+    splits, length = ("dev", "test"), options.max_length
+    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
+    with checkpoint.lock_predictions(options):
+        return evaluation.evaluate_checkpoint(
+            options.evaluate, model.to(device), content["epoch"], data, options
         )
 
 
 # ------------------------------------------------------------------------------------------- main
 
 
-def load_trained(options: argparse.Namespace) -> tuple:
-    """The model of the checkpoint that `--evaluate` names, its tokenizer, its tagger or None, and all
-    else it holds. What `options` leave open is set as it was in training."""
-    model, tokenizer, checkpoint = load_checkpoint(options.evaluate)
-    if checkpoint.get("tags") is not None:
-        options.spacy_model = options.spacy_model or checkpoint["options"]["spacy_model"]
-    tagger = tagger_like(checkpoint.get("tags"), options.evaluate, options)
-    trained = checkpoint["options"]["tasks"]
-    options.tasks = [name for name in options.tasks if name in trained]
-    if untrained := [name for name in TASKS if getattr(options, name) and name not in trained]:
-        raise UserError(
-            f"{options.evaluate}: was not trained on {', '.join(untrained)}, "
-            f"only on {', '.join(trained)}"
-        )
-    if options.max_length is None:
-        options.max_length = checkpoint["options"]["max_length"]
-    if options.precision == "auto":
-        options.precision = checkpoint["options"].get("precision", "auto")
-    options.max_length = checked_max_length(options, options.evaluate, model.bert.config, tokenizer)
-    return model, tokenizer, tagger, checkpoint
-
-
-def evaluate_only(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """`--evaluate`: the checkpoint's dev scores and predictions."""
-    device = pick_device(options.use_gpu)
-    model, tokenizer, tagger, checkpoint = load_trained(options)
-    check_outputs(options)
-    splits, length = ("dev", "test"), options.max_length
-    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
-    with hold_predictions(options):
-        model.to(device)
-        return evaluate_checkpoint(options.evaluate, model, checkpoint["epoch"], data, options)
-
-
 def run(argv: list[str] | None) -> None:
-    """What the flags ask for."""
+    """Do what the flags ask for."""
     join_processes()
     with one_first_on_each_node():
         options = parse_options(argv)
         if options.resume not in (None, "auto"):
-            options = options_to_resume(argv, options.resume)
+            options = checkpoint.options_to_resume(argv, options.resume)
     if options.evaluate:
         evaluate_only(options)
     elif options.hpo:
-        if n_processes() > 1:
-            raise UserError("--hpo: start it without torchrun; Ray runs the trials")
-        import hpo  # Ray, which takes seconds to import
-
-        hpo.search(options)
+        start_search(argv)
     else:
         train_multitask(options)
     leave_processes()
+
+
+def start_search(argv: list[str] | None) -> None:
+    """Replace this process by hpo.py, which imports Ray and calls this file's functions."""
+    if n_processes() > 1:
+        raise UserError("--hpo: start it without torchrun; Ray runs the trials")
+    flags = sys.argv[1:] if argv is None else argv
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-u", str(ROOT / "hpo.py"), *flags])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -669,7 +599,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules["multitask_classifier"] = sys.modules["__main__"]  # what hpo.py imports is this
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() answers it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() handles it
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

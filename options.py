@@ -1,42 +1,68 @@
-"""The flags of multitask_classifier.py: their names, defaults, checks and help."""
+"""The flags of multitask_classifier.py: names, defaults, help, checks, and whether they decide a run's
+numbers."""
 
 import argparse
+import functools
 import json
-import math
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import SMOKETEST_ROWS
 from moe import GATINGS
-from optimizer import PLATEAU_FACTOR, PLATEAU_PATIENCE
-from tasks import PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
-from utils import ROOT, UserError, one_line
+from optimizer import (
+    OPTIMIZERS,
+    PLATEAU_FACTOR,
+    PLATEAU_PATIENCE,
+    SCHEDULES,
+    STEP_SCHEDULES,
+    OwnFlag,
+)
+from tasks import ADDED_LOSSES, PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
+from utils import (
+    ROOT,
+    UserError,
+    max_length,
+    non_negative_float,
+    one_line,
+    positive_float,
+    positive_int,
+    probability,
+    seed,
+    share,
+)
 
-DEFAULT_LR = {"finetune": 8e-5, "pretrain": 1e-3, "sophiah": 4e-4, "sophiag": 1.2e-3}
-DEFAULT_RHO, DEFAULT_HESS_INTERVAL = 0.02, 50
 DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 PRECISIONS = ("auto", "float32", "bfloat16")
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
+# Flags of single optimizers, and the optimizers that have them.
+OPTIMIZER_FLAGS: dict[str, OwnFlag] = {
+    name: flag for row in OPTIMIZERS.values() for name, flag in row.flags.items()
+}
+OWNERS = {
+    flag: [name for name, row in OPTIMIZERS.items() if flag in row.flags]
+    for flag in OPTIMIZER_FLAGS
+}
 
 
 class Search(NamedTuple):
-    """From where --hpo draws the values of a flag."""
+    """The values of a flag that --hpo tries."""
 
     kind: str  # "log": log-uniform from low to high; "uniform"; "choice": one of the values
     values: tuple
     of_default: bool = False  # low and high are multiples of the flag's default
-    only_sophia: bool = False
 
     def __str__(self) -> str:
         if self.kind == "choice":
             return " or ".join(map(str, self.values))
         low, high = self.values
-        text = f"{low:g} to {high:g}" + " times its default" * self.of_default
-        return text + " (logarithmic)" * (self.kind == "log")
+        text = f"{low:g} to {high:g}"
+        text += " times its default" if self.of_default else ""
+        return text + (" (logarithmic)" if self.kind == "log" else "")
 
 
 SEARCH_SPACE = {
@@ -46,35 +72,66 @@ SEARCH_SPACE = {
     "hidden_dropout_prob": Search("uniform", (0, 0.3)),
     "batch_size": Search("choice", (16, 32, 64, 128)),
     "scheduler": Search("choice", ("plateau", "cosine", "none")),
-    "rho": Search("log", (1 / 4, 4), of_default=True, only_sophia=True),
-    "hess_interval": Search("choice", (5, 10, 20, 50), only_sophia=True),
+    "rho": Search("log", (1 / 4, 4), of_default=True),
+    "hess_interval": Search("choice", (5, 10, 20, 50)),
 }
 
 
-def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+# ------------------------------------------------------------------------------------------- flags
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that knows which of its options decide the numbers of a run."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.deciding: set[str] = set()
+
+    def flags(self, title: str) -> "FlagAdder":
+        """Return the function that adds flags to a new group of this title."""
+        return FlagAdder(self, self.add_argument_group(title))
+
+
+class FlagAdder(NamedTuple):
+    """Adds a flag to a group of a parser."""
+
+    parser: OptionParser
+    group: argparse._ArgumentGroup
+
+    def __call__(self, name: str, *, decides: bool, **settings: Any) -> None:
+        """Add a flag. `decides` says whether the numbers of a run depend on it: a run is resumed only
+        with the same values of such flags, and recipes that differ in them are different."""
+        action = self.group.add_argument(name, **settings)
+        if decides:
+            self.parser.deciding.add(action.dest)
+
+
+def build_parser(exit_on_error: bool = True) -> OptionParser:
+    parser = OptionParser(
         description="Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) "
         "at once.",
         exit_on_error=exit_on_error,
     )
-    add_training_flags(training := parser.add_argument_group("training"))
+    training = parser.flags("training")
+    add_training_flags(training)
     add_schedule_flags(training)
     add_loss_flags(training)
     add_run_flags(training)
-    add_model_flags(model := parser.add_argument_group("model"))
+    model = parser.flags("model")
+    add_model_flags(model)
     add_variant_flags(model)
-    add_data_flags(parser.add_argument_group("data"))
-    add_output_flags(parser.add_argument_group("outputs"))
-    add_resume_flags(parser.add_argument_group("long runs"))
-    add_search_flags(parser.add_argument_group("search of hyper-parameters, with Ray Tune"))
+    add_data_flags(parser.flags("data"))
+    add_output_flags(parser.flags("outputs"))
+    add_resume_flags(parser.flags("long runs"))
+    add_search_flags(parser.flags("search of hyper-parameters, with Ray Tune"))
     return parser
 
 
-def add_training_flags(group) -> None:
-    flag = group.add_argument
-    flag("--epochs", type=positive_int, default=10, help="default: 10")
+def add_training_flags(flag: FlagAdder) -> None:
+    flag("--epochs", decides=True, type=positive_int, default=10, help="default: 10")
     flag(
         "--samples_per_epoch",
+        decides=True,
         type=positive_int,
         default=10000,
         help="rows of each task in one epoch, drawn without replacement until a task's rows are "
@@ -82,6 +139,7 @@ def add_training_flags(group) -> None:
     )
     flag(
         "--batch_size",
+        decides=True,
         type=positive_int,
         default=64,
         help="rows of each task that go through the model at once (in an evaluation: of the longest; "
@@ -89,49 +147,60 @@ def add_training_flags(group) -> None:
     )
     flag(
         "--grad_accumulation",
+        decides=True,
         type=positive_int,
         default=1,
         help="batches whose gradients are added up for one optimizer step; default: 1",
     )
-    rates = ", ".join(f"{rate:g} for {option}" for option, rate in DEFAULT_LR.items())
-    flag("--lr", type=non_negative_float, help=f"learning rate; default: {rates}")
+    rates = ", ".join(f"{row.lr:g} for {name}" for name, row in OPTIMIZERS.items())
+    pretrain = ", ".join(
+        f"{row.pretrain_lr:g} for {name}"
+        for name, row in OPTIMIZERS.items()
+        if row.pretrain_lr != row.lr
+    )
+    flag(
+        "--lr",
+        decides=True,
+        type=non_negative_float,
+        help=f"learning rate; default: {rates}; with --option pretrain {pretrain}",
+    )
     flag(
         "--optimizer",
-        choices=["adamw", "sophiah", "sophiag"],
+        decides=True,
+        type=str.lower,
+        choices=tuple(OPTIMIZERS),
         default="adamw",
         help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
     )
-    flag(
-        "--rho",
-        type=positive_float,
-        help=f"Sophia: what a step is clipped to, before lr; default: {DEFAULT_RHO:g}",
-    )
-    flag(
-        "--hess_interval",
-        type=positive_int,
-        metavar="STEPS",
-        help="Sophia: optimizer steps from one estimate of the Hessian to the next; default: "
-        f"{DEFAULT_HESS_INTERVAL}",
-    )
+    for name, own in OPTIMIZER_FLAGS.items():
+        flag(
+            f"--{name}",
+            decides=True,
+            type=own.type,
+            metavar=own.metavar,
+            help=f"{own.help}; for {' and '.join(OWNERS[name])}; default: {own.default:g}",
+        )
     flag(
         "--weight_decay",
+        decides=True,
         type=non_negative_float,
         help="decoupled; biases and LayerNorm go without; default: "
         f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
     )
     flag(
         "--clip",
+        decides=True,
         type=non_negative_float,
         default=0.25,
         help="largest norm of all gradients together, 0 for no limit; default: 0.25",
     )
 
 
-def add_schedule_flags(group) -> None:
-    flag = group.add_argument
+def add_schedule_flags(flag: FlagAdder) -> None:
     flag(
         "--scheduler",
-        choices=["plateau", "linear", "cosine", "none"],
+        decides=True,
+        choices=SCHEDULES,
         default="plateau",
         help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
         f"improved for {PLATEAU_PATIENCE + 1} epochs, linear and cosine lower it to 0 step by step; "
@@ -139,21 +208,24 @@ def add_schedule_flags(group) -> None:
     )
     flag(
         "--warmup",
+        decides=True,
         type=probability,
         default=0.0,
         metavar="SHARE",
-        help="of all steps, in which linear and cosine first raise the rate; default: 0",
+        help="share of all steps in which linear and cosine first raise the rate; default: 0",
     )
     flag(
         "--layer_lr_decay",
+        decides=True,
         type=share,
         default=1.0,
         metavar="FACTOR",
-        help="rate of each layer of the encoder as a multiple of the rate of what lies above it, "
-        "counted from the heads; default: 1",
+        help="rate of each layer of the encoder, as a multiple of the rate of the layer above it; the "
+        "heads have the full rate; default: 1",
     )
     flag(
         "--ema",
+        decides=True,
         type=probability,
         default=0.0,
         metavar="DECAY",
@@ -162,59 +234,65 @@ def add_schedule_flags(group) -> None:
     )
 
 
-def add_loss_flags(group) -> None:
-    flag = group.add_argument
+def add_loss_flags(flag: FlagAdder) -> None:
+    by_task = ",".join(f"{name}=X" for name in TASKS)
     flag(
         "--loss_weights",
-        type=task_numbers,
-        default=(1.0,) * len(TASKS),
-        metavar=",".join(TASKS).upper(),
-        help="weights of the tasks' losses in their sum; default: all 1",
+        decides=True,
+        type=NumberByTask(1.0, non_negative_float),
+        default=dict.fromkeys(TASKS, 1.0),
+        metavar=by_task,
+        help="weights of the tasks' losses in their sum; default: 1 for each task that is not named",
     )
     flag(
         "--sst_loss",
-        choices=["cross_entropy", "one_vs_all", "ordinal"],
+        decides=True,
+        choices=["cross_entropy", *ADDED_LOSSES],
         default="cross_entropy",
         help="one_vs_all adds a binary cross entropy for each class, ordinal one for each border "
         "between classes; default: cross_entropy",
     )
     flag(
         "--label_smoothing",
+        decides=True,
         type=probability,
         default=0.0,
         metavar="SHARE",
-        help="of each class label that is spread over all classes; default: 0",
+        help="share of each class label that is spread over all classes; default: 0",
     )
     flag(
         "--rdrop",
-        type=task_numbers,
-        default=(0.0,) * len(TASKS),
-        metavar=",".join(TASKS).upper(),
+        decides=True,
+        type=NumberByTask(0.0, non_negative_float),
+        default=dict.fromkeys(TASKS, 0.0),
+        metavar=by_task,
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
-        "makes is a loss, with these weights (alpha in the paper); default: all 0, once",
+        "makes is a loss, with these weights (alpha in the paper); default: 0, once",
     )
     flag(
         "--batch_shares",
-        type=batch_shares,
-        default=(1.0,) * len(TASKS),
-        metavar=",".join(TASKS).upper(),
+        decides=True,
+        type=NumberByTask(1.0, positive_float),
+        default=dict.fromkeys(TASKS, 1.0),
+        metavar=by_task,
         help="rows of each task in a batch (and in an epoch) as multiples of --batch_size (and "
-        "--samples_per_epoch); default: all 1",
+        "--samples_per_epoch); default: 1; --sst, --para and --sts leave tasks out",
     )
 
 
-def add_run_flags(group) -> None:
-    flag = group.add_argument
-    flag("--seed", type=seed, default=11711, help="default: 11711")
+def add_run_flags(flag: FlagAdder) -> None:
+    flag("--seed", decides=True, type=seed, default=11711, help="default: 11711")
     flag(
         "--config",
+        decides=False,
         metavar="JSON",
         help="take flags from this file, such as a search's best_config.json; those given on the "
         "command line win",
     )
-    flag("--use_gpu", action="store_true", help="train on the GPU")
+    flag("--use_gpu", decides=True, action="store_true", help="train on the GPU")
     flag(
         "--precision",
+        decides=True,
         choices=PRECISIONS,
         default="auto",
         help="of matrix products, by autocast; bfloat16 is fast on CPUs that have instructions for it "
@@ -223,6 +301,7 @@ def add_run_flags(group) -> None:
     )
     flag(
         "--smoketest",
+        decides=True,
         action="store_true",
         help="a run of seconds, to see that all works; other defaults: "
         + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
@@ -230,16 +309,17 @@ def add_run_flags(group) -> None:
     )
 
 
-def add_model_flags(group) -> None:
-    flag = group.add_argument
+def add_model_flags(flag: FlagAdder) -> None:
     flag(
         "--option",
+        decides=True,
         choices=["finetune", "pretrain"],
         default="finetune",
         help="finetune trains encoder and heads, pretrain the heads only; default: finetune",
     )
     flag(
         "--bert_model",
+        decides=True,
         default="bert-base-uncased",
         metavar="NAME_OR_PATH",
         help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
@@ -247,54 +327,62 @@ def add_model_flags(group) -> None:
     )
     flag(
         "--local_files_only",
+        decides=False,
         action="store_true",
         help="take the model from this disk or the hub's cache, download nothing",
     )
     flag(
         "--hidden_dropout_prob",
+        decides=True,
         type=probability,
         help="dropout in the encoder; default: the encoder's own (0.1 for all BERTs)",
     )
     flag(
         "--max_length",
+        decides=True,
         type=max_length,
         help="cut what the encoder reads at once (a sentence, with --para_encoding cross a pair) after "
         "this many word pieces; default: the encoder's own (512)",
     )
     flag(
         "--additional_input",
+        decides=True,
         action="store_true",
         help="add embeddings of each word piece's part-of-speech and named-entity tag, by spaCy; they "
         "start at 0 and train from the first step",
     )
+    # It does not decide: a run's state knows the pipeline by its content.
     flag(
         "--spacy_model",
+        decides=False,
         metavar="NAME_OR_PATH",
         help="the spaCy pipeline of --additional_input, installed or a directory; default: "
         f"{DEFAULT_SPACY_MODEL}",
     )
 
 
-def add_variant_flags(group) -> None:
-    """What is done with the encoder: reading pairs, experts, unfreezing, evaluation alone."""
-    flag = group.add_argument
+def add_variant_flags(flag: FlagAdder) -> None:
+    """Add the flags for variants: reading pairs, experts, unfreezing, evaluation alone."""
     for name in PAIR_TASKS:
         flag(
             f"--{name}_encoding",
+            decides=True,
             choices=PAIR_ENCODINGS,
             default="bi",
-            help=f"of {TASKS[name].title} pairs; bi: the encoder reads each sentence by itself; cross: "
-            "both in one sequence; both: both ways, with a head each, whose answers are averaged; "
-            "default: bi",
+            help=f"how {TASKS[name].title} pairs are read; bi: the encoder reads each sentence by "
+            "itself; cross: both in one sequence; both: both ways, with a head each, whose answers are "
+            "averaged; default: bi",
         )
     flag(
         "--both_orders",
+        decides=True,
         action="store_true",
         help="pairs that the encoder reads in one sequence are drawn in either order of their sentences, "
         "as if there were twice as many; an epoch has as many rows as without",
     )
     flag(
         "--moe",
+        decides=True,
         choices=GATINGS,
         help="a mixture of three experts, each an encoder like the others, and one more that weighs them "
         "for each sentence; soft: all count, hard: only the one with the largest weight is computed; "
@@ -302,12 +390,14 @@ def add_variant_flags(group) -> None:
     )
     flag(
         "--moe_balance",
+        decides=True,
         type=non_negative_float,
         help="--moe: weight of the loss for sentences that spread unevenly over the experts; "
         f"default: {DEFAULT_MOE_BALANCE:g}",
     )
     flag(
         "--unfreeze_interval",
+        decides=True,
         type=positive_int,
         default=0,
         metavar="N",
@@ -316,29 +406,31 @@ def add_variant_flags(group) -> None:
     )
     flag(
         "--evaluate",
+        decides=False,
         metavar="CHECKPOINT",
         help="no training: print this checkpoint's dev scores and write its predictions",
     )
 
 
-def add_data_flags(group) -> None:
-    flag = group.add_argument
+def add_data_flags(flag: FlagAdder) -> None:
     for name, task in TASKS.items():
-        flag(f"--{name}", action="store_true", help=f"only {task.title} (more may be given)")
-    flag("--data_dir", default="data", help="folder of the nine CSVs; default: data")
+        only = f"only {task.title} (more may be given)"
+        flag(f"--{name}", decides=True, action="store_true", help=only)
+    flag("--data_dir", decides=True, default="data", help="folder of the nine CSVs; default: data")
     for name, task in TASKS.items():
         for split in SPLITS:
-            filename = task.filename(split)
-            flag(f"--{name}_{split}", metavar="CSV", help=f"default: DATA_DIR/{filename}")
+            where = f"default: DATA_DIR/{task.filename(split)}"
+            flag(f"--{name}_{split}", decides=True, metavar="CSV", help=where)
     flag(
         "--cache_dir",
+        decides=False,
         default=str(ROOT / ".cache"),
         help="where word-piece ids and tags are kept for the next run; default: .cache of the checkout",
     )
 
 
-def add_output_flags(group) -> None:
-    flag = group.add_argument
+def add_output_flags(flag: FlagAdder) -> None:
+    flag = functools.partial(flag, decides=False)
     flag("--models_dir", default="models", help="folder for checkpoints; default: models")
     flag("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
     flag("--tensorboard_subfolder", metavar="NAME", help="folder of this run in the logdir")
@@ -349,13 +441,13 @@ def add_output_flags(group) -> None:
             flag(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
 
 
-def add_resume_flags(group) -> None:
-    flag = group.add_argument
+def add_resume_flags(flag: FlagAdder) -> None:
+    flag = functools.partial(flag, decides=False)
     flag(
         "--resume",
         metavar="PATH|auto",
-        help="go on with an interrupted run, from its models/RUN.resume, to the numbers it would "
-        "have given; auto: with the newest run in MODELS_DIR that has the same options, or a new one "
+        help="continue an interrupted run, from its models/RUN.resume, to the numbers it would "
+        "have given; auto: the newest run in MODELS_DIR that has the same options, or a new one "
         "if there is none",
     )
     flag(
@@ -363,7 +455,7 @@ def add_resume_flags(group) -> None:
         type=positive_float,
         default=10.0,
         metavar="MINUTES",
-        help="between two saves for --resume; besides at the end of each epoch; default: 10",
+        help="between two saves for --resume, besides those at the end of each epoch; default: 10",
     )
     flag(
         "--max_bad_steps",
@@ -377,14 +469,14 @@ def add_resume_flags(group) -> None:
         "--profiler",
         action="store_true",
         help="record some of the first steps with torch.profiler: a trace for Perfetto and "
-        "TensorBoard beside the run's log, and a table of where the time goes",
+        "TensorBoard in the run's log, and a table of where the time goes",
     )
 
 
-def add_search_flags(group) -> None:
-    flag = group.add_argument
+def add_search_flags(flag: FlagAdder) -> None:
+    flag = functools.partial(flag, decides=False)
     space = "; ".join(
-        f"{name} {search}{', with Sophia' * search.only_sophia}"
+        f"{name} {search}" + (f", with {' and '.join(OWNERS[name])}" if name in OWNERS else "")
         for name, search in SEARCH_SPACE.items()
     )
     flag(
@@ -421,101 +513,189 @@ def add_search_flags(group) -> None:
     flag(
         "--hpo_resume",
         metavar="DIR|auto",
-        help="go on with an interrupted search, from its folder in MODELS_DIR (only with one of "
-        "your own: what Ray keeps there can hold code); auto: with the newest one that has the same "
+        help="continue an interrupted search, from its folder in MODELS_DIR (only one of "
+        "your own: what Ray keeps there can hold code); auto: the newest one that has the same "
         "options, or a new one if there is none",
     )
 
 
+class NumberByTask(NamedTuple):
+    """A type for argparse: `para=2,sts=0.5`, where tasks that are not named have the default; or one
+    number for each task, `1,2,0.5`."""
+
+    default: float
+    number: Callable[[str], float]
+
+    def __call__(self, text: str) -> dict[str, float]:
+        parts = text.split(",")
+        if "=" not in text:
+            if len(parts) != len(TASKS):
+                form = ",".join(f"{name}=X" for name in TASKS)
+                raise argparse.ArgumentTypeError(f"must be {form}, not {text!r}")
+            return dict(zip(TASKS, map(self.number, parts), strict=True))
+        values: dict[str, float] = {}
+        for part in parts:
+            name, _, value = part.partition("=")
+            if name not in TASKS or name in values:
+                problem = "is named twice" if name in values else f"is none of {', '.join(TASKS)}"
+                raise argparse.ArgumentTypeError(f"task {name!r} {problem}, in {text!r}")
+            values[name] = self.number(value)
+        return dict.fromkeys(TASKS, self.default) | values
+
+
+# --------------------------------------------------------------------------------- parsed options
+
+
 def parse_options(
-    argv: list[str] | None = None, defaults: dict | None = None
+    argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
-    """Parse, fill in the defaults that depend on other flags, and refuse what cannot work.
-    `defaults` replace those of the flags."""
+    """Parse the flags, refuse what cannot work, and fill in the defaults that depend on other flags.
+
+    `defaults` replace those of the flags. The options are not changed after this.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.config:
-        argv = config_arguments(options.config) + (sys.argv[1:] if argv is None else argv)
+        argv = config_arguments(options.config) + argv
         options = parser.parse_args(argv)
-    parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | (defaults or {}))
+    parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | dict(defaults or {}))
     options = parser.parse_args(argv)
-    options.tasks = [name for name in TASKS if getattr(options, name)] or list(TASKS)
-    if empty := [f"--{name}" for name, value in vars(options).items() if value == ""]:
-        parser.error(f"{', '.join(empty)} must not be empty")
-    if options.resume and options.evaluate:
-        parser.error("--resume goes on with training, --evaluate does not train")
-    if options.hpo_resume and not options.hpo:
-        parser.error("--hpo_resume: only with --hpo")
-    if options.hpo and (options.resume or options.evaluate):
-        parser.error("--hpo is neither --resume (but --hpo_resume) nor --evaluate")
-    if options.hpo_gpus and not options.use_gpu:
-        parser.error("--hpo_gpus: only with --use_gpu")
-    if options.unfreeze_interval and options.option == "pretrain":
-        parser.error("--unfreeze_interval trains the encoder, --option pretrain does not")
-    if options.additional_input and options.option == "pretrain":
-        parser.error(
-            "--additional_input adds to the encoder, which --option pretrain does not train"
-        )
+    searched = searched_flags(argv, options) if options.hpo else []
+    if found := problems(options, searched):
+        parser.error("; ".join(found))
+    return fill_defaults(options, searched)
+
+
+def problems(options: argparse.Namespace, searched: list[str]) -> list[str]:
+    """Return why these options cannot work together; nothing if they can."""
+    tasks = chosen_tasks(options)
     window = options.batch_size * options.grad_accumulation
-    for name, share in zip(TASKS, options.batch_shares):
-        if share * window < 1 and name in options.tasks:
-            parser.error(
-                f"--batch_shares: {share:g} of {window} rows is less than one row of {name} a step"
-            )
-    if options.both_orders and {options.para_encoding, options.sts_encoding} == {"bi"}:
-        parser.error("--both_orders: only with --para_encoding or --sts_encoding cross or both")
-    if options.warmup and options.scheduler not in ("linear", "cosine"):
-        parser.error("--warmup: only with --scheduler linear or cosine")
-    if options.spacy_model and not (options.additional_input or options.evaluate):
-        parser.error("--spacy_model: only for --additional_input")
-    if options.moe and options.option == "pretrain":
-        parser.error("--moe has a gate to train, --option pretrain trains the heads only")
-    if options.moe is None and options.moe_balance is not None:
-        parser.error("--moe_balance: only with --moe")
-    if options.moe and options.moe_balance is None:
-        options.moe_balance = DEFAULT_MOE_BALANCE
-    options.searched = searched_flags(argv, options) if options.hpo else []
-    if options.hpo and not options.searched:
-        parser.error("--hpo: every flag that could be searched is given")
-    if options.lr is None:
-        options.lr = DEFAULT_LR.get(options.optimizer, DEFAULT_LR[options.option])
-    if options.optimizer == "adamw":
-        if given := [f for f in ("rho", "hess_interval") if getattr(options, f) is not None]:
-            parser.error(f"--{', --'.join(given)}: only for --optimizer sophiah and sophiag")
-    else:
-        options.rho = options.rho or DEFAULT_RHO
-        options.hess_interval = options.hess_interval or DEFAULT_HESS_INTERVAL
-    if options.weight_decay is None:
-        options.weight_decay = DEFAULT_WEIGHT_DECAY * (options.rho or 1)
-    if options.predictions_dir is None:
-        options.predictions_dir = "predictions/smoketest" if options.smoketest else "predictions"
+    encodings = {getattr(options, f"{name}_encoding") for name in PAIR_TASKS}
+    encoding_flags = " or ".join(f"--{name}_encoding" for name in PAIR_TASKS)
+    empty = [f"--{name}" for name, value in vars(options).items() if value == ""]
+    pretrain = options.option == "pretrain"
+    checks = {
+        f"{', '.join(empty)} must not be empty": empty,
+        "--resume continues training, --evaluate does not train": (
+            options.resume and options.evaluate
+        ),
+        "--hpo_resume: only with --hpo": options.hpo_resume and not options.hpo,
+        "--hpo is neither --resume (but --hpo_resume) nor --evaluate": (
+            options.hpo and (options.resume or options.evaluate)
+        ),
+        "--hpo: every flag that could be searched is given": options.hpo and not searched,
+        "--hpo_gpus: only with --use_gpu": options.hpo_gpus and not options.use_gpu,
+        "--unfreeze_interval trains the encoder, --option pretrain does not": (
+            options.unfreeze_interval and pretrain
+        ),
+        "--additional_input adds to the encoder, which --option pretrain does not train": (
+            options.additional_input and pretrain
+        ),
+        "--moe has a gate to train, --option pretrain trains the heads only": (
+            options.moe and pretrain
+        ),
+        "--moe_balance: only with --moe": options.moe_balance is not None and not options.moe,
+        f"--both_orders: only with {encoding_flags} cross or both": (
+            options.both_orders and encodings == {"bi"}
+        ),
+        f"--warmup: only with --scheduler {' or '.join(STEP_SCHEDULES)}": (
+            options.warmup and options.scheduler not in STEP_SCHEDULES
+        ),
+        "--spacy_model: only for --additional_input": (
+            options.spacy_model and not (options.additional_input or options.evaluate)
+        ),
+    }
+    for name, multiple in options.batch_shares.items():
+        text = (
+            f"--batch_shares: {multiple:g} of {window} rows is less than one row of {name} a step"
+        )
+        checks[text] = multiple * window < 1 and name in tasks
+    for flag, owners in OWNERS.items():
+        given = getattr(options, flag) is not None
+        only = f"--{flag}: only for --optimizer {' and '.join(owners)}"
+        checks[only] = given and options.optimizer not in owners
+    return [problem for problem, is_there in checks.items() if is_there]
+
+
+def chosen_tasks(options: argparse.Namespace) -> list[str]:
+    """Return the tasks that are chosen by their flags; all tasks if none is."""
+    return [name for name in TASKS if getattr(options, name)] or list(TASKS)
+
+
+def fill_defaults(options: argparse.Namespace, searched: list[str]) -> argparse.Namespace:
+    """Return the options with the defaults that depend on other flags."""
+    filled = argparse.Namespace(**vars(options))
+    filled.tasks, filled.searched = chosen_tasks(options), searched
+    row = OPTIMIZERS[options.optimizer]
+    if filled.lr is None:
+        filled.lr = row.pretrain_lr if options.option == "pretrain" else row.lr
+    for name, own in row.flags.items():
+        if getattr(filled, name) is None:
+            setattr(filled, name, own.default)
+    if filled.weight_decay is None:
+        filled.weight_decay = DEFAULT_WEIGHT_DECAY * (filled.rho or 1)
+    if filled.moe and filled.moe_balance is None:
+        filled.moe_balance = DEFAULT_MOE_BALANCE
+    if filled.additional_input and filled.spacy_model is None:
+        filled.spacy_model = DEFAULT_SPACY_MODEL
+    if filled.predictions_dir is None:
+        filled.predictions_dir = "predictions/smoketest" if filled.smoketest else "predictions"
     for name, task in TASKS.items():
         for split in SPLITS:
             key = f"{name}_{split}"
-            if getattr(options, key) is None:
-                setattr(options, key, os.path.join(options.data_dir, task.filename(split)))
-            if split != "train" and getattr(options, f"{key}_out") is None:
-                target = os.path.join(options.predictions_dir, f"{name}-{split}-output.csv")
-                setattr(options, f"{key}_out", target)
-    return options
+            if getattr(filled, key) is None:
+                setattr(filled, key, os.path.join(filled.data_dir, task.filename(split)))
+            if split != "train" and getattr(filled, f"{key}_out") is None:
+                target = os.path.join(filled.predictions_dir, f"{name}-{split}-output.csv")
+                setattr(filled, f"{key}_out", target)
+    return filled
 
 
-def searched_flags(argv: list[str] | None, options: argparse.Namespace) -> list[str]:
-    """What of SEARCH_SPACE fits this optimizer and is not given."""
-    given = build_parser()
-    given.set_defaults(**dict.fromkeys(vars(options)))
-    given = vars(given.parse_args(argv))
+def changed_options(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Return a copy of the options with some values changed."""
+    return argparse.Namespace(**vars(options) | changes)
+
+
+def searched_flags(argv: list[str], options: argparse.Namespace) -> list[str]:
+    """Return the flags of SEARCH_SPACE that this optimizer has and that are not given."""
+    given = given_flags(argv)
+    own = OPTIMIZERS[options.optimizer].flags
     return [
         name
-        for name, search in SEARCH_SPACE.items()
-        if given[name] is None and not (search.only_sophia and options.optimizer == "adamw")
+        for name in SEARCH_SPACE
+        if name not in given and (name in own or name not in OPTIMIZER_FLAGS)
     ]
 
 
-def config_arguments(path: str) -> list[str]:
-    """The flags of a JSON file, which holds a table of them, as they would stand on a command line.
+def given_flags(argv: list[str]) -> dict[str, Any]:
+    """Return the values of the flags that are given in `argv`."""
+    parser = build_parser()
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
+    given = vars(parser.parse_args(argv))
+    return {name: value for name, value in given.items() if value is not None}
 
-    UserError: it is no such file, or a value does not fit its flag.
+
+@functools.cache
+def names_of_deciding_options() -> frozenset[str]:
+    return frozenset(build_parser().deciding | {"tasks"})
+
+
+def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that decide the numbers of a run."""
+    names = names_of_deciding_options()
+    return {name: value for name, value in options.items() if name in names}
+
+
+def encodings_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a run with these options reads its pairs: task -> encoding."""
+    return {name: options.get(f"{name}_encoding", "bi") for name in PAIR_TASKS}
+
+
+def config_arguments(path: str) -> list[str]:
+    """Return the flags of a JSON file, a table of flags, as they would be on a command line.
+
+    Raises UserError if it is no such file, or if a value does not fit its flag.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -532,6 +712,8 @@ def config_arguments(path: str) -> list[str]:
             raise UserError(f"--config {path}: there is no flag {name!r}")
         if isinstance(value, list):
             value = ",".join(map(str, value))
+        if isinstance(value, dict):
+            value = ",".join(f"{task}={number}" for task, number in value.items())
         if isinstance(value, bool) != isinstance(defaults[name], bool) or value is None:
             raise UserError(f"--config {path}: {name} cannot be {json.dumps(value)}")
         if value is not False:
@@ -541,62 +723,3 @@ def config_arguments(path: str) -> list[str]:
     except argparse.ArgumentError as error:
         raise UserError(f"--config {path}: {one_line(error)}") from error
     return arguments
-
-
-def number(kind, accepts, what):
-    """An argparse type: a number of this kind that `accepts` holds for."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value
-
-    return parse
-
-
-seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-positive_int = number(int, lambda value: value > 0, "a whole number above 0")
-max_length = number(int, lambda value: value > 2, "a whole number above 2")
-non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
-share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
-probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def task_numbers(text: str) -> tuple[float, ...]:
-    """One number for each task."""
-    numbers = tuple(non_negative_float(part) for part in text.split(","))
-    if len(numbers) != len(TASKS):
-        raise argparse.ArgumentTypeError(f"must be {len(TASKS)} numbers, not {text!r}")
-    return numbers
-
-
-def batch_shares(text: str) -> tuple[float, ...]:
-    shares = task_numbers(text)
-    if not all(shares):
-        raise argparse.ArgumentTypeError(
-            f"must be above 0, not {text!r}; --sst, --para and --sts " "leave tasks out"
-        )
-    return shares
-
-
-def decisive(options: dict) -> dict:
-    """The options that a run's numbers depend on."""
-    free = {"resume", "save_interval", "max_bad_steps", "models_dir", "logdir", "cache_dir"}
-    free |= {"tensorboard_subfolder", "local_files_only", "evaluate", "predictions_dir"}
-    free |= {"spacy_model"}  # the state knows the pipeline by its content
-    free |= {"config", "ray_address", "hpo", "searched", "profiler"}
-    return {
-        key: each
-        for key, each in options.items()
-        if key not in free and key[-4:] != "_out" and not key.startswith("hpo_")
-    }
-
-
-def encodings_of(options: dict) -> dict[str, str]:
-    """Pair task -> encoding, of a run's options; those of older runs say nothing."""
-    return {name: options.get(f"{name}_encoding", "bi") for name in PAIR_TASKS}

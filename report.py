@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
 
 import evaluation
-from batches import collate
+from batches import Batch, collate
 from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
 from multitask_classifier import MultitaskBERT, load_trained
@@ -258,6 +259,15 @@ class Piece(NamedTuple):
     shade: float  # the weight as a share of the sequence's largest
 
 
+def token_weights(model: MultitaskBERT, batch: Batch) -> list[Tensor]:
+    """Return the weights of the tokens in the vector of each sequence: [n_tokens] for each, in the order
+    of the batch's columns."""
+    tokens = batch.tokens()
+    _, weights = model.attention_layer.weigh(model.bert.encode(tokens), tokens.sequences)
+    by_length = weights.split(batch.lengths)
+    return [by_length[place] for place in batch.places.tolist()]
+
+
 @torch.no_grad()
 def attention(
     model: MultitaskBERT, tokenizer: BertTokenizer, result: Result, precision: str
@@ -267,7 +277,7 @@ def attention(
     device = next(model.parameters()).device
     batch = collate({result.task.name: (result.dataset, rows)}).to(device)
     with autocast(device, precision):
-        weights = iter(model.eval().token_weights(batch))
+        weights = iter(token_weights(model.eval(), batch))
     examples = [(show(result, place), []) for place in range(len(rows))]
     for column in columns:
         for row, (_, sequences) in zip(rows, examples):

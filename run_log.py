@@ -1,32 +1,34 @@
-"""TensorBoard."""
+"""What a run shows: TensorBoard, and the lines at its start."""
 
 import argparse
 import contextlib
 import gc
 import sys
 import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from batches import collate
 from datasets import TaskDataset, overlap
 from evaluation import Evaluation, confusion_figure
 from optimizer import Sophia
-from options import decisive
+from options import deciding
 from tagging import Tagger
 from tasks import SPLITS
+from tokenizer import BertTokenizer
 from utils import autocast, current_versions, rank
 
-# Optimizer steps between two writes to TensorBoard: each one waits for the GPU. A prime, so that
-# what is looked at is now sooner, now later after an estimate of the Hessian.
+# Optimizer steps between two writes to TensorBoard, since each write waits for the GPU. A prime, so
+# that the steps that are looked at have changing distances from an estimate of the Hessian.
 LOG_EVERY = 7
-PROJECTED_ROWS = (
-    256  # sentences in TensorBoard's projector; each one's vector is some kilobytes of text
-)
+# Sentences in TensorBoard's projector; the vector of each takes some kilobytes of text.
+PROJECTED_ROWS = 256
 
 
 class NoWriter:
@@ -40,44 +42,56 @@ class NoWriter:
 
 
 class RunLog:
-    """TensorBoard's side of a run. Losses stay on the device until `flush`. Of the processes of a
-    data-parallel run, only the first one writes."""
+    """The TensorBoard log of a run. Losses stay on the device until `flush`. With several processes,
+    only the first one writes."""
 
-    def __init__(self, directory: Path, state: dict | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
+    def __init__(self, directory: Path, state: dict[str, Any] | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.directory, self.broken = directory, False
-        # What a killed run wrote after its last saved state is hidden.
+        # Hides what a killed run wrote after its last saved state.
         purge = state and min([step for step, _ in state["waiting"]] + [state["n_steps"] + 1])
-        self.writer = NoWriter() if rank() else SummaryWriter(str(directory), purge_step=purge)
+        self.writer: Any = NoWriter()
+        if rank() == 0:
+            self.writer = SummaryWriter(str(directory), purge_step=purge)
         state = state or dict(n_steps=0, waiting=[], clipped=[])
         self.n_steps = state["n_steps"]
-        self.waiting = list(state["waiting"])  # (step, tag -> value), not written yet
-        self.clipped = list(state["clipped"])  # Sophia's shares of clipped coordinates, this epoch
+        # (step, tag -> value) that are not written yet.
+        self.waiting: list[tuple[int, dict[str, Any]]] = list(state["waiting"])
+        # Sophia's shares of clipped coordinates in this epoch.
+        self.clipped: list[float] = list(state["clipped"])
 
-    def state(self) -> dict:
-        with self._going_on():
+    def state(self) -> dict[str, Any]:
+        """Return the state for `torch.save`."""
+        with self._uncritical():
             self.writer.flush()
         directory = str(self.directory)
         return dict(
             directory=directory, n_steps=self.n_steps, waiting=self.waiting, clipped=self.clipped
         )
 
-    def step(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
+    def step(
+        self, losses: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm
+    ) -> None:
+        """Log a step."""
         self.n_steps += 1
-        values = {n if "/" in n else f"loss/{n}": loss for n, loss in losses.items()}
-        values["lr"] = max(group["lr"] for group in optimizer.param_groups)  # the heads'
+        values: dict[str, Any] = {
+            name if "/" in name else f"loss/{name}": loss for name, loss in losses.items()
+        }
+        # The largest rate is that of the heads.
+        values["lr"] = max(group["lr"] for group in optimizer.param_groups)
         self.waiting.append((self.n_steps, values))
         if len(self.waiting) == LOG_EVERY:
             self.flush(optimizer, bar)
 
     def flush(self, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
+        """Write the steps that are waiting, and show the last losses in the progress bar."""
         if self.waiting and isinstance(optimizer, Sophia):
-            statistics = {f"sophia/{key}": each for key, each in optimizer.statistics().items()}
+            statistics = {f"sophia/{key}": value for key, value in optimizer.statistics().items()}
             self.waiting[-1][1].update(statistics)
         for step, values in self.waiting:
             values = {tag: float(value) for tag, value in values.items()}
-            with self._going_on():
+            with self._uncritical():
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, step)
             losses = {t.removeprefix("loss/"): v for t, v in values.items() if t.startswith("loss")}
@@ -86,7 +100,7 @@ class RunLog:
         self.waiting.clear()
 
     def curvature(self, optimizer: Sophia) -> str:
-        """What to know of an epoch with Sophia, in one line; starts the next epoch's account."""
+        """Describe an epoch with Sophia in one line, and start the account of the next epoch."""
         share = f"{sum(self.clipped) / len(self.clipped):.3f}" if self.clipped else "not looked at"
         self.clipped.clear()
         return (
@@ -97,35 +111,53 @@ class RunLog:
     def epoch(
         self,
         epoch: int,
-        train: dict[str, dict[str, float]],
-        dev: dict[str, Evaluation],
+        train: Mapping[str, Mapping[str, float]],
+        dev: Mapping[str, Evaluation],
         mean: float,
     ) -> None:
-        with self._going_on():
-            dev_scores = {name: each.scores for name, each in dev.items()}
+        """Log the scores of an epoch, and a confusion matrix for each task with classes."""
+        dev_scores = {name: evaluation.scores for name, evaluation in dev.items()}
+        with self._uncritical():
             for split, scores in {"train": train, "dev": dev_scores}.items():
                 for name, metrics in scores.items():
                     for metric, value in metrics.items():
                         self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
             self.writer.add_scalar("dev/mean", mean, epoch)
-            if "sst" in dev:
-                figure = confusion_figure(dev["sst"])
-                self.writer.add_figure("dev/sst_confusion", figure, epoch)
-                del figure
-                gc.collect()  # a figure is full of reference cycles, which would lie about for epochs
+            for name, evaluation in dev.items():
+                if evaluation.dataset.task.classes:
+                    figure = confusion_figure(evaluation)
+                    self.writer.add_figure(f"dev/{name}_confusion", figure, epoch)
+        # Figures are full of reference cycles, which would stay in memory for epochs.
+        gc.collect()
 
-    def hyper_parameters(self, options: argparse.Namespace, scores: dict[str, dict]) -> None:
+    def best(
+        self,
+        model: nn.Module,
+        dev: Mapping[str, TaskDataset],
+        options: argparse.Namespace,
+        scores: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Log the best model: the vectors of sentences, the options and the scores."""
+        for dataset in dev.values():
+            if not dataset.task.is_pair:
+                self.sentences(model, dataset, options.batch_size, options.precision)
+        self.hyper_parameters(options, scores)
+
+    def hyper_parameters(
+        self, options: argparse.Namespace, scores: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Log the options and the best scores for TensorBoard's page of hyper-parameters."""
         from torch.utils.tensorboard.summary import hparams
 
         simple = (bool, int, float, str)
         values = {
             key: value if isinstance(value, simple) else str(value)
-            for key, value in decisive(vars(options)).items()
+            for key, value in deciding(vars(options)).items()
         }
-        # Not by add_hparams: it would write what columns there are too, and with these from just one
-        # run TensorBoard could not put the flags in which runs differ first.
+        # Not add_hparams: it also writes which columns there are. With the columns of a single run,
+        # TensorBoard could not put the flags first in which runs differ.
         _, *session = hparams(values, {})
-        with self._going_on():
+        with self._uncritical():
             for summary in session:
                 self.writer.file_writer.add_summary(summary)
             for name, metrics in scores.items():
@@ -134,73 +166,75 @@ class RunLog:
 
     @torch.no_grad()
     def sentences(
-        self, model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str
+        self, model: nn.Module, dataset: TaskDataset, batch_size: int, precision: str
     ) -> None:
-        """The vectors of a dataset's first sentences, with labels, for TensorBoard's projector."""
+        """Log the vectors of a dataset's first sentences, with labels, for TensorBoard's projector."""
         rows = np.arange(min(len(dataset), PROJECTED_ROWS))
-        device, vectors = next(model.parameters()).device, []
+        device, parts = next(model.parameters()).device, []
         with autocast(device, precision):
             for start in range(0, len(rows), batch_size):
                 part = {dataset.task.name: (dataset, rows[start : start + batch_size])}
-                vectors.append(model.eval().vectors(collate(part).to(device)))
-        vectors = torch.cat(vectors).double().cpu().numpy().round(3)  # all digits are written
+                parts.append(model.eval().vectors(collate(part).to(device)))
+        # Rounded, since all digits are written.
+        vectors = torch.cat(parts).double().cpu().numpy().round(3)
         examples = [dataset.examples[row] for row in rows]
-        shown = [(" ".join(each.sentences[0].split()), f"{each.label:g}") for each in examples]
+        shown = [
+            (" ".join(example.sentences[0].split()), f"{example.label:g}") for example in examples
+        ]
         tag = f"{dataset.split}/{dataset.task.name}"
-        with self._going_on():
+        with self._uncritical():
             heads = ["sentence", "label"]
             self.writer.add_embedding(vectors, shown, metadata_header=heads, tag=tag)
 
     def show_profile(self, text: str) -> None:
+        """Print the table of the profiler and log it."""
         print(f"\n{text}\n")
-        with self._going_on():
+        with self._uncritical():
             self.writer.add_text("profile", text, self.n_steps)
 
     def close(self) -> None:
-        with self._going_on():
+        with self._uncritical():
             self.writer.close()
 
     @contextlib.contextmanager
-    def _going_on(self):
-        """A log that cannot be written (a full disk) is a warning, once; the run goes on."""
+    def _uncritical(self) -> Iterator[None]:
+        """Turn the first error of a log that cannot be written (a full disk) into a warning."""
         try:
             yield
         except OSError as error:
             if not self.broken:
-                text = f"{self.directory}: TensorBoard's log ends here ({error}); the run goes on"
+                text = f"{self.directory}: TensorBoard's log ends here ({error}); the run continues"
                 tqdm.write(f"warning: {text}", file=sys.stderr)
             self.broken = True
 
 
 def describe_run(
-    options,
+    options: argparse.Namespace,
     run: str,
-    device,
-    data: dict[str, dict[str, TaskDataset]],
-    tokenizer,
+    device: torch.device,
+    data: Mapping[str, Mapping[str, TaskDataset]],
+    tokenizer: BertTokenizer,
     tagger: Tagger | None,
 ) -> None:
-    """Show all options, one example per task as the model will see it, and how many rows of dev and
-    test the training set gives away."""
+    """Print the options, one example of each task as the model sees it, and how many dev and test
+    rows are also in the training set."""
     threads = torch.get_num_threads()
     print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
     values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
     whole = dict(break_on_hyphens=False, break_long_words=False)
     print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
-    for name, dataset in data["train"].items():
-        rows, order = f"{len(dataset)} training rows", ""
-        if dataset.both_orders:
-            rows, order = f"{len(dataset) // 2} training rows", " in both orders"
-        print(f"{name}: {rows}{order}; the first: label {dataset.labels[0]:g}")
-        for column in dataset.columns:
+    for name, train in data["train"].items():
+        orders = " in both orders" if train.both_orders else ""
+        n_rows = len(train) // 2 if train.both_orders else len(train)
+        print(f"{name}: {n_rows} training rows{orders}; the first: label {train.labels[0]:g}")
+        for column in train.columns:
             ids, *tags = column.row(0)
             pieces = tokenizer.pieces_of(ids)
             if tagger:
-                pieces = [f"{piece}{tagger.describe(*each)}" for piece, *each in zip(pieces, *tags)]
+                rows = zip(pieces, *tags, strict=True)
+                pieces = [f"{piece}{tagger.describe(*ids)}" for piece, *ids in rows]
             print(f"    {' '.join(pieces)}")
-        others = [data[split][name].examples for split in SPLITS[1:]]
-        known = dict(zip(SPLITS[1:], overlap(dataset.examples, *others)))
-        rows = ", ".join(
-            f"{n} of {len(data[split][name])} {split} rows" for split, n in known.items()
-        )
-        print(f"    known from training: {rows}")
+        others = {split: data[split][name].examples for split in SPLITS[1:]}
+        known = zip(others, overlap(train.examples, *others.values()), strict=True)
+        counts = [f"{n} of {len(others[split])} {split} rows" for split, n in known]
+        print(f"    known from training: {', '.join(counts)}")

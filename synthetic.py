@@ -34,7 +34,7 @@ from utils import (
     atomic_write,
     check_writable,
     exit_status,
-    hold,
+    lock_files,
     pick_device,
     seed_everything,
     terminate,
@@ -207,7 +207,7 @@ def generate(args: argparse.Namespace) -> None:
             raise UserError(f"--output {output}: is read too; give it another name")
     device = pick_device(args.use_gpu)
     seed_everything(args.seed)
-    with hold([output], STILL_GOING):
+    with lock_files([output], STILL_GOING):
         train, dev, test = read_real(args)
         folder = output.with_name(f"{output.name}.part")
         draft = Draft(folder, identity_of(args))

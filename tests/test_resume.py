@@ -20,7 +20,7 @@ import multitask_classifier as mc
 from checkpoint import read_state
 from tasks import TASKS
 from training import Training
-from utils import UserError, hold
+from utils import UserError, lock_files
 
 OPTIMIZERS = {
     "adamw": [
@@ -469,8 +469,8 @@ def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
 
 def test_hold_is_let_go(tmp_path):
     path = Path(tmp_path / "file")
-    with hold([path], "is held"):
-        with pytest.raises(UserError, match="file: is held"), hold([path], "is held"):
+    with lock_files([path], "is held"):
+        with pytest.raises(UserError, match="file: is held"), lock_files([path], "is held"):
             pass
-    with hold([path], "is held"):
+    with lock_files([path], "is held"):
         pass

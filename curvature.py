@@ -1,0 +1,74 @@
+"""Gradients for Sophia's estimates of the Hessian, for all tasks at once. The estimators themselves are
+in optimizer.py."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from batches import Batch, step_noise
+from optimizer import Sophia, SophiaG, SophiaH
+from tasks import TASKS
+from utils import autocast, seeded_generator, sum_gradients
+
+
+def refresh_hessian(
+    model: nn.Module,
+    window: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    options: argparse.Namespace,
+) -> bool:
+    """Prepare Sophia's estimate of the Hessian if the coming step uses a new one. Return whether the
+    gradients of the step need a graph."""
+    if not isinstance(optimizer, Sophia) or not optimizer.refreshes:
+        return False
+    if isinstance(optimizer, SophiaH):
+        device = next(model.parameters()).device
+        optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
+        return True
+    if isinstance(optimizer, SophiaG):
+        gauss_newton_gradients(model, window, options, optimizer.n_steps)
+        optimizer.update_hessian()
+        optimizer.zero_grad(set_to_none=True)
+    return False
+
+
+def gauss_newton_gradients(
+    model: nn.Module, window: list[Batch], options: argparse.Namespace, step: int
+) -> None:
+    """Put into `.grad` the gradient whose square `SophiaG.update_hessian` averages.
+
+    It is the gradient of a sum over the tasks: each task's mean loss, for labels drawn from the
+    model's own outputs, times the root of its number of rows and of its weight. The labels follow
+    from the seed and `step`, however the rows are divided among processes. The curvature is that of
+    the plain losses: the terms that `--sst_loss`, `--label_smoothing` and `--rdrop` add are no
+    likelihoods from which labels could be drawn.
+    """
+    device = next(model.parameters()).device
+    for batch in window:
+        with autocast(device, options.precision):
+            answers = model.answers(batch)
+        total = torch.zeros((), device=device)
+        for name, outputs in answers.items():
+            task, n_rows = TASKS[name], batch.step_rows[name]
+            scale = (options.loss_weights[name] * n_rows / len(outputs)) ** 0.5
+            for number, output in enumerate(map(Tensor.float, outputs)):
+                # Each head has labels of its own.
+                seed = (options.seed, step, number) if number else (options.seed, step)
+                noise = step_noise(batch, name, seed).to(device)
+                labels = task.draw(output.detach(), noise)
+                loss = task.loss(output, labels, 0.0) * (len(labels) / n_rows)
+                total = total + scale * loss
+        total.backward()
+    sum_gradients(model, [])
+
+
+def backward_with_graph(loss: Tensor, model: nn.Module) -> None:
+    """Add the gradients of `loss`, with their graph, to `.grad`."""
+    # `loss.backward(create_graph=True)` does the same, and warns of the reference cycle that SophiaH
+    # breaks.
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    for param, gradient in zip(params, gradients, strict=True):
+        if gradient is not None:
+            param.grad = gradient if param.grad is None else param.grad + gradient
