@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from options import DEFAULT_SPACY_MODEL, config_arguments, parse_options, positive_int
+from options import DEFAULT_SPACY_MODEL, config_arguments, given_flags, parse_options
 from result_tables import (
     BUDGETS,
     COLUMNS,
@@ -46,14 +46,22 @@ from result_tables import (
     SCORES,
     canonical,
     deciding_flags,
-    given_flags,
     plot,
     read,
     recipe_path,
     write_tables,
 )
 from tagging import Pipeline
-from utils import ROOT, UserError, atomic_write, check_writable, exit_status, pick_device, terminate
+from utils import (
+    ROOT,
+    UserError,
+    atomic_write,
+    check_writable,
+    exit_status,
+    pick_device,
+    positive_int,
+    terminate,
+)
 
 SEEDS = 11711, 1, 2, 3, 4
 OF_A_RUN = set("config seed resume evaluate hpo models_dir logdir predictions_dir".split())

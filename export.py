@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from multitask_classifier import MultitaskBERT, checked_max_length, load_checkpoint
+from datasets import checked_max_length
+from multitask_classifier import MultitaskBERT, load_checkpoint
 from tasks import TASKS
 from utils import MINILM, ROOT, UserError
 

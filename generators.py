@@ -23,8 +23,7 @@ from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, autocast, one_line
 
 SST = TASKS["sst"]
-LABELS = range(SST.num_classes)
-DESCRIPTIONS = ("negative", "somewhat negative", "neutral", "somewhat positive", "positive")
+LABELS = range(len(SST.classes))
 LIKELY = 1000  # of all word pieces, those that are looked at first for the next one
 
 
@@ -331,7 +330,7 @@ class Gpt2Generator(Generator):
         self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _prompt(self, label: int) -> str:
-        return f"{DESCRIPTIONS[label]}:"
+        return f"{SST.classes[label]}:"
 
     def _losses(self, examples: list[Example]) -> Tensor:
         """Of the sentences' tokens and of their ends, not of the prompts."""
@@ -406,7 +405,7 @@ class OpenAIGenerator(Generator):
         examples = random.Random(generator_seed).sample(known, min(self.EXAMPLES, len(known)))
         shown = "\n".join(f"- {each}" for each in examples)
         text = (
-            f"These sentences from film reviews are of {DESCRIPTIONS[labels[0]]} sentiment:\n{shown}\n"
+            f"These sentences from film reviews are of {SST.classes[labels[0]]} sentiment:\n{shown}\n"
             f"Write {n} new ones of the same sentiment and style, on different things."
         )
         for _ in range(self.ATTEMPTS):

@@ -38,14 +38,22 @@ from ray.tune.search.optuna import OptunaSearch
 
 import evaluation
 from base_bert import BertConfig
-from checkpoint import claim_run, read_state
+from checkpoint import new_run, read_state
 from datasets import TaskDataset
-from multitask_classifier import MultitaskBERT, encoder_like, fit, load_all, model_of
-from options import SEARCH_SPACE, build_parser, decisive, encodings_of, parse_options
+from moe import new_encoder
+from multitask_classifier import MultitaskBERT, fit, load_all, model_from_checkpoint
+from options import (
+    SEARCH_SPACE,
+    build_parser,
+    changed_options,
+    deciding,
+    encodings_of,
+    parse_options,
+)
 from run_log import RunLog
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
-from training import Training, restored_training
+from training import Parts, Training, restored_training
 from utils import (
     Terminated,
     UserError,
@@ -65,7 +73,7 @@ WORST = -1.0  # the objective of a trial that has failed: below all others
 RETRIES = 3  # of a trial whose process or node has died
 CONNECT_SECONDS = 10
 MOST_CORES = 4  # for a trial on CPUs: more gain little with one small model
-STILL_GOING = "is of a search that is still going"
+STILL_RUNNING = "is of a search that is still running"
 
 
 def search(options: argparse.Namespace) -> Path:
@@ -81,10 +89,10 @@ def search(options: argparse.Namespace) -> Path:
     directory = find_search(options)
     resumed = directory is not None
     if not resumed:
-        path, logs = claim_run(options, "hpo")
+        path, logs = new_run(options, "hpo")
         directory = path.with_suffix("").absolute()
         write_json(directory / "search.json", {"options": vars(options), "logs": str(logs)})
-    with lock_files([directory / "search.json"], STILL_GOING):
+    with lock_files([directory / "search.json"], STILL_RUNNING):
         logs = Path(json.loads((directory / "search.json").read_text())["logs"]).absolute()
         shared = Shared.load(options, directory, logs)
         try:
@@ -119,7 +127,7 @@ class Shared:
 
     @classmethod
     def load(cls, options: argparse.Namespace, directory: Path, logs: Path) -> "Shared":
-        model, tokenizer, tagger, data = load_all(options)
+        model, tokenizer, tagger, data, _ = load_all(options)
         weights = {name: each.numpy() for name, each in model.state_dict().items()}
         pipeline = tagger and tagger.pipeline
         common = options, directory, logs, 1, model.bert.config, weights
@@ -131,7 +139,7 @@ class Shared:
             changes = {"hidden_dropout_prob": options.hidden_dropout_prob}
             config = dataclasses.replace(config, **changes)
         with torch.device("meta"):
-            model = MultitaskBERT(encoder_like(config, options.moe), encodings_of(vars(options)))
+            model = MultitaskBERT(new_encoder(config, options.moe), encodings_of(vars(options)))
         weights = {name: torch.tensor(each) for name, each in self.weights.items()}
         model.load_state_dict(weights, assign=True)
         return model
@@ -141,7 +149,7 @@ def run_trial(config: dict, shared: Shared) -> None:
     """One training run with the flags of `config`, in a process of Ray's. One whose process has
     died goes on from its last epoch."""
     torch.set_num_threads(shared.threads)
-    options = argparse.Namespace(**vars(shared.options) | config)
+    options = changed_options(shared.options, **config)
     history = History(shared.directory / "trials" / tune.get_context().get_trial_id(), options)
     try:
         training = start(options, shared, history.path.with_suffix(".resume"))
@@ -161,13 +169,13 @@ def start(options: argparse.Namespace, shared: Shared, path: Path) -> Training:
     tagger = shared.pipeline and Tagger(shared.pipeline)
     if path.exists():
         state = read_state(path)
-        model = model_of(state, path)[0].to(device)
-        parts = model, tokenizer, tagger, shared.data, options
-        return restored_training(*parts, path=path, state=state)
+        model = model_from_checkpoint(state, path).model.to(device)
+        parts = Parts(model, tokenizer, tagger, shared.data, options)
+        return restored_training(parts, path, state)
     seed_everything(options.seed)  # a GPU, which the search itself has not used
     restore_random_states(shared.random)
-    parts = shared.model(options).to(device), tokenizer, tagger, shared.data, options
-    return Training(*parts, path, RunLog(shared.logs / path.stem))
+    parts = Parts(shared.model(options).to(device), tokenizer, tagger, shared.data, options)
+    return Training(parts, path, RunLog(shared.logs / path.stem))
 
 
 class History:
@@ -240,7 +248,7 @@ def comparable(options: argparse.Namespace) -> dict:
     """The options that a search's course depends on, as they come back from JSON."""
     values = vars(options)
     own = {key: values[key] for key in ("hpo_trials", "hpo_objective", "searched")}
-    return json.loads(json.dumps(decisive(values) | own))
+    return json.loads(json.dumps(deciding(values) | own))
 
 
 def placed(options: argparse.Namespace, shared: Shared):
@@ -380,7 +388,7 @@ def finish(options, directory: Path, logs: Path, results: tune.ResultGrid) -> Pa
         trials[name] = result.config, history, error
         if history.epochs:
             log = RunLog(logs / name)
-            flags = argparse.Namespace(**vars(options) | result.config)
+            flags = changed_options(options, **result.config)
             log.hyper_parameters(flags, history.best["scores"]["dev"])
             log.close()
     good = {name: each for name, each in trials.items() if each[1].epochs and not each[2]}
@@ -389,7 +397,7 @@ def finish(options, directory: Path, logs: Path, results: tune.ResultGrid) -> Pa
     if best is None:
         raise UserError(f"every trial has failed; what came of them is in {directory}")
     path = directory / "best_config.json"
-    write_json(path, flags_of(argparse.Namespace(**vars(options) | good[best][0])))
+    write_json(path, flags_of(changed_options(options, **good[best][0])))
     for leftover in (directory / "trials").glob("*.[pr]*"):  # .pt and .resume
         leftover.unlink()
     print(f"best: trial {best}; train with its flags: --config {path}")
@@ -418,7 +426,7 @@ def print_table(options, trials: dict[str, tuple], best: str | None) -> None:
 
 def flags_of(options: argparse.Namespace) -> dict:
     """The flags that give these options, without those for outputs and for the search itself."""
-    wanted = decisive(vars(options)) | {"spacy_model": options.spacy_model}
+    wanted = deciding(vars(options)) | {"spacy_model": options.spacy_model}
     defaults = vars(parse_options(["--data_dir", options.data_dir])) | {"data_dir": "data"}
     del wanted["tasks"]
     return {name: value for name, value in wanted.items() if value != defaults[name]}

@@ -35,11 +35,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batches import Batch, evaluation_batches
-from checkpoint import tagger_like
-from datasets import TokenColumn, check_quotes, csv_rows, find_columns, tokenize_cached
+from checkpoint import find_tagger
+from datasets import (
+    TokenColumn,
+    check_quotes,
+    checked_max_length,
+    csv_rows,
+    find_columns,
+    tokenize_cached,
+)
 from export import export
-from multitask_classifier import checked_max_length, load_checkpoint
-from options import PRECISIONS, positive_int
+from multitask_classifier import load_checkpoint
+from options import PRECISIONS
 from tasks import TASKS, Task
 from utils import (
     ROOT,
@@ -49,6 +56,7 @@ from utils import (
     check_writable,
     exit_status,
     pick_device,
+    positive_int,
     terminate,
 )
 
@@ -59,8 +67,6 @@ BLOCK = 2**16  # bytes read at a time
 WAIT = 0.1  # seconds that a line which has come waits for others
 LONGEST = 100_000  # bytes of a line: more than any encoder has positions for
 DIGITS = 6
-SENTIMENTS = "negative", "somewhat negative", "neutral", "somewhat positive", "positive"
-CLASS_NAMES = {("sst", label): name for label, name in enumerate(SENTIMENTS)}
 ANSWER_WIDTH = 56
 
 # ---------------------------------------------------------------------------------------- reading
@@ -199,7 +205,7 @@ class Predictor:
             cache_dir=options.cache_dir,
             max_length=trained["max_length"],
         )
-        self.tagger = tagger_like(tags, path, asked)
+        self.tagger = find_tagger(tags, path, asked)
         config = self.model.bert.config
         self.max_length = checked_max_length(asked, path, config, self.tokenizer)
         self.precision, self.batch_size = options.precision, options.batch_size
@@ -296,12 +302,12 @@ class Predictor:
 
 def as_answers(task: Task, outputs: Tensor) -> list[dict]:
     """The head's outputs [B, classes] or [B] as what stands in an answer, [B]."""
-    if not task.num_classes:
+    if not task.classes:
         values = task.decode(outputs).tolist()
         return [{task.title: round(value, DIGITS)} for value in values]
     probabilities = outputs.softmax(dim=-1)
     rounded = [[round(p, DIGITS) for p in row] for row in probabilities.tolist()]
-    if task.num_classes == 2:
+    if len(task.classes) == 2:
         return [{task.title: row[1]} for row in rounded]
     key = f"{task.title}_probabilities"
     labels = task.decode(outputs).tolist()
@@ -355,7 +361,7 @@ def as_text(answer: dict) -> str:
     for task in TASKS.values():
         value = answer.get(task.title)
         if isinstance(value, int):
-            name = CLASS_NAMES.get((task.name, value), "")
+            name = task.classes[value]
             shares = " ".join(f"{p:.2f}" for p in answer[f"{task.title}_probabilities"])
             parts.append(f"{task.title} {value} {name:<17}  {shares}")
         elif value is not None:

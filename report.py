@@ -25,8 +25,8 @@ from batches import Batch, collate
 from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
 from multitask_classifier import MultitaskBERT, load_trained
-from options import parse_options, positive_int
-from tasks import MAX_SIMILARITY, TASKS, Task
+from options import parse_options
+from tasks import TASKS, Task
 from tokenizer import BertTokenizer
 from utils import (
     ROOT,
@@ -36,15 +36,11 @@ from utils import (
     check_writable,
     exit_status,
     pick_device,
+    positive_int,
     terminate,
 )
 
 TEMPLATE = "report.html.j2"
-SCALES = {
-    "sst": "from 0, negative, to 4, positive",
-    "para": "0, no paraphrase, or 1, paraphrase",
-    "sts": "from 0, unrelated, to 5, the same meaning",
-}
 SETTINGS = ("bert_model", "option", "optimizer", "epochs", "para_encoding", "sts_encoding", "moe")
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 LENGTH_BINS = 5
@@ -72,7 +68,7 @@ class Result:
         task, rows = dataset.task, np.flatnonzero(~np.isnan(dataset.labels))
         predictions = task.decode(outputs).double().numpy()
         scores = evaluation.score(task, dataset.labels, predictions)
-        probabilities = outputs[rows].double().softmax(dim=-1).numpy() if task.num_classes else None
+        probabilities = outputs[rows].double().softmax(dim=-1).numpy() if task.classes else None
         whole = Evaluation(dataset, predictions, scores)
         return cls(whole, rows, dataset.labels[rows], predictions[rows], probabilities)
 
@@ -332,7 +328,7 @@ def similarity_figure(result: Result):
 
     figure = Figure(figsize=(5, 4.5), layout="constrained", dpi=150)
     axes = figure.subplots()
-    ends = (0, MAX_SIMILARITY)
+    ends = result.task.range
     axes.plot(ends, ends, "--", color=INK, linewidth=1)
     axes.scatter(
         result.labels, result.predictions, 12, color=DOTS, alpha=0.5, linewidths=0, rasterized=True
@@ -349,13 +345,13 @@ def section(result: Result, attended: list, n_resamples: int, seed: int) -> dict
     task = result.task
     content = dict(
         task=task,
-        scale=SCALES.get(task.name),
+        scale=task.scale,
         by_length=scores_by_length(result, n_resamples, seed),
         n_wrong=int((result.labels != result.predictions).sum()),
         mistakes=worst_mistakes(result),
         attended=attended,
     )
-    if task.num_classes:
+    if task.classes:
         calibration = Calibration.of(result)
         return content | dict(
             counts=confusion_counts(result.evaluation).tolist(),
@@ -382,7 +378,7 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
     """The page about the checkpoint `options.evaluate`, with intervals from `n_resamples` resamples."""
     device = pick_device(options.use_gpu)
     check_writable(path)
-    model, tokenizer, tagger, checkpoint = load_trained(options)
+    model, tokenizer, tagger, checkpoint, options = load_trained(options)
     model.to(device)
     length = options.max_length
     data = load_data(options, tokenizer, length, ("dev",), tagger, model.encodings)["dev"]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from fnmatch import fnmatch
 from pathlib import Path
 
-from options import build_parser, config_arguments, decisive
+from options import config_arguments, deciding, given_flags
 from tasks import TASKS
 from utils import UserError, atomic_write
 
@@ -82,20 +82,12 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def given_flags(arguments: list[str]) -> dict:
-    """The values of the flags that stand in `arguments`."""
-    parser = build_parser()
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    given = vars(parser.parse_args(arguments))
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def deciding_flags(arguments: list[str]) -> dict:
     """Of the flags in `arguments`, those that scores depend on and that have no column of their
     own; of files their names, since folders differ from machine to machine."""
     return {
         name: Path(value).name if isinstance(value, str) else value
-        for name, value in decisive(given_flags(arguments)).items()
+        for name, value in deciding(given_flags(arguments)).items()
         if name not in WITH_COLUMNS
     }
 
@@ -135,7 +127,11 @@ def flags_text(flags: dict, known: dict) -> str:
     parts = []
     for name, value in flags.items():
         if known.get(name) != value:
-            text = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
+            text = (
+                ",".join(f"{task}={number:g}" for task, number in value.items())
+                if isinstance(value, dict)
+                else f"{value}"
+            )
             parts.append(f"--{name}" if value is True else f"--{name} {text}")
     return " ".join(parts)
 

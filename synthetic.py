@@ -28,21 +28,26 @@ from tqdm import tqdm
 from datasets import Example, read_examples
 from generators import GENERATORS, LABELS, SST, LimitReached
 from multitask_classifier import load_checkpoint
-from options import PRECISIONS, non_negative_float, positive_float, positive_int, probability, seed
+from options import PRECISIONS
 from utils import (
     UserError,
     atomic_write,
     check_writable,
     exit_status,
     lock_files,
+    non_negative_float,
     pick_device,
+    positive_float,
+    positive_int,
+    probability,
+    seed,
     seed_everything,
     terminate,
 )
 
 NEAR = 0.8  # of all different words of two sentences, the share that both have in a near-duplicate
 FRUITLESS_ROUNDS = 20  # without a single new sentence, after which no more come
-STILL_GOING = "a run that is still going will write it; give this one another --output"
+STILL_RUNNING = "a run that is still running will write it; give this one another --output"
 
 # ------------------------------------------------------------------------------- near-duplicates
 
@@ -207,7 +212,7 @@ def generate(args: argparse.Namespace) -> None:
             raise UserError(f"--output {output}: is read too; give it another name")
     device = pick_device(args.use_gpu)
     seed_everything(args.seed)
-    with lock_files([output], STILL_GOING):
+    with lock_files([output], STILL_RUNNING):
         train, dev, test = read_real(args)
         folder = output.with_name(f"{output.name}.part")
         draft = Draft(folder, identity_of(args))

@@ -225,7 +225,7 @@ def test_hutchinson_estimate_of_a_quadratic_is_unbiased():
     a = torch.randn(9, 9, dtype=torch.float64)
     matrix = a @ a.T + torch.diag(torch.arange(9.0))
     x = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    optimizer = SophiaH([x], lr=0.0, betas=(0.9, 0.0), update_period=1)
+    optimizer = SophiaH([x], lr=0.0, betas=(0.9, 0.0), hess_interval=1)
 
     def draw():
         (x @ matrix @ x / 2).backward(create_graph=True)
@@ -236,7 +236,7 @@ def test_hutchinson_estimate_of_a_quadratic_is_unbiased():
 
 def test_hutchinson_estimate_of_a_network_is_unbiased(network):
     params = list(network.parameters())
-    optimizer = SophiaH(params, lr=0.0, betas=(0.9, 0.0), update_period=1)
+    optimizer = SophiaH(params, lr=0.0, betas=(0.9, 0.0), hess_interval=1)
 
     def draw():
         total_loss(network).backward(create_graph=True)
@@ -284,7 +284,7 @@ def test_sophiah_equals_pytorch_optimizer_step_for_step(network):
     from pytorch_optimizer import SophiaH as TheirSophiaH
 
     twin = copy.deepcopy(network)
-    settings = dict(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-9, update_period=3)
+    settings = dict(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-9, hess_interval=3)
     ours = SophiaH(network.parameters(), rho=0.3, **settings)
     theirs = TheirSophiaH(twin.parameters(), p=0.3, **settings)
     for step in range(20):
@@ -331,7 +331,7 @@ def test_sophiag_equals_the_published_rule():
 
 def test_estimates_are_made_at_steps_1_4_7():
     param = torch.ones(3, requires_grad=True)
-    optimizer = SophiaH([param], update_period=3)
+    optimizer = SophiaH([param], hess_interval=3)
     refreshed = []
     for step in range(1, 9):
         before = optimizer.state[param].get("hessian", torch.zeros(3)).clone()
@@ -386,7 +386,7 @@ def test_sophia_state_dict_round_trip(network, optimizer_class):
             total_loss(model).backward(create_graph=True)
             optimizer.step()
 
-    extra = dict(update_period=4) if optimizer_class is SophiaH else {}
+    extra = dict(hess_interval=4) if optimizer_class is SophiaH else {}
     first = optimizer_class(network.parameters(), lr=0.1, **extra)
     steps(network, first, range(6))
     twin = copy.deepcopy(network)
@@ -427,7 +427,7 @@ def test_memory_is_flat_over_200_refreshes():
     """What only a graph holds is gone after the step, whether it used the graph or not, and before
     `.grad` is cleared. The collector of reference cycles is off: none may be left for it."""
     layer = torch.nn.Linear(100, 100)
-    optimizer = SophiaH(layer.parameters(), update_period=2)
+    optimizer = SophiaH(layer.parameters(), hess_interval=2)
     held = weakref.WeakSet()
 
     class Node(torch.autograd.Function):
@@ -472,6 +472,6 @@ def test_sophia_refuses_settings_out_of_range(optimizer_class, settings, message
         optimizer_class([torch.ones(1)], **settings)
 
 
-def test_an_update_period_of_zero_is_refused():
-    with pytest.raises(ValueError, match="update_period must be at least 1"):
-        SophiaH([torch.ones(1)], update_period=0)
+def test_an_hess_interval_of_zero_is_refused():
+    with pytest.raises(ValueError, match="hess_interval must be at least 1"):
+        SophiaH([torch.ones(1)], hess_interval=0)
