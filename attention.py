@@ -66,9 +66,11 @@ def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor
 def jagged_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
     """Compute attention on CUDA for sequences of all lengths in one kernel, which PyTorch chooses by
     dtype, width of a head and GPU."""
-    limits = dict(min_seqlen=min(sequences.lengths), max_seqlen=max(sequences.lengths))
+    shortest, longest = min(sequences.lengths), max(sequences.lengths)
     jagged = [
-        torch.nested.nested_tensor_from_jagged(part.contiguous(), sequences.offsets, **limits)
+        torch.nested.nested_tensor_from_jagged(
+            part.contiguous(), sequences.offsets, min_seqlen=shortest, max_seqlen=longest
+        )
         for part in qkv.unbind(1)
     ]
     query, key, value = (part.transpose(1, 2) for part in jagged)  # [B, H, S, K], S differs
@@ -122,8 +124,8 @@ class FusedAttention(torch.autograd.Function):
             heads = by_head(part, run).flatten(1, 2)  # [3, B H, S, K], a copy
             query, key, value = heads
             weights = scaled_bmm(query, key.mT, ctx.scale).softmax(dim=-1)  # [B H, S, S]
-            mask = mask.view_as(weights) if dropout else None
-            dropped = weights * mask if dropout else weights
+            mask = None if mask is None else mask.view_as(weights)
+            dropped = weights if mask is None else weights * mask
             output = scaled_bmm(dropped, value, ctx.kept_scale)  # [B H, S, K]
             by_head(target, run).copy_(output.view(1, run[0], n_heads, run[1], width))
             saved += [heads, weights, dropped, mask]

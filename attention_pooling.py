@@ -1,5 +1,7 @@
-"""Attention pooling for sentence-transformers: the file that `predict.py --export` puts beside the
-weights. It needs nothing else of this repository."""
+"""Attention pooling for sentence-transformers. `predict.py --export` copies this file into the folder of
+an exported model. It imports nothing else of this project."""
+
+from typing import Any
 
 import torch
 from sentence_transformers.base.modules import Module
@@ -17,8 +19,8 @@ class AttentionPooling(Module):
         self.W = nn.Linear(hidden_size, hidden_size)
         self.v = nn.Linear(hidden_size, 1, bias=False)
 
-    def forward(self, features: dict) -> dict:
-        """Adds `sentence_embedding` [B, D] to `token_embeddings` [B, S, D] and `attention_mask`
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add `sentence_embedding` [B, D], from `token_embeddings` [B, S, D] and `attention_mask`
         [B, S]."""
         hidden_states, mask = features["token_embeddings"], features["attention_mask"]
         scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(-1)  # [B, S]
@@ -29,7 +31,9 @@ class AttentionPooling(Module):
     def get_embedding_dimension(self) -> int:
         return self.hidden_size
 
-    def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
@@ -42,9 +46,8 @@ class AttentionPooling(Module):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> "AttentionPooling":
-        where = dict(subfolder=subfolder, token=token, cache_folder=cache_folder)
-        where |= dict(revision=revision, local_files_only=local_files_only)
-        module = cls(**cls.load_config(model_name_or_path, **where))
-        return cls.load_torch_weights(model_name_or_path, model=module, **where)
+        source = model_name_or_path, subfolder, token, cache_folder, revision, local_files_only
+        return cls.load_torch_weights(*source, model=super().load(*source))

@@ -1,17 +1,50 @@
-"""BertConfig, and a BERT's weights in and out in Hugging Face's layout and names."""
+"""BertConfig, and how a BERT's weights are read and written in Hugging Face's layout."""
 
 import dataclasses
 import json
 import math
+import reprlib
+import textwrap
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 from utils import UserError, atomic_write, find_pretrained, load_torch_file, one_line
 
 TAG_TABLES = "pos_tag_embeddings.weight", "ner_tag_embeddings.weight"
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+LONGEST_ERROR = 300
+# Keys of a config.json that change the computation, with the only value that this BERT supports.
+ONLY_SUPPORTED = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+
+
+def _is_size(name: str, value: Any) -> bool:
+    smallest = 0 if name in ("pad_token_id", "num_pos_tags", "num_ner_tags") else 1
+    # Larger models would take forever to build.
+    largest = 1000 if name == "num_hidden_layers" else 10**7
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    largest = 1.0 if name.endswith("_prob") else math.inf
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and 0 <= value <= largest
+
+
+# Type of a setting -> how an error describes its values, and the check of (name, value).
+EXPECTED = {
+    int: ("a positive whole number of a size in use", _is_size),
+    float: ("a number in its range", _is_rate),
+    str: (f"one of {', '.join(ACTIVATIONS)}", lambda name, value: value in ACTIVATIONS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +64,16 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
-    num_pos_tags: int = 0  # sizes of the tables of tag embeddings, id 0 included; 0: a plain BERT
+    # Sizes of the tables of tag embeddings, with id 0; a plain BERT has none.
+    num_pos_tags: int = 0
     num_ner_tags: int = 0
 
     def __post_init__(self):
-        problems = [
-            f"{name} must be {what}, not {value!r}"
-            for name, value in vars(self).items()
-            for what, valid in [_EXPECTED[type(getattr(BertConfig, name))]]
-            if not valid(name, value)
-        ]
+        problems = []
+        for field in dataclasses.fields(self):
+            (expected, is_valid), value = EXPECTED[type(field.default)], getattr(self, field.name)
+            if not is_valid(field.name, value):
+                problems.append(f"{field.name} must be {expected}, not {reprlib.repr(value)}")
         if not problems and self.hidden_size % self.num_attention_heads:
             problems.append(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -51,18 +84,18 @@ class BertConfig:
         if not problems and bool(self.num_pos_tags) != bool(self.num_ner_tags):
             problems.append("num_pos_tags and num_ner_tags must both be 0, or neither")
         if problems:
-            raise UserError("; ".join(problems))
+            raise UserError(shortened("; ".join(problems), LONGEST_ERROR // 2))
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_json_file(cls, path: Path, **overrides) -> "BertConfig":
+    def from_json_file(cls, path: Path, **overrides: Any) -> Self:
         """Read a `config.json`; `overrides` replace its values.
 
-        Keys that only other programs use are passed over. A key that would change what this BERT
-        computes (relative positions, a decoder, another model type) is a UserError.
+        Keys that only other programs use are ignored. Raises UserError for a key that would change
+        what this BERT computes (relative positions, a decoder, another model type).
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -70,18 +103,19 @@ class BertConfig:
             raise UserError(f"{path}: not a readable config.json ({one_line(error)})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a config.json: it holds no table of settings")
-        for key, supported in _ONLY_SUPPORTED.items():
-            if values.get(key, supported) not in (supported, None):
-                raise UserError(f"{path}: {key} is {values[key]!r}; only {supported!r} is a BERT")
+        for key, supported in ONLY_SUPPORTED.items():
+            if (value := values.get(key, supported)) not in (supported, None):
+                value = reprlib.repr(value)
+                raise UserError(f"{path}: {key} is {value}; only {supported!r} is a BERT")
         names = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if key in names} | overrides
+        settings = {key: value for key, value in values.items() if key in names} | overrides
         try:
-            return cls(**given)
+            return cls(**settings)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
     def to_json(self) -> str:
-        """The text of a `config.json` that `transformers` reads too."""
+        """Return the text of a `config.json`, which `transformers` reads too."""
         fixed = {"architectures": ["BertModel"], "model_type": "bert", "dtype": "float32"}
         values = {
             name: value
@@ -91,41 +125,18 @@ class BertConfig:
         return json.dumps(fixed | values, indent=2, sort_keys=True) + "\n"
 
 
-def _whole(name: str, value) -> bool:
-    smallest = 0 if name in ("pad_token_id", "num_pos_tags", "num_ner_tags") else 1
-    largest = 1000 if name == "num_hidden_layers" else 10**7  # to build more would take for ever
-    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
-
-
-def _rate(name: str, value) -> bool:
-    largest = 1.0 if name.endswith("_prob") else float("inf")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= largest
-
-
-_EXPECTED = {  # a default's type -> what to say, how to check
-    int: ("a positive whole number of a size in use", _whole),
-    float: ("a number in its range", _rate),
-    str: (f"one of {', '.join(ACTIVATIONS)}", lambda name, value: value in ACTIVATIONS),
-}
-_ONLY_SUPPORTED = {
-    "model_type": "bert",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
-
-
 class BertPreTrainedModel(nn.Module):
-    """Loading, saving and initialising; `BertModel` in bert.py has the layers."""
+    """The base of `BertModel` in bert.py. It initialises, loads and saves weights."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
 
     def init_weights(self) -> None:
-        """Fresh weights as in BERT: normal with `initializer_range`, biases 0, LayerNorm 1. Tag
-        embeddings start at 0, so that they leave what a BERT has learned as it is."""
+        """Draw new weights as BERT does: normal with `initializer_range`, biases 0, LayerNorm 1.
+
+        Tag embeddings start at 0, so that they do not change what a pretrained BERT computes.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -138,28 +149,32 @@ class BertPreTrainedModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, local_files_only: bool = False, **overrides):
-        """A BERT with trained weights.
+    def from_pretrained(
+        cls, name_or_path: str | Path, local_files_only: bool = False, **overrides: Any
+    ) -> Self:
+        """Load a BERT with trained weights.
 
         Args:
             name_or_path: a directory in Hugging Face layout (`config.json` with
                 `model.safetensors` or `pytorch_model.bin`), one of these weights files, a hub id,
-                or `minilm` (all-MiniLM-L6-v2 from the package named in utils.py).
-            local_files_only: use what is on this disk, download nothing.
+                or `minilm` (all-MiniLM-L6-v2 from the package that utils.py names).
+            local_files_only: use the files on this disk and download nothing.
             overrides: settings of `BertConfig` that replace those of `config.json`.
 
         Raises:
-            UserError: files missing or damaged, or weights that do not fit, with their names.
+            UserError: files are missing or damaged, or the weights do not fit.
         """
         config_path = find_pretrained(name_or_path, "config.json", local_files_only)
         if config_path is None:
-            raise UserError(f"{name_or_path}: no config.json found" + _hint(local_files_only))
+            raise UserError(f"{name_or_path}: no config.json found{_hint(local_files_only)}")
         config = BertConfig.from_json_file(config_path, **overrides)
         weights_path = _find_weights(name_or_path, local_files_only)
         weights = with_our_names(read_weights(weights_path), str(weights_path))
-        with torch.device("meta"):  # no time and no random numbers for weights to be replaced
+        # Weights that are replaced take no time and no random numbers.
+        with torch.device("meta"):
             model = cls(config)
-        if not any(name.endswith(TAG_TABLES) for name in weights):  # new to this BERT
+        # A BERT without tag embeddings gets new ones.
+        if not any(name.endswith(TAG_TABLES) for name in weights):
             for name, table in model.state_dict().items():
                 if name.endswith(TAG_TABLES):
                     weights[name] = torch.zeros(table.shape)
@@ -167,10 +182,8 @@ class BertPreTrainedModel(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def save_pretrained(self, directory: str) -> None:
-        """Write `config.json` and `model.safetensors`; `transformers` opens the directory."""
-        from safetensors.torch import save
-
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; `transformers` can open the directory."""
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(Path(directory) / "model.safetensors") as temporary:
             temporary.write_bytes(save(weights, metadata={"format": "pt"}))
@@ -179,13 +192,12 @@ class BertPreTrainedModel(nn.Module):
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file or of a `torch.save` file (`weights_only=True`)."""
-    from safetensors.torch import load_file
-
+    """Read the tensors of a `.safetensors` file or of a `torch.save` file (`weights_only=True`)."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except Exception as error:  # SafetensorError, OSError, and what headers make of NumPy
+        # SafetensorError, OSError, and whatever a damaged header makes of PyTorch and NumPy.
+        except Exception as error:
             raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from error
     weights = load_torch_file(path)
     if not isinstance(weights, dict) or not all(
@@ -196,33 +208,31 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def with_our_names(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Hugging Face's names as `BertModel` has them, in float32: no `bert.` prefix, no
-    pre-training heads (`cls.*`), no stored `position_ids`, `weight`/`bias` for `gamma`/`beta`."""
+    """Give weights the names that `BertModel` has, and convert them to float32.
+
+    Removes the prefix `bert.`, the pre-training heads (`cls.*`) and stored `position_ids`, and
+    renames `gamma` and `beta` to `weight` and `bias`.
+    """
     renamed = {}
     for name, tensor in weights.items():
         if name.startswith("cls.") or name.endswith("embeddings.position_ids"):
             continue
-        name = name.removeprefix("bert.")
-        for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-            if name.endswith("LayerNorm" + old):
-                name = name.removesuffix(old) + new
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in renamed:
             raise UserError(f"{source}: holds {name} twice under different names")
         renamed[name] = tensor.to(torch.float32)
     return renamed
 
 
-def _find_weights(name_or_path: str, local_files_only: bool) -> Path:
+def _find_weights(name_or_path: str | Path, local_files_only: bool) -> Path:
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     for filename in ("model.safetensors", "pytorch_model.bin"):
-        path = find_pretrained(name_or_path, filename, local_files_only)
-        if path is not None:
+        if path := find_pretrained(name_or_path, filename, local_files_only):
             return path
-    raise UserError(
-        f"{name_or_path}: no model.safetensors and no pytorch_model.bin found"
-        + _hint(local_files_only)
-    )
+    problem = "no model.safetensors and no pytorch_model.bin found"
+    raise UserError(f"{name_or_path}: {problem}{_hint(local_files_only)}")
 
 
 def _hint(local_files_only: bool) -> str:
@@ -230,17 +240,26 @@ def _hint(local_files_only: bool) -> str:
 
 
 def _check_fit(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Raise UserError unless the model has exactly these weights; it names the first misfits."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {
-        f"{name} {tuple(weights[name].shape)} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in weights and tuple(weights[name].shape) != shape
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    misfits = {
+        "missing": wanted.keys() - given.keys(),
+        "left over": given.keys() - wanted.keys(),
+        "of the wrong shape": {
+            f"{name} {given[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if given.get(name, shape) != shape
+        },
     }
-    problems = {
-        "missing": wanted.keys() - weights.keys(),
-        "left over": weights.keys() - wanted.keys(),
-        "of the wrong shape": shapes,
-    }
-    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    found = {kind: sorted(names) for kind, names in misfits.items() if names}
     if found:
-        raise UserError(f"{source}: these weights do not fit this BERT; " + "; ".join(found))
+        start = f"{source}: these weights do not fit this BERT; "
+        room = (LONGEST_ERROR - len(start)) // len(found) - len("; ")
+        lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found.items()]
+        raise UserError(start + "; ".join(shortened(names, room) for names in lists))
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a text after a word so that it has at most `length` characters, or 40 if this is less."""
+    return textwrap.shorten(text, max(length, 40), placeholder=" ...")

@@ -20,7 +20,7 @@ NO_SECOND = 2**31
 
 
 class Rows(Protocol):
-    """What a batch needs of a dataset."""
+    """The part of a dataset that a batch needs."""
 
     task: Task
     columns: list[TokenColumn]

@@ -8,7 +8,7 @@ Axes:  N tokens of all sequences    B sequences    S tokens of one sequence
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from base_bert import TAG_TABLES, BertConfig, BertPreTrainedModel
 
 
 class Tokens(NamedTuple):
-    """What the encoder reads: the tokens of all sequences, one sequence after the other."""
+    """The input of the encoder: the tokens of all sequences, one sequence after the other."""
 
     input_ids: Tensor  # [N]
     position_ids: Tensor  # [N]
@@ -249,6 +249,19 @@ class BertPooler(nn.Module):
 
     def forward(self, first_tokens: Tensor) -> Tensor:
         return torch.tanh(self.dense(first_tokens))  # [B, D]
+
+
+class EncoderWithHeads(nn.Module):
+    """The interface of the model in multitask_classifier.py, for the files below it."""
+
+    bert: Any  # a BertModel, or a MixtureOfExperts, which has the same interface
+    encodings: dict[str, str]  # task -> one of PAIR_ENCODINGS
+
+    def answers(self, batch: Any, second_derivative: bool = False) -> dict[str, list[Tensor]]:
+        raise NotImplementedError
+
+    def vectors(self, batch: Any, second_derivative: bool = False) -> Tensor:
+        raise NotImplementedError
 
 
 class BertModel(BertPreTrainedModel):

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from base_bert import BertConfig
-from bert import BertModel
+from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
 from options import (
     DEFAULT_SPACY_MODEL,
@@ -48,7 +47,7 @@ STILL_RUNNING = "is the state of a run that is still running"
 
 
 def checkpoint_content(
-    model: nn.Module,
+    model: EncoderWithHeads,
     tokenizer: BertTokenizer,
     options: argparse.Namespace,
     epoch: int,

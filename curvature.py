@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from batches import Batch, step_noise
+from bert import EncoderWithHeads
 from optimizer import Sophia, SophiaG, SophiaH
 from tasks import TASKS
 from utils import autocast, seeded_generator, sum_gradients
 
 
 def refresh_hessian(
-    model: nn.Module,
+    model: EncoderWithHeads,
     window: list[Batch],
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
@@ -34,7 +35,7 @@ def refresh_hessian(
 
 
 def gauss_newton_gradients(
-    model: nn.Module, window: list[Batch], options: argparse.Namespace, step: int
+    model: EncoderWithHeads, window: list[Batch], options: argparse.Namespace, step: int
 ) -> None:
     """Put into `.grad` the gradient whose square `SophiaG.update_hessian` averages.
 

@@ -152,7 +152,7 @@ def find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict
     if missing:
         raise UserError(
             f"{path}: line 1 has no column named {', '.join(missing)}; "
-            f"its columns are {one_line(', '.join(header))[:200]}"
+            f"its columns are {' '.join(', '.join(header).split())[:200]}"
         )
     if repeated := [name for name in needed if header.count(name) > 1]:
         raise UserError(f"{path}: line 1 has more than one column named {', '.join(repeated)}")
@@ -315,9 +315,9 @@ class TaskDataset:
             ]
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         if encoding != "bi":
-            joint = TokenColumn.joint(*self.columns, max_length)
+            joint = TokenColumn.joint(self.columns[0], self.columns[1], max_length)
             self.columns = [*self.columns, joint] if encoding == "both" else [joint]
-        self.n_tokens = sum(column.lengths for column in self.columns)  # [n_rows]
+        self.n_tokens = np.sum([column.lengths for column in self.columns], axis=0)  # [n_rows]
 
     def __len__(self) -> int:
         return len(self.examples)

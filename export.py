@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that other libraries open."""
+"""Export a checkpoint as a folder that other libraries open."""
 
 import argparse
 import contextlib
@@ -7,10 +7,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from datasets import checked_max_length
+from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
 from tasks import TASKS
 from utils import MINILM, ROOT, UserError
@@ -41,7 +45,7 @@ encoder, tokenizer = AutoModel.from_pretrained("FOLDER"), AutoTokenizer.from_pre
 
 `trust_remote_code=True` lets `sentence-transformers` (6.0 or newer) run this folder's
 `attention_pooling.py`, since it has no such pooling of its own. The file is short; read it first.
-`transformers` runs no code from here.
+`transformers` runs no code from this folder.
 
 {similarity}
 
@@ -59,23 +63,24 @@ python multitask_classifier.py --evaluate {checkpoint} --data_dir {data_dir}{smo
 
 ## Limits
 
-- It has seen English only. What is longer than {max_length} word pieces is cut.
-- The epoch was chosen by its scores on the same dev files, which flatters them a little.
-- Of the real data, sentiment is of film reviews, paraphrase of questions, similarity of captions,
-  headlines and forum posts. How it does on other text has not been measured, nor has any bias.
+- It was trained on English only. Text is cut after {max_length} word pieces.
+- The epoch was chosen by its scores on the same dev files, so they are a little too high.
+- In the real data, sentiment is about film reviews, paraphrase about questions, and similarity about
+  captions, headlines and forum posts. Scores on other text, and bias, have not been measured.
 
 ## Licence
 
-Apache 2.0, for weights and code. The training data have terms of their own.
+Apache 2.0, for weights and code. The training data have their own terms.
 """
 SCORED_BY_COSINE = """\
-The cosine of two vectors, times 5, is the similarity for which the scores below were measured."""
+The similarity that was scored below is the cosine of two vectors, times 5."""
 NOT_BY_COSINE = """\
 **The cosine of two vectors is not the similarity for which the scores below were measured**: {why}"""
 WHY_NOT = {
     "cross": "that comes from a head on both sentences in one sequence (`joint_heads.sts`).",
-    "both": "that is the mean of 5 times the cosine and what a head says of both sentences in one "
+    "both": "that is the mean of 5 times the cosine and the output of a head on both sentences in one "
     "sequence (`joint_heads.sts`).",
+    "untrained": "this model was not trained on similarity.",
 }
 
 
@@ -83,42 +88,39 @@ def export(checkpoint_path: str, directory: str) -> None:
     """Write the model as a folder for `transformers` and `sentence-transformers`, all or nothing.
 
     Raises:
-        UserError: the folder is there and not empty, or the model is none that these can compute.
+        UserError: the folder is there and not empty, or these libraries cannot compute the model.
     """
     with new_folder(Path(directory)) as folder:
-        model, tokenizer, checkpoint = load_checkpoint(checkpoint_path)
-        options = checkpoint["options"]
-        for flag, used in (
-            ("additional_input", checkpoint.get("tags")),
-            ("moe", options.get("moe")),
-        ):
-            if used:
-                raise UserError(
-                    f"{checkpoint_path}: was trained with --{flag}, which transformers' BERT does "
-                    "not have, so it cannot be exported"
-                )
-        asked = argparse.Namespace(max_length=options["max_length"])
-        config = model.bert.config
-        tokenizer.max_length = checked_max_length(asked, checkpoint_path, config, tokenizer)
-        model.bert.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        model, tokenizer, content = load_checkpoint(checkpoint_path)
+        bert, tags = model.bert, content.get("tags")
+        if isinstance(bert, MixtureOfExperts) or tags:
+            raise UserError(
+                f"{checkpoint_path}: was trained with --{'additional_input' if tags else 'moe'}, which "
+                "transformers' BERT does not have, so it cannot be exported"
+            )
+        asked = argparse.Namespace(max_length=content["options"]["max_length"])
+        max_length = checked_max_length(asked, checkpoint_path, bert.config, tokenizer)
+        tokenizer.max_length = max_length
+        bert.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
         write_heads(model, folder)
-        write_sentence_transformers_files(model, folder, tokenizer.max_length)
-        card = model_card(model, checkpoint, Path(checkpoint_path).name, tokenizer.max_length)
+        write_sentence_transformers_files(folder, bert.config.hidden_size, max_length)
+        card = model_card(model, content, Path(checkpoint_path).name, max_length)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"exported {checkpoint_path} to {directory}")
 
 
 @contextlib.contextmanager
-def new_folder(path: Path):
-    """Yield an empty folder, which takes the name `path` when all has gone well. UserError: that is
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder, which is renamed to `path` if all goes well. Raises UserError if `path` is
     there and not empty, or cannot be written."""
     try:
         if path.is_symlink() or path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{path}: is there already, and is no empty folder")
+            raise UserError(f"{path}: is there already, and is no empty folder; name a new one")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            whole = Path(temporary) / "whole"  # which, unlike the temporary one, others may read
+            # Others may read this one, unlike the temporary one.
+            whole = Path(temporary) / "whole"
             whole.mkdir()
             yield whole
             os.replace(whole, path)
@@ -127,21 +129,24 @@ def new_folder(path: Path):
 
 
 def write_heads(model: MultitaskBERT, folder: Path) -> None:
+    """Write all weights outside the encoder, and those of the pooling once more for
+    `sentence-transformers`."""
+    weights = model.state_dict()
+    heads = {name: weight for name, weight in weights.items() if not name.startswith("bert.")}
+    write_weights(folder / "heads.safetensors", heads, model.encodings)
+    (folder / POOLING_FOLDER).mkdir()
+    pooling = folder / POOLING_FOLDER / "model.safetensors"
+    write_weights(pooling, model.attention_layer.state_dict(), {"format": "pt"})
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
-    weights = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("bert.")
-    }
-    (folder / "heads.safetensors").write_bytes(save(weights, metadata=model.encodings))
-    pooling = folder / POOLING_FOLDER
-    pooling.mkdir()
-    weights = {name: each.contiguous() for name, each in model.attention_layer.state_dict().items()}
-    (pooling / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+    path.write_bytes(save(contiguous, metadata=metadata))
 
 
-def write_sentence_transformers_files(model: MultitaskBERT, folder: Path, max_length: int) -> None:
+def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:
     library = "sentence_transformers.base.modules.transformer.Transformer"
     modules = [("", library), (POOLING_FOLDER, "attention_pooling.AttentionPooling")]
     contents = {
@@ -154,21 +159,24 @@ def write_sentence_transformers_files(model: MultitaskBERT, folder: Path, max_le
             "similarity_fn_name": "cosine",
             "requirements": {"sentence-transformers": ">=6.0"},
         },
-        # Our pooling reads padded batches, which the library else gives up for flash attention.
+        # Our pooling reads padded batches. By default the library gives them up for flash attention.
         "sentence_bert_config.json": {"max_seq_length": max_length, "unpad_inputs": False},
-        f"{POOLING_FOLDER}/config.json": {"hidden_size": model.bert.config.hidden_size},
+        f"{POOLING_FOLDER}/config.json": {"hidden_size": hidden_size},
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(ROOT / "attention_pooling.py", folder / "attention_pooling.py")
 
 
-def model_card(model: MultitaskBERT, checkpoint: dict, name: str, max_length: int) -> str:
-    """The text of the folder's README.md. Of paths, only those relative to the checkout are named."""
+def model_card(
+    model: MultitaskBERT, checkpoint: Mapping[str, Any], name: str, max_length: int
+) -> str:
+    """Return the text of the folder's README.md. It names only paths relative to the checkout."""
     from huggingface_hub import ModelCardData
 
-    options, encoding = checkpoint["options"], model.encodings["sts"]
-    titles = [TASKS[name].title for name in options["tasks"]]
+    options = checkpoint["options"]
+    titles = [TASKS[task].title for task in options["tasks"]]
+    tasks = ", ".join([*titles[:-2], " and ".join(titles[-2:])])
     base = hub_id(options["bert_model"])
     front = ModelCardData(
         language="en",
@@ -178,22 +186,18 @@ def model_card(model: MultitaskBERT, checkpoint: dict, name: str, max_length: in
         tags=["sentence-transformers", "feature-extraction", "bert", *titles],
         base_model=base,
     )
-    tasks = [*titles[:-2], " and ".join(titles[-2:])]
-    heads = ["heads"] + ["joint_heads"] * bool(model.joint_heads)
-    similarity = (
-        NOT_BY_COSINE.format(why=WHY_NOT[encoding]) if encoding != "bi" else SCORED_BY_COSINE
-    )
-    if "sts" not in options["tasks"]:
-        similarity = NOT_BY_COSINE.format(why="this model was not trained on similarity.")
+    encoding = model.encodings["sts"] if "sts" in options["tasks"] else "untrained"
     card = CARD.format(
-        title=f"BERT for {', '.join(tasks)}",
-        tasks=", ".join(tasks),
+        title=f"BERT for {tasks}",
+        tasks=tasks,
         origin=f", from `{base}`" if base else "",
-        heads=", ".join(f"`{each}.*`" for each in heads),
-        similarity=similarity,
+        heads="`heads.*`, `joint_heads.*`" if model.joint_heads else "`heads.*`",
+        similarity=(
+            SCORED_BY_COSINE if encoding == "bi" else NOT_BY_COSINE.format(why=WHY_NOT[encoding])
+        ),
         scores="\n".join(score_rows(checkpoint)),
         epoch=checkpoint["epoch"],
-        smoketest=" --smoketest  # 32 rows of each file" * options["smoketest"],
+        smoketest=" --smoketest  # 32 rows of each file" if options["smoketest"] else "",
         checkpoint=f"models/{name}",
         data_dir="DATA" if Path(options["data_dir"]).is_absolute() else options["data_dir"],
         max_length=max_length,
@@ -201,7 +205,7 @@ def model_card(model: MultitaskBERT, checkpoint: dict, name: str, max_length: in
     return f"---\n{front.to_yaml()}\n---\n{card}"
 
 
-def score_rows(checkpoint: dict) -> Iterator[str]:
+def score_rows(checkpoint: Mapping[str, Any]) -> Iterator[str]:
     for name, metrics in checkpoint["dev_scores"].items():
         path = Path(checkpoint["options"][f"{name}_train"])
         file = path.name if path.is_absolute() else path
@@ -210,7 +214,7 @@ def score_rows(checkpoint: dict) -> Iterator[str]:
 
 
 def hub_id(bert_model: str) -> str | None:
-    """Of the model that the training began with; None for one in a folder."""
+    """Return the Hub's name of the model that training started from; None for one in a folder."""
     if bert_model == MINILM:
         return "sentence-transformers/all-MiniLM-L6-v2"
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", bert_model) and not Path(bert_model).exists()

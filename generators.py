@@ -1,11 +1,18 @@
-"""The three generators of synthetic sentences."""
+"""The three generators of synthetic sentences: a small language model of our own, GPT-2, a chat model."""
 
+import abc
+import argparse
+import contextlib
+import copy
+import itertools
 import json
 import math
 import os
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +31,28 @@ from utils import UserError, atomic_write, autocast, one_line
 
 SST = TASKS["sst"]
 LABELS = range(len(SST.classes))
-LIKELY = 1000  # of all word pieces, those that are looked at first for the next one
+
+# How many of the likeliest ids `nucleus` sorts first. To sort all takes most of the time of drawing,
+# and is rarely needed.
+LIKELY = 1000
+
+
+class Sentence(NamedTuple):
+    label: int
+    text: str
+
+
+# ------------------------------------------------------------------------------ our language model
 
 
 class CausalSelfAttention(BertSelfAttention):
-    """Each token attends to itself and those before it. What it has computed of them is kept, so that
-    the next tokens can be given alone; `past` None: nothing is kept."""
+    """Self-attention in which a token sees itself and the tokens before it. Sequences have one length.
 
-    past = None
+    While `past` is set, it keeps the keys and values [B, H, S, K] of all tokens so far, so that the
+    next tokens can be given alone.
+    """
+
+    past: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         ((n_sequences, length),) = sequences.runs
@@ -43,17 +64,19 @@ class CausalSelfAttention(BertSelfAttention):
             for linear in (self.query, self.key, self.value)
         )
         if self.past is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(self.past, (key, value)))
+            past_key, past_value = self.past
+            key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
             self.past = key, value
         dropout = config.attention_probs_dropout_prob if self.training else 0.0
-        first = key.shape[2] == length  # else one token more, which sees all that there are
-        context = F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal=first)
-        return context.transpose(1, 2).reshape(n_sequences * length, -1)
+        # Without a past, the mask is a triangle. After a past comes one token, which sees all others.
+        is_causal = key.shape[2] == length
+        context = F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal)
+        return context.transpose(1, 2).reshape(n_sequences * length, -1)  # [B S, D]
 
 
 class CausalLM(nn.Module):
-    """A small language model of word pieces: BERT's layers with a causal mask; the embedding's
-    weights are the output's too."""
+    """A small language model: the layers of bert.py with a causal mask. The word embeddings are also
+    the weights of the output."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -62,54 +85,60 @@ class CausalLM(nn.Module):
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        for layer in self.layers:
+        layers = [BertLayer(config) for _ in range(config.num_hidden_layers)]
+        for layer in layers:
             layer.attention.self = CausalSelfAttention(config)
+        self.layers = nn.ModuleList(layers)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
-    def forward(self, ids: Tensor, start: int = 0, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V] of the token after each one of `ids` [B, S], of which the first stands at
-        position `start`. The embeddings of `labels` [B] are added to those of all tokens, since a
-        label before the sentence alone is soon forgotten."""
-        return self.logits(self.states(ids, start, labels))
-
-    def logits(self, states: Tensor) -> Tensor:
-        return F.linear(states, self.words.weight)  # [..., D] to [..., V]
-
-    def states(self, ids: Tensor, start: int = 0, labels: Tensor | None = None) -> Tensor:
-        """What `forward` has before the last multiplication, [B, S, D]."""
+    def forward(
+        self,
+        ids: Tensor,
+        start: int = 0,
+        labels: Tensor | None = None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of the token that follows each token of `ids` [B, S]: [B, S, V], or [n, V]
+        for those at `chosen` [B, S]. The first column of `ids` has position `start`. The embeddings of
+        `labels` [B] are added to those of all tokens, since the model soon forgets a label that only
+        stands before the sentence."""
         n_sequences, length = ids.shape
         positions = torch.arange(start, start + length, device=ids.device)
         embeddings = self.words(ids) + self.positions(positions)
         if labels is not None:
             embeddings = embeddings + self.words(labels)[:, None]
-        states = self.dropout(self.norm(embeddings))
-        states = states.flatten(0, 1)  # [B S, D]
+        states = self.dropout(self.norm(embeddings)).flatten(0, 1)  # [B S, D]
         sequences = Sequences.of([length] * n_sequences, ids.device)
         for layer in self.layers:
             states = layer(states, sequences)
-        return states.view(n_sequences, length, -1)
+        states = states.view(n_sequences, length, -1)
+        return F.linear(states if chosen is None else states[chosen], self.words.weight)
 
-    def keep_past(self, n_sequences: int | None) -> None:
-        """From now on for so many sequences; None: no longer."""
+    @contextlib.contextmanager
+    def keep_past(self, n_sequences: int) -> Iterator[None]:
+        """Within the block, `forward` gets the next tokens of so many sequences, and remembers those
+        that it got before."""
         size = n_sequences, self.config.num_attention_heads, 0, self.config.head_size
-        for layer in self.layers:
-            keep = n_sequences is not None
-            empty = self.words.weight.new_empty(size) if keep else None
-            layer.attention.self.past = (empty, empty) if keep else None
+        empty = self.words.weight.new_empty(size)
+        attentions = [part for part in self.modules() if isinstance(part, CausalSelfAttention)]
+        for attention in attentions:
+            attention.past = empty, empty
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.past = None
 
 
 def nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
     """Draw from the likeliest ids that together have probability `top_p` (Holtzman et al. 2020, arXiv
     1904.09751). [B, V] to [B]."""
-    every = (logits / temperature).softmax(-1)
-    for count in (
-        LIKELY,
-        every.shape[-1],
-    ):  # to sort all takes most of the time, and is rarely needed
-        probabilities, ids = every.topk(min(count, every.shape[-1]))
+    of_all_ids = (logits / temperature).softmax(-1)
+    n_ids = of_all_ids.shape[-1]
+    for count in (min(LIKELY, n_ids), n_ids):
+        probabilities, ids = of_all_ids.topk(count)
         sums = probabilities.cumsum(-1)
         if (sums[:, -1] >= top_p).all():
             break
@@ -117,38 +146,126 @@ def nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
     return ids.gather(1, torch.multinomial(probabilities, 1)).squeeze(1)
 
 
-class Generator:
-    """What draws sentences for labels."""
-
-    def choose(self, missing: list[int], n: int, chance: random.Random) -> list[int]:
-        """The labels of a round of n: of those that are missing, and near the end a few to spare."""
-        return chance.choices(missing, k=n) if len(missing) > n else (missing * 3)[:n]
-
-    def account(self) -> dict[str, float]:
-        """What has been used so far."""
-        return {}
+# -------------------------------------------------------------------------------------- generators
 
 
-class SmallGenerator(Generator):
-    """`CausalLM` on the training set: [LABEL] pieces [SEP]. Its vocabulary is the labels, the end and
-    the word pieces that occur."""
+class Generator(abc.ABC):
+    """Draws sentences for labels."""
 
-    SIZE = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
-    EPOCHS, LR, BATCH = 12, 5e-4, 32
-    WARM_UP = 100  # steps; without it, and at 2e-3, no more than the words' frequencies is learned
-
-    def __init__(self, args, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.tokenizer = BertTokenizer.from_pretrained(
-            args.model or "minilm", args.local_files_only
-        )
+        self.usage: dict[str, float] = {}  # what has been used so far, by name
+
+    @abc.abstractmethod
+    def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
+        """Learn from the training set, or load what an interrupted run has left in `folder`."""
+
+    @abc.abstractmethod
+    def sample(self, labels: list[int], seed: int) -> list[Sentence]:
+        """Draw a sentence for each label. Return those that are complete."""
+
+    def perplexity(self, examples: list[Example]) -> float | None:
+        """Return the perplexity of a token, given the label and the tokens before it; None if the
+        generator does not know it."""
+        return None
+
+    def choose(self, missing: list[int], n: int, rng: random.Random) -> list[int]:
+        """Choose the labels of a round of `n` from those that are missing. Near the end, where fewer
+        than `n` are missing, each is drawn up to three times, since some sentences are dropped."""
+        return rng.choices(missing, k=n) if len(missing) > n else (missing * 3)[:n]
+
+
+class Row(NamedTuple):
+    """A sentence as a language model reads it: a prompt that names the label, the tokens, an end."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+class LanguageModelGenerator(Generator):
+    """A language model that is trained on the training set."""
+
+    EPOCHS: int
+    LR: float
+    BATCH: int
+    WEIGHT_DECAY: float
+    # Steps in which the rate rises to LR; 1: it is constant.
+    WARM_UP: int
+
+    model: nn.Module
+
+    @abc.abstractmethod
+    def _encode(self, examples: list[Example]) -> list[Row]:
+        """Turn examples into rows."""
+
+    @abc.abstractmethod
+    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
+        """Return the logits [n, V] of the tokens that follow those at `chosen` [B, S - 1]. `ids` and
+        `is_real`, which is false for padding, are [B, S]."""
+
+    def _losses(self, rows: list[Row]) -> Tensor:
+        """Return the cross-entropy [n] of all tokens that are not part of a prompt."""
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])  # [B, S]
+        columns = torch.arange(longest)
+        is_real = torch.stack([columns < len(row.ids) for row in rows])
+        is_target = is_real & torch.stack([columns >= row.n_prompt for row in rows])
+        ids, is_real, is_target = (part.to(self.device) for part in (ids, is_real, is_target))
+        logits = self._logits(ids, is_real, is_target[:, 1:]).float()
+        return F.cross_entropy(logits, ids[is_target], reduction="none")
+
+    def _epochs(self, train: list[Example]) -> Iterator[int]:
+        """Train. Yields the number of each epoch, counted from 1, when it is done."""
+        rows = self._encode(train)
+        rate = self.args.lr or self.LR
+        optimizer = AdamW(self.model.parameters(), lr=rate, weight_decay=self.WEIGHT_DECAY)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / self.WARM_UP, 1, self.WARM_UP)
+        rng = np.random.default_rng(self.args.seed)
+        for epoch in range(1, (self.args.epochs or self.EPOCHS) + 1):
+            self.model.train()
+            order = rng.permutation(len(rows))
+            starts = range(0, len(rows), self.BATCH)
+            for start in tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False):
+                batch = [rows[row] for row in order[start : start + self.BATCH]]
+                with autocast(self.device, self.args.precision):
+                    loss = self._losses(batch).mean()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                optimizer.step()
+                warm_up.step()
+                optimizer.zero_grad()
+            yield epoch
+
+    @torch.no_grad()
+    def perplexity(self, examples: list[Example]) -> float:
+        self.model.eval()
+        rows = self._encode(examples)
+        losses = [self._losses(rows[i : i + self.BATCH]) for i in range(0, len(rows), self.BATCH)]
+        return float(torch.cat(losses).cpu().double().mean().exp())
+
+
+class SmallGenerator(LanguageModelGenerator):
+    """`CausalLM` on rows [label] word pieces [end]. Its vocabulary is the labels, the end and the word
+    pieces of the training set; it leaves out all other word pieces."""
+
+    # Without the warm-up, or at 2e-3, it learns no more than how frequent words are.
+    EPOCHS, LR, BATCH, WEIGHT_DECAY, WARM_UP = 12, 5e-4, 32, 0.05, 100
+    SIZE: dict[str, Any] = dict(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+    )
+    END = len(LABELS)
+
+    model: CausalLM
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(args, device)
+        source = args.model or "minilm"
+        self.tokenizer = BertTokenizer.from_pretrained(source, args.local_files_only)
 
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
-        """Train, or take what an interrupted run has left in `folder`."""
-        self.pieces = sorted({piece for _, ids in self._pieces_of(train) for piece in ids})
-        self.end = len(LABELS)
-        self.number = {piece: self.end + 1 + n for n, piece in enumerate(self.pieces)}
-        size = self.end + 1 + len(self.pieces)
+        self.pieces = sorted(set(itertools.chain(*self._word_pieces(train))))
+        self.ids = {piece: id for id, piece in enumerate(self.pieces, start=self.END + 1)}
+        size = self.END + 1 + len(self.pieces)
         length = self.args.max_length + 2
         config = BertConfig(vocab_size=size, max_position_embeddings=length, **self.SIZE)
         self.model = CausalLM(config).to(self.device)
@@ -161,149 +278,96 @@ class SmallGenerator(Generator):
         with atomic_write(saved) as temporary:
             torch.save(self.model.state_dict(), temporary)
 
-    def _train(self, train, dev) -> None:
-        """The epoch that models the dev set best is kept, and the first that does so worse by a tenth is
-        the last; without a dev set, all are trained and the last is kept."""
-        epochs = self.args.epochs or self.EPOCHS
-        rows, best, weights = self._rows(train), math.inf, None
-        optimizer = AdamW(self.model.parameters(), lr=self.args.lr or self.LR, weight_decay=0.05)
-        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / self.WARM_UP, 1, self.WARM_UP)
-        order = np.random.default_rng(self.args.seed)
-        for epoch in range(1, epochs + 1):
-            self.model.train()
-            chosen = order.permutation(len(rows))
-            batches = [chosen[i : i + self.BATCH] for i in range(0, len(rows), self.BATCH)]
-            for batch in tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False):
-                with autocast(self.device, self.args.precision):
-                    loss = self._loss([rows[row] for row in batch]).mean()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                optimizer.step()
-                warm_up.step()
-                optimizer.zero_grad()
+    def _train(self, train: list[Example], dev: list[Example]) -> None:
+        """Train, and keep the epoch with the lowest perplexity on dev. Stop after an epoch whose
+        perplexity is a tenth above the lowest. Without a dev set, keep the last epoch."""
+        best, weights = math.inf, {}
+        for epoch in self._epochs(train):
             perplexity = self.perplexity(dev) if dev else math.nan
             print(f"epoch {epoch}: perplexity on dev {perplexity:.1f}")
-            if not perplexity >= best:
-                best = perplexity
-                weights = {n: each.clone() for n, each in self.model.state_dict().items()}
+            if not perplexity >= best:  # nan is not
+                best, weights = perplexity, copy.deepcopy(self.model.state_dict())
             elif perplexity > 1.1 * best:
                 break
         self.model.load_state_dict(weights)
 
     @torch.no_grad()
-    def perplexity(self, examples: list[Example]) -> float:
-        """Of a word piece, given the label and those before it; pieces that the training set does not
-        have are passed over."""
-        self.model.eval()
-        rows = self._rows(examples)
-        losses = [self._loss(rows[i : i + self.BATCH]) for i in range(0, len(rows), self.BATCH)]
-        return float(torch.cat(losses).cpu().double().mean().exp())
-
-    @torch.no_grad()
-    def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
-        """(label, sentence) of those that have come to an end."""
-        torch.manual_seed(generator_seed)
+    def sample(self, labels: list[int], seed: int) -> list[Sentence]:
+        torch.manual_seed(seed)
         self.model.eval()
         ids = torch.tensor(labels, device=self.device)[:, None]  # [B, 1]
         ended = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
-        self.model.keep_past(len(labels))
-        for position in range(self.args.max_length):
-            logits = self.model(ids[:, -1:], position, ids[:, 0])[:, -1].float()
-            logits[:, : self.end] = -torch.inf  # no label within a sentence
-            drawn = nucleus(logits, self.args.top_p, self.args.temperature)
-            ids = torch.cat([ids, drawn.masked_fill(ended, self.end)[:, None]], dim=1)
-            ended |= drawn == self.end
-            if ended.all():
-                break
-        self.model.keep_past(None)
-        rows = zip(labels, ids[:, 1:].tolist(), ended.tolist())
-        return [(label, self._text(row)) for label, row, complete in rows if complete]
+        with self.model.keep_past(len(labels)):
+            for position in range(self.args.max_length):
+                logits = self.model(ids[:, -1:], position, ids[:, 0])[:, -1].float()
+                logits[:, : self.END] = -torch.inf  # no label within a sentence
+                drawn = nucleus(logits, self.args.top_p, self.args.temperature)
+                ids = torch.cat([ids, drawn.masked_fill(ended, self.END)[:, None]], dim=1)
+                ended |= drawn == self.END
+                if ended.all():
+                    break
+        rows = zip(labels, ids[:, 1:].tolist(), ended.tolist(), strict=True)
+        return [Sentence(label, self._decode(row)) for label, row, complete in rows if complete]
 
-    def _text(self, row: list[int]) -> str:
-        pieces = [self.pieces[each - self.end - 1] for each in row if each != self.end]
+    def _decode(self, row: list[int]) -> str:
+        pieces = [self.pieces[id - self.END - 1] for id in row if id != self.END]
         return self.tokenizer.backend.decode(pieces)
 
-    def _pieces_of(self, examples: list[Example]) -> list[tuple[int, list[int]]]:
+    def _word_pieces(self, examples: list[Example]) -> list[list[int]]:
+        """Return the ids that the tokenizer gives to each sentence, without [CLS] and [SEP]."""
         texts = [example.sentences[0] for example in examples]
-        limit = dict(truncation=True, max_length=self.args.max_length + 1)  # with [CLS] and [SEP]
-        ids = self.tokenizer(texts, **limit)["input_ids"]
-        return [(int(example.label), row[1:-1]) for example, row in zip(examples, ids)]
+        batch = self.tokenizer(texts, truncation=True, max_length=self.args.max_length + 1)
+        return [ids[1:-1] for ids in batch["input_ids"]]
 
-    def _rows(self, examples: list[Example]) -> list[list[int]]:
-        return [
-            [label, *(self.number[piece] for piece in ids if piece in self.number), self.end]
-            for label, ids in self._pieces_of(examples)
-        ]
+    def _encode(self, examples: list[Example]) -> list[Row]:
+        rows = []
+        for example, pieces in zip(examples, self._word_pieces(examples), strict=True):
+            ids = [self.ids[piece] for piece in pieces if piece in self.ids]
+            rows.append(Row([int(example.label), *ids, self.END], n_prompt=1))
+        return rows
 
-    def _loss(self, rows: list[list[int]]) -> Tensor:
-        """Of each token but the first of its row."""
-        longest = max(map(len, rows))
-        padded = [row + [-100] * (longest - len(row)) for row in rows]
-        ids = torch.tensor(padded, device=self.device)  # [B, S]
-        real = ids[:, 1:] >= 0  # most of the work is the multiplication by all words
-        states = self.model.states(ids[:, :-1].clamp_min(0), labels=ids[:, 0])[real]
-        logits = self.model.logits(states).float()
-        return F.cross_entropy(logits, ids[:, 1:][real], reduction="none")
+    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
+        # Most of the work is the multiplication by all words, so it leaves out padding.
+        return self.model(ids[:, :-1], labels=ids[:, 0], chosen=chosen)
 
 
-class Gpt2Generator(Generator):
-    """A GPT-2 from `transformers`, fine-tuned at a constant rate on the training set, with the label in
-    words before the sentence."""
+class Gpt2Generator(LanguageModelGenerator):
+    """A GPT-2 from `transformers`, fine-tuned at a constant rate. Its prompt is the label in words."""
 
-    EPOCHS, LR, BATCH = 2, 3e-5, 16
+    EPOCHS, LR, BATCH, WEIGHT_DECAY, WARM_UP = 2, 3e-5, 16, 0.01, 1
 
-    def __init__(self, args, device: torch.device):
+    model: Any  # GPT2LMHeadModel
+    tokenizer: Any
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(args, device)
         try:
             import transformers
         except ImportError as error:
             raise UserError("--generator gpt2 needs: pip install transformers==5.23.0") from error
-        self.args, self.device, self.library = args, device, transformers
-        self.source = args.model or "gpt2"
+        self.library = transformers
 
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
-        saved = folder / "model"
-        complete = (folder / "model-is-complete").exists()
-        self._load(str(saved) if complete else self.source)
-        if complete:
+        saved, is_complete = folder / "model", folder / "model-is-complete"
+        if is_complete.exists():
+            self._load(str(saved))
             return
-        epochs = self.args.epochs or self.EPOCHS
-        optimizer = AdamW(self.model.parameters(), lr=self.args.lr or self.LR)
-        order = np.random.default_rng(self.args.seed)
-        self.model.train()
-        for epoch in range(1, epochs + 1):
-            chosen = order.permutation(len(train))
-            starts = range(0, len(train), self.BATCH)
-            for start in tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False):
-                batch = [train[row] for row in chosen[start : start + self.BATCH]]
-                with autocast(self.device, self.args.precision):
-                    loss = self._losses(batch).mean()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+        self._load(self.args.model or "gpt2")
+        for epoch in self._epochs(train):
             if dev:
                 print(f"epoch {epoch}: perplexity on dev {self.perplexity(dev):.1f}")
         self.model.save_pretrained(saved)
         self.tokenizer.save_pretrained(saved)
-        (folder / "model-is-complete").touch()
+        is_complete.touch()
 
     @torch.no_grad()
-    def perplexity(self, examples: list[Example]) -> float:
-        """Of a token, given the label and those before it."""
-        was_training = self.model.training
-        self.model.eval()
-        starts = range(0, len(examples), self.BATCH)
-        losses = [self._losses(examples[start : start + self.BATCH]) for start in starts]
-        self.model.train(was_training)
-        return float(torch.cat(losses).cpu().double().mean().exp())
-
-    @torch.no_grad()
-    def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
-        torch.manual_seed(generator_seed)
+    def sample(self, labels: list[int], seed: int) -> list[Sentence]:
+        torch.manual_seed(seed)
         self.model.eval()
         self.tokenizer.padding_side = "left"
         prompts = [self._prompt(label) for label in labels]
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+        end = self.tokenizer.eos_token_id
         ids = self.model.generate(
             **batch,
             do_sample=True,
@@ -311,12 +375,12 @@ class Gpt2Generator(Generator):
             top_k=0,
             temperature=self.args.temperature,
             max_new_tokens=self.args.max_length,
-            pad_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=end,
         )[:, batch["input_ids"].shape[1] :]
-        end = self.tokenizer.eos_token_id
-        rows = [(label, row) for label, row in zip(labels, ids.tolist()) if end in row]
         return [
-            (label, self.tokenizer.decode(row[: row.index(end)]).strip()) for label, row in rows
+            Sentence(label, self.tokenizer.decode(row[: row.index(end)]).strip())
+            for label, row in zip(labels, ids.tolist(), strict=True)
+            if end in row
         ]
 
     def _load(self, source: str) -> None:
@@ -332,22 +396,18 @@ class Gpt2Generator(Generator):
     def _prompt(self, label: int) -> str:
         return f"{SST.classes[label]}:"
 
-    def _losses(self, examples: list[Example]) -> Tensor:
-        """Of the sentences' tokens and of their ends, not of the prompts."""
-        rows, starts = [], []
+    def _encode(self, examples: list[Example]) -> list[Row]:
+        rows = []
         for example in examples:
             prompt = self.tokenizer(self._prompt(int(example.label)))["input_ids"]
-            sentence = self.tokenizer(" " + example.sentences[0].strip())["input_ids"]
-            starts.append(len(prompt))
-            rows.append(prompt + sentence[: self.args.max_length] + [self.tokenizer.eos_token_id])
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        wanted = mask.bool() & (torch.arange(longest) >= torch.tensor(starts)[:, None])
-        targets = ids.masked_fill(~wanted, -100)[:, 1:].to(self.device).flatten()
-        model_input = dict(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        logits = self.model(**model_input).logits[:, :-1].float().flatten(0, 1)
-        return F.cross_entropy(logits, targets, reduction="none")[targets >= 0]
+            tokens = self.tokenizer(" " + example.sentences[0].strip())["input_ids"]
+            end = [self.tokenizer.eos_token_id]
+            rows.append(Row(prompt + tokens[: self.args.max_length] + end, n_prompt=len(prompt)))
+        return rows
+
+    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
+        output = self.model(input_ids=ids, attention_mask=is_real.long())
+        return output.logits[:, :-1][chosen]
 
 
 class LimitReached(Exception):
@@ -355,12 +415,15 @@ class LimitReached(Exception):
 
 
 class OpenAIGenerator(Generator):
-    """A chat model behind an OpenAI-compatible endpoint, shown examples of the training set. Its answers
-    are arguments of a function that it is made to call, of a fixed form; all chat models know that.
+    """A chat model behind an OpenAI-compatible endpoint. It sees examples from the training set, and
+    answers by calling a function whose arguments have a fixed form, which all chat models can do.
     """
 
-    PER_REQUEST, EXAMPLES, ATTEMPTS, RETRIES = 10, 8, 3, 6
-    FUNCTION = {
+    PER_REQUEST = 10  # sentences that one request asks for, at most
+    EXAMPLES = 8  # sentences of the training set that one request shows
+    ATTEMPTS = 3  # requests in a round, until an answer has the right form
+    RETRIES = 6  # of a request that fails; the library waits longer from one to the next
+    FUNCTION: Any = {
         "name": "write",
         "description": "Hand in new sentences.",
         "parameters": {
@@ -370,79 +433,79 @@ class OpenAIGenerator(Generator):
         },
     }
 
-    def __init__(self, args, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(args, device)
         try:
             import openai
         except ImportError as error:
             raise UserError("--generator openai needs: pip install openai==3.51.0") from error
         if not os.environ.get("OPENAI_API_KEY"):
             raise UserError("--generator openai: put your key into the variable OPENAI_API_KEY")
-        self.args, self.library = args, openai
-        limits = dict(timeout=args.timeout, max_retries=self.RETRIES)  # with back-off
-        self.client = openai.OpenAI(base_url=args.base_url, **limits)
-        self.requests = self.spent = 0
+        self.library = openai
+        self.client = openai.OpenAI(
+            base_url=args.base_url, timeout=args.timeout, max_retries=self.RETRIES
+        )
+        self.usage = {"requests": 0, "spent": 0}  # "spent" is in dollars
 
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
         self.examples = {
-            label: [each.sentences[0].strip() for each in train if each.label == label]
+            label: [row.sentences[0].strip() for row in train if row.label == label]
             for label in LABELS
         }
 
-    def perplexity(self, examples: list[Example]) -> None:
-        return None
-
-    def choose(self, missing: list[int], n: int, chance: random.Random) -> list[int]:
-        """One label, and no more than one request asks for: what has been paid for is kept at once."""
+    def choose(self, missing: list[int], n: int, rng: random.Random) -> list[int]:
+        """Choose the labels of one request: a single label, the one that most sentences miss. A round
+        is one request, so that what has been paid for is kept at once."""
         ((label, count),) = Counter(missing).most_common(1)
         return [label] * min(count, n, self.PER_REQUEST)
 
-    def account(self) -> dict[str, float]:
-        return {"requests": self.requests, "spent": self.spent}
-
-    def sample(self, labels: list[int], generator_seed: int) -> list[tuple[int, str]]:
-        """The labels are all the same."""
-        known, n = self.examples[labels[0]], len(labels)
-        examples = random.Random(generator_seed).sample(known, min(self.EXAMPLES, len(known)))
-        shown = "\n".join(f"- {each}" for each in examples)
+    def sample(self, labels: list[int], seed: int) -> list[Sentence]:
+        """Ask for a sentence for each of `labels`, which are all the same. Raises LimitReached."""
+        label, n = labels[0], len(labels)
+        known = self.examples[label]
+        examples = random.Random(seed).sample(known, min(self.EXAMPLES, len(known)))
+        shown = "\n".join(f"- {example}" for example in examples)
         text = (
-            f"These sentences from film reviews are of {SST.classes[labels[0]]} sentiment:\n{shown}\n"
+            f"These sentences from film reviews are of {SST.classes[label]} sentiment:\n{shown}\n"
             f"Write {n} new ones of the same sentiment and style, on different things."
         )
         for _ in range(self.ATTEMPTS):
             try:
                 sentences = json.loads(self._request(text))["sentences"]
                 if isinstance(sentences, list) and all(isinstance(s, str) for s in sentences):
-                    return [(labels[0], sentence) for sentence in sentences[:n]]
+                    return [Sentence(label, sentence) for sentence in sentences[:n]]
             except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 continue  # not what was asked for
         return []
 
     def _request(self, text: str) -> str:
-        """The arguments that the function is called with."""
-        if self.requests >= self.args.max_requests or self.spent >= self.args.max_cost:
+        """Send a request. Return the arguments with which the model calls the function."""
+        used = self.usage
+        if used["requests"] >= self.args.max_requests or used["spent"] >= self.args.max_cost:
             raise LimitReached
-        tool = {"type": "function", "function": {"name": self.FUNCTION["name"]}}
         try:
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.args.model or "gpt-4",
                 messages=[{"role": "user", "content": text}],
                 tools=[{"type": "function", "function": self.FUNCTION}],
-                tool_choice=tool,
+                tool_choice={"type": "function", "function": {"name": self.FUNCTION["name"]}},
                 temperature=self.args.temperature,
                 top_p=self.args.top_p,
             )
-        except self.library.APIError as error:  # its text may hold parts of the key
+        except self.library.APIError as error:
+            # The error's own text may hold parts of the key.
             status = getattr(error, "status_code", None)
             problem = type(error).__name__ + (f", status {status}" if status else "")
             raise UserError(f"--generator openai: {self.client.base_url}: {problem}") from None
-        self.requests += 1 + raw.retries_taken
-        answer = raw.parse()
-        words = 1.4 * len(
-            text.split()
-        )  # where the endpoint does not say how many tokens there were
+        used["requests"] += 1 + raw.retries_taken
+        answer: Any = raw.parse()  # any part may be missing, whatever its type says
+        # An estimate, for an endpoint that does not say how many tokens there were.
+        estimate = 1.4 * len(text.split())
         usage = answer.usage
-        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (words, words)
-        self.spent += np.dot(tokens, (self.args.price_input, self.args.price_output)).item() / 1e6
+        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (estimate, estimate)
+        used["spent"] += (
+            np.dot(tokens, (self.args.price_input, self.args.price_output)).item() / 1e6
+        )
         return answer.choices[0].message.tool_calls[0].function.arguments
 
 

@@ -8,6 +8,7 @@ those of the expert with the largest weight, and only this expert reads the sent
 
 import argparse
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch
-from bert import BertModel, Tokens
+from bert import BertModel, EncoderWithHeads, Tokens
 from tasks import sequences_per_row
 
 N_EXPERTS = 3
@@ -30,6 +31,7 @@ class MixtureOfExperts(nn.Module):
     The pooled output of the gate goes through a linear layer and a softmax over the experts.
     """
 
+    experts: Any  # an nn.ModuleList of BertModels
     weights: Tensor  # [B, E] of the experts, for the sequences of the last pass
     choice: Tensor  # [B] the expert with the largest weight
 
@@ -73,7 +75,7 @@ class MixtureOfExperts(nn.Module):
 
     def _mix(self, tokens: Tokens) -> Tensor:
         weights = per_token(self.weights, tokens.sequences)  # [N, E]
-        states = 0.0
+        states = torch.zeros(())
         for number, expert in enumerate(self.experts):
             output = expert.encode(tokens)  # [N, D]
             states = states + weights[:, number, None].to(output.dtype) * output
@@ -149,7 +151,7 @@ def expert_tags(options: argparse.Namespace) -> list[str]:
 
 
 def add_routing(
-    losses: dict[str, Tensor], model: nn.Module, batch: Batch, options: argparse.Namespace
+    losses: dict[str, Tensor], model: EncoderWithHeads, batch: Batch, options: argparse.Namespace
 ) -> Tensor:
     """Add to `losses` how the gate spread the sentences of the batch. Return the weighted loss for an
     uneven spread."""

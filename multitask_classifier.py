@@ -35,7 +35,7 @@ import evaluation
 from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch, Padded, join
-from bert import BertModel, Tokens, pack
+from bert import BertModel, EncoderWithHeads, Tokens, pack
 from curvature import backward_with_graph, refresh_hessian
 from datasets import checked_max_length, load_data
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
@@ -178,7 +178,7 @@ def new_head(task: Task, hidden_size: int) -> nn.Module:
     return SimilarityHead(task.range[1])
 
 
-class MultitaskBERT(nn.Module):
+class MultitaskBERT(EncoderWithHeads):
     """One BERT, attention pooling, and the heads of all tasks.
 
     Args:
@@ -295,7 +295,7 @@ class MultitaskBERT(nn.Module):
 
 
 def training_step(
-    model: MultitaskBERT,
+    model: EncoderWithHeads,
     window: list[Batch],
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
@@ -338,11 +338,11 @@ def training_step(
 
 
 def update_weights(
-    model: MultitaskBERT, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
 ) -> str | None:
     """Clip the gradients and let the optimizer take its step. Return why it was not taken, if so."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     finite = bool((norm + loss).isfinite())  # on a GPU, this waits for the step
     if finite:
         if clip:
@@ -404,16 +404,12 @@ def train_and_evaluate(training: Training, device: torch.device) -> evaluation.S
     """Train the epochs that are left, then write the best model's predictions and return its scores.
     An interrupt saves the state."""
     # A single process answers a signal at once; several agree on it between two steps.
-    waiting = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
+    waiting: Any = uninterrupted() if n_processes() > 1 else contextlib.nullcontext([])
     try:
         with waiting as training.signals:
             start = time.perf_counter()
             fit(training)
-            seconds = time.perf_counter() - start
-            print(f"saving took {training.saving_seconds:.1f} s of {seconds:.0f} s")
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(device) / 2**20
-                print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
+            training.print_costs(time.perf_counter() - start, device)
             scores = evaluate_best(training, device)
             training.save_finished()
             training.signals.clear()  # too late to stop
@@ -506,13 +502,12 @@ def load_pretrained(
         tagger = Tagger(Pipeline.find(options.spacy_model), options.cache_dir)
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
-    bert: BertModel | MixtureOfExperts = BertModel.from_pretrained(source, local, **overrides)
+    bert = BertModel.from_pretrained(source, local, **overrides)
     encodings = encodings_of(vars(options))
     checkpoint.check_encoder(bert, source, tagger, encodings)
-    if options.moe:
-        bert = MixtureOfExperts.of(bert, options.moe)
-    model = MultitaskBERT(bert, encodings)
-    return model, BertTokenizer.from_pretrained(source, local), tagger
+    encoder = MixtureOfExperts.of(bert, options.moe) if options.moe else bert
+    tokenizer = BertTokenizer.from_pretrained(source, local)
+    return MultitaskBERT(encoder, encodings), tokenizer, tagger
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -560,9 +555,8 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
     splits, length = ("dev", "test"), options.max_length
     data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
     with checkpoint.lock_predictions(options):
-        return evaluation.evaluate_checkpoint(
-            options.evaluate, model.to(device), content["epoch"], data, options
-        )
+        trained = options.evaluate, model.to(device), content["epoch"]
+        return evaluation.evaluate_checkpoint(*trained, data, options)
 
 
 # ------------------------------------------------------------------------------------------- main

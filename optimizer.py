@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bert import EncoderWithHeads
 from utils import positive_float, positive_int, sum_over_processes
 
 # Elements of one block on a CPU. Seven passes read the four tensors of a block (parameter, gradient,
@@ -44,14 +45,14 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for step, tensors in self._by_step(group["params"]).items():
-                for blocks in cache_sized_blocks(tensors):
-                    adamw_update(*blocks, step, **settings)
+                for params, grads, *moments in cache_sized_blocks(tensors):
+                    adamw_update(params, grads, *moments, step=step, **settings)
         return loss
 
     def _by_step(self, params) -> dict[int, list[tuple[Tensor, ...]]]:
         """Group (parameter, gradient, moments) of the parameters with a gradient by step number: a layer
         that was unfrozen late has taken fewer steps and needs its own bias correction."""
-        tensors = defaultdict(list)
+        tensors: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
         for param in params:
             if param.grad is None:
                 continue
@@ -73,8 +74,8 @@ def adamw_update(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    step: int,
     *,
+    step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -144,8 +145,8 @@ class Sophia(torch.optim.Optimizer):
         for group in self.param_groups:
             names = ("lr", "betas", "rho", "weight_decay", "eps")
             settings = {name: group[name] for name in names}
-            tensors = [
-                (param, param.grad, *self._averages(param))
+            tensors: list[tuple[Tensor, ...]] = [
+                (param, param.grad, *self._averages(param, param.grad))
                 for param in group["params"]
                 if param.grad is not None
             ]
@@ -157,8 +158,8 @@ class Sophia(torch.optim.Optimizer):
     def _before_update(self) -> None:
         """Do what must come before the update of a step."""
 
-    def _averages(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        if param.grad.is_sparse:
+    def _averages(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         state = self.state[param]
         if not state:
@@ -177,7 +178,7 @@ class Sophia(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param in estimates:
-                    _, hessian = self._averages(param)
+                    _, hessian = self._averages(param, estimates[param])
                     hessian.lerp_(estimates[param], 1 - group["betas"][1])
 
     @torch.no_grad()
@@ -249,7 +250,11 @@ class SophiaH(Sophia):
 
     def _hutchinson(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
         noise = [torch.randn_like(param, generator=self.generator) for param in params]
-        pairs = [(p.grad, u) for p, u in zip(params, noise, strict=True) if p.grad.requires_grad]
+        pairs = [
+            (param.grad, u)
+            for param, u in zip(params, noise, strict=True)
+            if param.grad is not None and param.grad.requires_grad
+        ]
         # With several processes, this one may have no row in a step.
         if not pairs and not self.all_reduce:
             raise RuntimeError(
@@ -262,7 +267,7 @@ class SophiaH(Sophia):
             gradients, params, vectors, allow_unused=True, materialize_grads=True
         )
         if self.all_reduce:
-            self.all_reduce(products)
+            self.all_reduce(list(products))
         rows = zip(params, noise, products, strict=True)
         return {param: u * product for param, u, product in rows}
 
@@ -357,11 +362,10 @@ def cache_sized_blocks(tensors: list[tuple[Tensor, ...]]) -> Iterator[list[list[
         yield [list(column) for column in zip(*tensors, strict=True)]
         return
     for columns in tensors:
-        if all(tensor.is_contiguous() for tensor in columns):
-            columns = [tensor.view(-1).split(CPU_BLOCK) for tensor in columns]
-        else:  # there is no flat view; this is rare enough for one large block
-            columns = [[tensor] for tensor in columns]
-        for block in zip(*columns, strict=True):
+        # Without a flat view, which is rare, the whole tensor is one block.
+        flat = all(tensor.is_contiguous() for tensor in columns)
+        blocks = [tensor.view(-1).split(CPU_BLOCK) if flat else (tensor,) for tensor in columns]
+        for block in zip(*blocks, strict=True):
             yield [[tensor] for tensor in block]
 
 
@@ -422,7 +426,7 @@ OPTIMIZERS = {
 # --------------------------------------------------------------- which weights train, at which rate
 
 
-def freeze_and_unfreeze(model: nn.Module, options: argparse.Namespace, epoch: int) -> None:
+def freeze_and_unfreeze(model: EncoderWithHeads, options: argparse.Namespace, epoch: int) -> None:
     """Choose the weights that train in this epoch (counted from 0).
 
     The heads always train. `--option pretrain` trains nothing of the encoder, `finetune` all of it.
@@ -445,7 +449,7 @@ def freeze_and_unfreeze(model: nn.Module, options: argparse.Namespace, epoch: in
         parameter.requires_grad_(options.option == "finetune")
 
 
-def build_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: EncoderWithHeads, options: argparse.Namespace) -> torch.optim.Optimizer:
     """Make the optimizer for all weights that may ever train.
 
     Encoder and heads have separate groups, each with weight decay and without (biases and LayerNorm).
@@ -464,7 +468,7 @@ def build_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.opti
     return row.new(groups, lr=options.lr, betas=row.betas, **own)
 
 
-def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+def parameter_groups(model: EncoderWithHeads, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Group the weights that may ever train by part (encoder, heads), rate and weight decay."""
     groups = defaultdict(list)
     new = set(model.bert.new_parameters)
@@ -486,9 +490,9 @@ def parameter_groups(model: nn.Module, options: argparse.Namespace) -> list[dict
     ]
 
 
-def layers_below_heads(model: nn.Module) -> dict[nn.Parameter, int]:
+def layers_below_heads(model: EncoderWithHeads) -> dict[nn.Parameter, int]:
     """Count, for each pretrained weight of the encoder, the layers from the heads down to its own."""
-    depths = {}
+    depths: dict[nn.Parameter, int] = {}
     for stack in model.bert.stacks:
         parts = [*reversed(stack.encoder.layer), stack.embeddings]
         for depth, part in enumerate(parts, start=1):

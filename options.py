@@ -430,21 +430,37 @@ def add_data_flags(flag: FlagAdder) -> None:
 
 
 def add_output_flags(flag: FlagAdder) -> None:
-    flag = functools.partial(flag, decides=False)
-    flag("--models_dir", default="models", help="folder for checkpoints; default: models")
-    flag("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
-    flag("--tensorboard_subfolder", metavar="NAME", help="folder of this run in the logdir")
-    flag("--predictions_dir", metavar="DIR", help="folder for predictions; default: predictions")
+    flag(
+        "--models_dir",
+        decides=False,
+        default="models",
+        help="folder for checkpoints; default: models",
+    )
+    flag(
+        "--logdir", decides=False, default="logdir", help="folder for TensorBoard; default: logdir"
+    )
+    flag(
+        "--tensorboard_subfolder",
+        decides=False,
+        metavar="NAME",
+        help="folder of this run in the logdir",
+    )
+    flag(
+        "--predictions_dir",
+        decides=False,
+        metavar="DIR",
+        help="folder for predictions; default: predictions",
+    )
     for name in TASKS:
         for split in ("dev", "test"):
             target = f"PREDICTIONS_DIR/{name}-{split}-output.csv"
-            flag(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
+            flag(f"--{name}_{split}_out", decides=False, metavar="CSV", help=f"default: {target}")
 
 
 def add_resume_flags(flag: FlagAdder) -> None:
-    flag = functools.partial(flag, decides=False)
     flag(
         "--resume",
+        decides=False,
         metavar="PATH|auto",
         help="continue an interrupted run, from its models/RUN.resume, to the numbers it would "
         "have given; auto: the newest run in MODELS_DIR that has the same options, or a new one "
@@ -452,6 +468,7 @@ def add_resume_flags(flag: FlagAdder) -> None:
     )
     flag(
         "--save_interval",
+        decides=False,
         type=positive_float,
         default=10.0,
         metavar="MINUTES",
@@ -459,6 +476,7 @@ def add_resume_flags(flag: FlagAdder) -> None:
     )
     flag(
         "--max_bad_steps",
+        decides=False,
         type=positive_int,
         default=10,
         metavar="N",
@@ -467,6 +485,7 @@ def add_resume_flags(flag: FlagAdder) -> None:
     )
     flag(
         "--profiler",
+        decides=False,
         action="store_true",
         help="record some of the first steps with torch.profiler: a trace for Perfetto and "
         "TensorBoard in the run's log, and a table of where the time goes",
@@ -474,20 +493,28 @@ def add_resume_flags(flag: FlagAdder) -> None:
 
 
 def add_search_flags(flag: FlagAdder) -> None:
-    flag = functools.partial(flag, decides=False)
     space = "; ".join(
         f"{name} {search}" + (f", with {' and '.join(OWNERS[name])}" if name in OWNERS else "")
         for name, search in SEARCH_SPACE.items()
     )
     flag(
         "--hpo",
+        decides=False,
         action="store_true",
         help=f"search for good flags instead of one training run; searched: {space}. A flag that is "
         "given stays as it is",
     )
-    flag("--hpo_trials", type=positive_int, default=20, metavar="N", help="default: 20")
+    flag(
+        "--hpo_trials",
+        decides=False,
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="default: 20",
+    )
     flag(
         "--hpo_objective",
+        decides=False,
         choices=["dev", "dev_minus_gap"],
         default="dev",
         help="what is to be large: the mean dev score, or this less what the mean train score is "
@@ -495,23 +522,27 @@ def add_search_flags(flag: FlagAdder) -> None:
     )
     flag(
         "--hpo_cpus",
+        decides=False,
         type=positive_int,
         metavar="N",
         help="cores of one trial; default: with GPUs their share of the node's, else up to 4",
     )
     flag(
         "--hpo_gpus",
+        decides=False,
         type=positive_float,
         metavar="N",
         help="GPUs of one trial, with --use_gpu; below 1, trials share one; default: 1",
     )
     flag(
         "--ray_address",
+        decides=False,
         metavar="HOST:PORT",
         help="join this Ray cluster; default: Ray is started on this machine",
     )
     flag(
         "--hpo_resume",
+        decides=False,
         metavar="DIR|auto",
         help="continue an interrupted search, from its folder in MODELS_DIR (only one of "
         "your own: what Ray keeps there can hold code); auto: the newest one that has the same "

@@ -1,17 +1,16 @@
-"""What a trained model says about new sentences; and the model in a form that other programs open.
+"""Answer new sentences with a trained model, or export the model for other libraries.
 
     python predict.py --checkpoint models/RUN.pt                   ask at a prompt
     python predict.py --checkpoint models/RUN.pt FILE              a file's lines, or a CSV's rows
     python predict.py --checkpoint models/RUN.pt --export DIR      for transformers
 
-A line is one sentence, which gets its sentiment, or two with a tab between them, of which it is said
-whether they mean the same and how similar they are.
+A line holds one sentence (sentiment) or two separated by a tab (paraphrase, similarity).
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # before PyTorch is imported; why, multitask_classifier.py says
+if __name__ == "__main__":  # before PyTorch is imported; multitask_classifier.py says why
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -19,15 +18,17 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import select
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -35,18 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batches import Batch, evaluation_batches
-from checkpoint import find_tagger
-from datasets import (
-    TokenColumn,
-    check_quotes,
-    checked_max_length,
-    csv_rows,
-    find_columns,
-    tokenize_cached,
-)
+from datasets import TokenColumn, check_quotes, csv_rows, find_columns, tokenize_cached
 from export import export
-from multitask_classifier import load_checkpoint
-from options import PRECISIONS
+from multitask_classifier import load_trained
+from options import PRECISIONS, changed_options, parse_options
 from tasks import TASKS, Task
 from utils import (
     ROOT,
@@ -60,14 +53,18 @@ from utils import (
     terminate,
 )
 
-# Lines that are sorted by length and answered together: few at first, so that one sees answers soon.
+# Lines that are sorted by length and answered together: few at first, so that answers show soon.
 CHUNKS = *(2**power for power in range(6, 12)), 4096
 CHUNK_BYTES = 2**22
 BLOCK = 2**16  # bytes read at a time
-WAIT = 0.1  # seconds that a line which has come waits for others
+WAIT = 0.1  # seconds that a line waits for others
 LONGEST = 100_000  # bytes of a line: more than any encoder has positions for
 DIGITS = 6
 ANSWER_WIDTH = 56
+
+Texts = list[tuple[str, ...]]  # sentences and pairs
+Answer = dict[str, Any]  # name -> value; {"error": reason} where there is no answer
+Progress = Callable[[int], object]  # is told how many more lines have been answered
 
 # ---------------------------------------------------------------------------------------- reading
 
@@ -76,12 +73,13 @@ class Query(NamedTuple):
     """A line or row of the input."""
 
     place: str  # for people, "line 7"
-    key: dict  # for programs, {"line": 7} or {"id": "..."}
+    key: dict[str, Any]  # for programs, {"line": 7} or {"id": "..."}
     sentences: tuple[str, ...]
     problem: str | None = None  # why there can be no answer
 
 
-def query_of_line(number: int, line: bytes) -> Query:
+def parse_line(number: int, line: bytes) -> Query:
+    """Read a line of the input; the first one has number 1."""
     place, key = f"line {number}", {"line": number}
     if number == 1:
         line = line.removeprefix(codecs.BOM_UTF8)
@@ -99,65 +97,77 @@ def query_of_line(number: int, line: bytes) -> Query:
     return Query(place, key, sentences, problem)
 
 
+def parse_row(place: str, cells: list[str], n_cells: int, columns: dict[str, int]) -> Query:
+    """Read a row of a CSV. `columns` gives the numbers of the id and of the sentences, in this order."""
+    if len(cells) != n_cells:
+        return Query(place, {"id": None}, (), f"{len(cells)} cells instead of {n_cells}")
+    id, *sentences = [cells[column] for column in columns.values()]
+    key = {"id": id.strip()}
+    try:
+        check_quotes(cells)
+    except ValueError as problem:
+        return Query(place, key, (), str(problem))
+    return Query(place, key, tuple(sentences))
+
+
 def chunk_sizes() -> Iterator[int]:
     return itertools.chain(CHUNKS, itertools.repeat(CHUNKS[-1]))
 
 
 def read_lines(descriptor: int) -> Iterator[list[bytes]]:
-    """The lines of an open file or pipe, without their ends: as many as make a chunk, or as have
-    come WAIT seconds after the first of them. Of a line no more than LONGEST + 1 bytes are kept."""
+    """Yield the lines of an open file or pipe in chunks, without their ends.
+
+    A chunk has as many lines as fill it, or as have come WAIT seconds after its first one. A line is
+    cut after LONGEST + 1 bytes.
+    """
     sizes = chunk_sizes()
-    lines, n_bytes, rest, ended, due, size = [], 0, b"", False, 0.0, next(sizes)
+    size, n_bytes, due = next(sizes), 0, 0.0
+    lines: list[bytes] = []
+    rest, ended = b"", False
     while not ended:
-        patience = max(0.0, due - time.monotonic()) if lines else None
-        ready, _, _ = select.select([descriptor], [], [], patience)
+        timeout = max(0.0, due - time.monotonic()) if lines else None
+        ready, _, _ = select.select([descriptor], [], [], timeout)
         if ready:
             block = os.read(descriptor, BLOCK)
             ended, n_bytes = not block, n_bytes + len(block)
             *whole, rest = (rest + block).split(b"\n")
-            whole += [rest] if ended and rest else []
-            due = due if lines else time.monotonic() + WAIT
+            if ended and rest:
+                whole.append(rest)
+            if not lines:
+                due = time.monotonic() + WAIT
             lines += [line[: LONGEST + 1] for line in whole]
             rest = rest[: LONGEST + 1]
         all_of_them = ended or not ready or n_bytes >= CHUNK_BYTES
-        while len(lines) >= size or lines and all_of_them:
+        while len(lines) >= size or (lines and all_of_them):
             yield lines[:size]
             lines, n_bytes, size = lines[size:], 0, next(sizes)
 
 
-def queries_of_lines(descriptor: int, name: str) -> Iterator[list[Query]]:
+def read_queries(descriptor: int, name: str) -> Iterator[list[Query]]:
+    """Yield the lines of an open file or pipe in chunks. `name` is for errors."""
     numbers = itertools.count(1)
     try:
         for lines in read_lines(descriptor):
-            yield [query_of_line(number, line) for line, number in zip(lines, numbers)]
+            yield [parse_line(next(numbers), line) for line in lines]
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def queries_of_csv(path: str) -> Iterator[list[Query]]:
-    """UserError: it is not tab-separated, has no sentences, or is not UTF-8."""
+def read_csv_queries(path: str) -> Iterator[list[Query]]:
+    """Yield the rows of a CSV in chunks. Raises UserError if it is not tab-separated, has no column of
+    sentences, or is not UTF-8."""
     rows = csv_rows(Path(path))
-    header = next(rows, ("line 1", []))[1]
-    known = dict.fromkeys(task.sentence_columns for task in TASKS.values())
-    names = next((each for each in known if set(each) <= set(header)), None)
-    if names is None:
-        wanted = " or ".join(", ".join(["id", *each]) for each in known)
+    _, header = next(rows, ("line 1", []))
+    # Tasks with the same columns count once.
+    layouts = dict.fromkeys(("id", *task.sentence_columns) for task in TASKS.values())
+    layout = next((names for names in layouts if set(names[1:]) <= set(header)), None)
+    if layout is None:
+        wanted = " or ".join(map(", ".join, layouts))
         raise UserError(f"{path}: line 1 does not name tab-separated columns {wanted}")
-    id, *columns = find_columns(path, header, ["id", *names]).values()
-
-    def query(place: str, cells: list[str]) -> Query:
-        if len(cells) != len(header):
-            problem = f"{len(cells)} cells instead of {len(header)}"
-            return Query(place, {"id": None}, (), problem)
-        key = {"id": cells[id].strip()}
-        try:
-            check_quotes(cells)
-        except ValueError as problem:
-            return Query(place, key, (), str(problem))
-        return Query(place, key, tuple(cells[column] for column in columns))
-
+    columns = find_columns(path, header, list(layout))
     for size in chunk_sizes():
-        if not (chunk := [query(*row) for row in itertools.islice(rows, size)]):
+        chunk = [parse_row(*row, len(header), columns) for row in itertools.islice(rows, size)]
+        if not chunk:
             break
         yield chunk
 
@@ -166,20 +176,20 @@ def queries_of_csv(path: str) -> Iterator[list[Query]]:
 
 
 @dataclasses.dataclass
-class Rows:
-    """Sentences or pairs in memory, as `collate` takes a dataset."""
+class TextRows:
+    """Sentences or pairs in memory, as rows for `collate`."""
 
     task: Task
     columns: list[TokenColumn]
     cut: np.ndarray  # [n_rows] bool: whether a sentence was too long
 
-    def __post_init__(self):
-        self.n_tokens = sum(column.lengths for column in self.columns)  # [n_rows]
+    def __post_init__(self) -> None:
+        self.n_tokens = np.sum([column.lengths for column in self.columns], axis=0)  # [n_rows]
         self.labels = np.full(len(self.cut), np.nan)
 
 
 class Predictor:
-    """A checkpoint's model, which answers as it did in training.
+    """A checkpoint's model, which answers like it did in training.
 
     Args:
         path: the checkpoint.
@@ -187,34 +197,28 @@ class Predictor:
             `batch_size`, `spacy_model`, `cache_dir`.
 
     Raises:
-        UserError: the checkpoint is of no use, or was not trained on one of the tasks.
+        UserError: the checkpoint cannot be used, or was not trained on one of the tasks.
     """
 
     def __init__(self, path: str, options: argparse.Namespace):
         self.device = pick_device(options.use_gpu)
-        self.model, self.tokenizer, checkpoint = load_checkpoint(path)
-        trained = checkpoint["options"]
-        self.tasks = [name for name in trained["tasks"] if name in (options.task or TASKS)]
-        if unknown := [name for name in options.task or [] if name not in trained["tasks"]]:
-            known = ", ".join(trained["tasks"])
-            raise UserError(f"{path}: was not trained on {', '.join(unknown)}, only on {known}")
-        tags = checkpoint.get("tags")
-        asked = argparse.Namespace(
-            additional_input=False,  # asks for tags of a model that has none
-            spacy_model=options.spacy_model or (trained["spacy_model"] if tags else None),
+        chosen = options.task or []
+        asked = changed_options(
+            parse_options([]),
+            evaluate=path,
+            tasks=[name for name in TASKS if name in (chosen or TASKS)],
+            precision=options.precision,
+            spacy_model=options.spacy_model,
             cache_dir=options.cache_dir,
-            max_length=trained["max_length"],
+            **{name: name in chosen for name in TASKS},
         )
-        self.tagger = find_tagger(tags, path, asked)
-        config = self.model.bert.config
-        self.max_length = checked_max_length(asked, path, config, self.tokenizer)
-        self.precision, self.batch_size = options.precision, options.batch_size
-        if self.precision == "auto":
-            self.precision = trained.get("precision", "auto")
+        self.model, self.tokenizer, self.tagger, _, trained = load_trained(asked)
+        self.tasks, self.max_length = trained.tasks, trained.max_length
+        self.precision, self.batch_size = trained.precision, options.batch_size
         self.model.to(self.device).eval()
 
     def tasks_for(self, n_sentences: int) -> list[str]:
-        """The tasks that take one sentence, or two."""
+        """Return the tasks that take one sentence, or two."""
         return [name for name in self.tasks if len(TASKS[name].sentence_columns) == n_sentences]
 
     @property
@@ -222,166 +226,176 @@ class Predictor:
         return " and ".join(TASKS[name].title for name in self.tasks)
 
     def refusal(self, sentences: tuple[str, ...]) -> str | None:
-        """Why no task takes so many sentences, if so."""
+        """Return why no task takes so many sentences; None if one does."""
         if self.tasks_for(len(sentences)):
             return None
         what = "one sentence" if len(sentences) == 1 else "two sentences"
         return f"{what}, where only {self.titles} can be answered"
 
-    def answers(
-        self, texts: list[tuple[str, ...]], progress: Callable = lambda n: None
-    ) -> list[dict]:
-        """What all tasks for them say of sentences and pairs, in the same order. `progress` is told
-        how many have been answered after each batch.
+    def answers(self, texts: Texts, progress: Progress = lambda n: None) -> list[Answer]:
+        """Answer sentences and pairs with all tasks for them, in the same order.
 
         Returns:
-            of each, `sentiment` (0 to 4) and `sentiment_probabilities` (five); or `paraphrase` (a
-            probability) and `similarity` (0 to 5). `cut` is true where a sentence was too long.
+            for a sentence `sentiment` (0 to 4) and `sentiment_probabilities` (five); for a pair
+            `paraphrase` (a probability) and `similarity` (0 to 5). `cut` is true where a sentence was
+            too long.
         """
-        answers = [{} for _ in texts]
+        answers: list[Answer] = [{} for _ in texts]
         for n_sentences in (1, 2):
-            places = [place for place, each in enumerate(texts) if len(each) == n_sentences]
+            rows = [row for row, text in enumerate(texts) if len(text) == n_sentences]
             names = self.tasks_for(n_sentences)
-            if places and names:
-                found = self._answers(names, [texts[place] for place in places], progress)
-                for place, answer in zip(places, found, strict=True):
-                    answers[place] = answer
+            if rows and names:
+                found = self._answer(names, [texts[row] for row in rows], progress)
+                for row, answer in zip(rows, found, strict=True):
+                    answers[row] = answer
         return answers
 
     @torch.no_grad()
-    def _answers(
-        self, names: list[str], texts: list[tuple[str, ...]], progress: Callable
-    ) -> list[dict]:
-        rows, answers = self._rows(names, texts), [{} for _ in texts]
+    def _answer(self, names: list[str], texts: Texts, progress: Progress) -> list[Answer]:
+        """Answer texts that all have as many sentences as these tasks take."""
+        dataset = self._tokenize(names, texts)
+        answers: list[Answer] = [{} for _ in texts]
         with autocast(self.device, self.precision):
-            for batch in evaluation_batches(rows, self.batch_size):
-                places = batch.rows[rows.task.name]
+            for batch in evaluation_batches(dataset, self.batch_size):
+                rows = batch.rows[dataset.task.name]
                 outputs = self.model(self._with_columns(batch, names).to(self.device))
                 for name, output in outputs.items():
-                    found = as_answers(TASKS[name], output.float().cpu())
-                    for place, answer in zip(places, found, strict=True):
-                        answers[place] |= answer
-                progress(len(places))
-        for place in np.flatnonzero(rows.cut):
-            answers[place]["cut"] = True
+                    entries = read_outputs(TASKS[name], output.float().cpu())
+                    for row, entry in zip(rows, entries, strict=True):
+                        answers[row] |= entry
+                progress(len(rows))
+        for row in np.flatnonzero(dataset.cut):
+            answers[row]["cut"] = True
         return answers
 
-    def _rows(self, names: list[str], texts: list[tuple[str, ...]]) -> Rows:
-        """Each column once that one of the tasks needs: sentences alone, both as one sequence."""
-        sentences = [text for column in zip(*texts) for text in column]
+    def _tokenize(self, names: list[str], texts: Texts) -> TextRows:
+        """Make each column that one of the tasks needs once: sentences one by one, then both as one
+        sequence."""
+        sentences = [text for column in zip(*texts, strict=True) for text in column]
         pieces, lengths = tokenize_cached(
             sentences, self.tokenizer, self.max_length, None, "", self.tagger
         )
         offsets, n_rows = np.concatenate([[0], np.cumsum(lengths)]), len(texts)
         starts = range(0, len(sentences), n_rows)
         columns = [TokenColumn(pieces, offsets[start : start + n_rows + 1]) for start in starts]
-        cut = self._too_long(sentences, lengths).reshape(-1, n_rows).any(axis=0)
+        cut = np.any(self._too_long(sentences, lengths).reshape(-1, n_rows), axis=0)
         encodings = {self.model.encodings[name] for name in names}
         if encodings != {"bi"}:
-            joint = TokenColumn.joint(*columns, self.max_length)
-            cut |= joint.lengths < sum(column.lengths for column in columns) - 1
-            columns = [joint] if encodings == {"cross"} else [*columns, joint]
-        return Rows(TASKS[names[0]], columns, cut)
+            first, second = columns
+            joint = TokenColumn.joint(first, second, self.max_length)
+            cut |= joint.lengths < first.lengths + second.lengths - 1
+            columns = [joint] if encodings == {"cross"} else [first, second, joint]
+        return TextRows(TASKS[names[0]], columns, cut)
 
     def _too_long(self, sentences: list[str], lengths: np.ndarray) -> np.ndarray:
-        """[n_sentences] bool: whether more word pieces would be there without the limit."""
-        full = np.flatnonzero(lengths == self.max_length)
-        some = [sentences[place] for place in full]
-        _, longer = self.tokenizer.packed_ids(some, self.max_length + 1)
+        """Return which sentences would have more word pieces without the limit, [n_sentences] bool."""
         too_long = np.zeros(len(sentences), bool)
+        full = np.flatnonzero(lengths == self.max_length)
+        _, longer = self.tokenizer.packed_ids([sentences[i] for i in full], self.max_length + 1)
         too_long[full] = longer > self.max_length
         return too_long
 
     def _with_columns(self, batch: Batch, names: list[str]) -> Batch:
-        """Give all tasks their columns of those that the encoder reads for the first one."""
+        """Give each task its columns among those of the batch, which has them for one task only."""
         (slices,) = batch.columns.values()
-        of_encoding = {"bi": slices[:2], "cross": slices[-1:], "both": slices}
-        columns = {name: of_encoding[self.model.encodings[name]] for name in names}
+        by_encoding = {"bi": slices[:2], "cross": slices[-1:], "both": slices}
+        columns = {name: by_encoding[self.model.encodings[name]] for name in names}
         return dataclasses.replace(batch, columns=columns)
 
 
-def as_answers(task: Task, outputs: Tensor) -> list[dict]:
-    """The head's outputs [B, classes] or [B] as what stands in an answer, [B]."""
+def read_outputs(task: Task, outputs: Tensor) -> list[Answer]:
+    """Read a head's outputs [B, classes] or [B] as entries of B answers."""
     if not task.classes:
         values = task.decode(outputs).tolist()
         return [{task.title: round(value, DIGITS)} for value in values]
-    probabilities = outputs.softmax(dim=-1)
-    rounded = [[round(p, DIGITS) for p in row] for row in probabilities.tolist()]
+    probabilities = outputs.softmax(dim=-1).tolist()
+    rounded = [[round(share, DIGITS) for share in row] for row in probabilities]
     if len(task.classes) == 2:
-        return [{task.title: row[1]} for row in rounded]
-    key = f"{task.title}_probabilities"
-    labels = task.decode(outputs).tolist()
-    return [{task.title: label, key: row} for label, row in zip(labels, rounded)]
+        return [{task.title: yes} for _, yes in rounded]
+    key, labels = f"{task.title}_probabilities", task.decode(outputs).tolist()
+    return [{task.title: label, key: row} for label, row in zip(labels, rounded, strict=True)]
 
 
 class Remarks:
-    """What there is to say about the input: one line for each kind, when all is read."""
+    """Warnings about the input: one line for each kind, when everything has been read."""
 
-    def __init__(self):
-        self.places = {}  # kind -> [the first place, how many]
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first_places: dict[str, str] = {}
 
     def add(self, kind: str, place: str) -> None:
-        self.places.setdefault(kind, [place, 0])[1] += 1
+        self.counts[kind] += 1
+        self.first_places.setdefault(kind, place)
 
-    def tell(self) -> None:
-        for kind, (place, count) in self.places.items():
-            warnings.warn(f"{count} {'line' if count == 1 else 'lines'} {kind} (first: {place})")
+    def show(self) -> None:
+        for kind, count in self.counts.items():
+            lines = "line" if count == 1 else "lines"
+            warnings.warn(f"{count} {lines} {kind} (first: {self.first_places[kind]})")
 
 
-def answer(
+def answer_queries(
     predictor: Predictor,
     queries: list[Query],
     remarks: Remarks,
-    progress: Callable = lambda n: None,
-) -> list[dict]:
-    """An answer to each query, {"error": reason} where there is none."""
+    progress: Progress = lambda n: None,
+) -> list[Answer]:
+    """Answer each query, with {"error": reason} where that is not possible."""
     problems = [query.problem or predictor.refusal(query.sentences) for query in queries]
-    good = [query.sentences for query, problem in zip(queries, problems) if not problem]
+    good = [query for query, problem in zip(queries, problems, strict=True) if not problem]
     progress(len(queries) - len(good))
-    found = iter(predictor.answers(good, progress))
+    found = iter(predictor.answers([query.sentences for query in good], progress))
     answers = [{"error": problem} if problem else next(found) for problem in problems]
-    for query, each in zip(queries, answers):
-        if "error" in each:
-            remarks.add(f"not answered: {each['error']}", query.place)
+    for query, answer in zip(queries, answers, strict=True):
+        if "error" in answer:
+            remarks.add(f"not answered: {answer['error']}", query.place)
         elif not all(sentence.strip() for sentence in query.sentences):
             remarks.add("answered although a sentence is empty", query.place)
-        if "cut" in each:
+        if "cut" in answer:
             remarks.add(f"cut after {predictor.max_length} word pieces", query.place)
     return answers
 
 
 # ---------------------------------------------------------------------------------------- writing
 
+Render = Callable[[Query, Answer], str]  # a line of the output
 
-def as_text(answer: dict) -> str:
-    """For people: `sentiment 3 somewhat positive  0.01 ...`, `paraphrase 0.97  similarity 4.42`."""
+
+def to_text(answer: Answer) -> str:
+    """Write an answer for people: `sentiment 3 somewhat positive  0.01 ...`, or
+    `paraphrase 0.97  similarity 4.42`."""
     if "error" in answer:
         return f"({answer['error']})"
-    parts = []
+    entries = []
     for task in TASKS.values():
         value = answer.get(task.title)
         if isinstance(value, int):
-            name = task.classes[value]
-            shares = " ".join(f"{p:.2f}" for p in answer[f"{task.title}_probabilities"])
-            parts.append(f"{task.title} {value} {name:<17}  {shares}")
+            # Names of one width, so that the numbers are below each other.
+            name = task.classes[value].ljust(max(map(len, task.classes)))
+            shares = " ".join(f"{share:.2f}" for share in answer[f"{task.title}_probabilities"])
+            entries.append(f"{task.title} {value} {name}  {shares}")
         elif value is not None:
-            parts.append(f"{task.title} {value:.2f}")
-    return "  ".join(parts + ["(cut)"] * ("cut" in answer))
+            entries.append(f"{task.title} {value:.2f}")
+    if "cut" in answer:
+        entries.append("(cut)")
+    return "  ".join(entries)
 
 
-def text_line(query: Query, answer: dict) -> str:
-    sentences = [" ".join(sentence.split()) for sentence in query.sentences]  # a cell has line ends
-    return f"{as_text(answer):<{ANSWER_WIDTH}} {' | '.join(sentences)}".rstrip()
+def to_text_line(query: Query, answer: Answer) -> str:
+    # A cell of a CSV may have line ends.
+    sentences = [" ".join(sentence.split()) for sentence in query.sentences]
+    return f"{to_text(answer):<{ANSWER_WIDTH}} {' | '.join(sentences)}".rstrip()
 
 
-def json_line(query: Query, answer: dict) -> str:
+def to_json_line(query: Query, answer: Answer) -> str:
     return json.dumps(query.key | answer)
 
 
 @contextlib.contextmanager
-def standard_output():
-    """A reader that has gone, as `head` does, ends the block quietly; a full disk is a UserError."""
-    sys.stdout.reconfigure(errors="backslashreplace")
+def standard_output() -> Iterator[TextIO]:
+    """Yield standard output. If its reader has gone, as `head` does, the block ends quietly. Raises
+    UserError for a full disk."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield sys.stdout
         sys.stdout.flush()
@@ -393,29 +407,31 @@ def standard_output():
 
 
 @contextlib.contextmanager
-def output_file(path: str):
+def output_file(path: str) -> Iterator[TextIO]:
+    """Yield a file that takes its name when all of it has been written."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yield file
 
 
-def answer_all(
-    predictor: Predictor, chunks: Iterator[list[Query]], render: Callable, output: str | None
+def write_answers(
+    predictor: Predictor, chunks: Iterator[list[Query]], render: Render, output: str | None
 ) -> None:
     """Write a line for each query, chunk by chunk."""
     remarks = Remarks()
-    hidden = output is None and sys.stdout.isatty()  # answers show how far it is
+    # At a terminal, the answers themselves show the progress.
+    hidden = output is None and sys.stdout.isatty()
     bar = tqdm(desc="answering", unit=" lines", delay=1, disable=hidden)
     try:
         with bar, output_file(output) if output else standard_output() as file:
             for queries in chunks:
-                answers = answer(predictor, queries, remarks, bar.update)
-                file.writelines(f"{render(*each)}\n" for each in zip(queries, answers))
+                answers = answer_queries(predictor, queries, remarks, bar.update)
+                file.writelines(f"{render(*row)}\n" for row in zip(queries, answers, strict=True))
                 file.flush()
     finally:
-        remarks.tell()
+        remarks.show()
 
 
-def converse(predictor: Predictor, render: Callable) -> None:
+def converse(predictor: Predictor, render: Render) -> None:
     """Answer what is typed, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline
@@ -428,31 +444,30 @@ def converse(predictor: Predictor, render: Callable) -> None:
         for number in itertools.count(1):
             line = input("> ").encode(errors="surrogateescape")
             if line.strip():
-                query = query_of_line(number, line)
-                (each,) = answer(predictor, [query], Remarks())
-                print(render(query, each))
+                query = parse_line(number, line)
+                (answer,) = answer_queries(predictor, [query], Remarks())
+                print(render(query, answer))
     print()
 
 
 def predict(args: argparse.Namespace) -> None:
+    """Answer the input that the flags name."""
     from_stdin = args.input in (None, "-")
+    name = "standard input" if from_stdin else args.input
     try:
-        file = sys.stdin.buffer if from_stdin else open(args.input, "rb", buffering=0)
+        file = open(0 if from_stdin else name, "rb", buffering=0, closefd=not from_stdin)
     except OSError as error:
-        raise UserError(f"{args.input}: cannot be read: {error.strerror}") from error
-    if args.output:
-        check_writable(args.output)
-    predictor = Predictor(args.checkpoint, args)
-    if from_stdin and not args.output and sys.stdin.isatty() and sys.stdout.isatty():
-        return converse(predictor, json_line if args.json else lambda _, each: as_text(each))
-    with contextlib.nullcontext() if from_stdin else file:
-        is_csv = not from_stdin and args.input.endswith(".csv")
-        name = "standard input" if from_stdin else args.input
-        chunks = queries_of_csv(name) if is_csv else queries_of_lines(file.fileno(), name)
-        answer_all(predictor, chunks, json_line if args.json else text_line, args.output)
-
-
-# ----------------------------------------------------------------------------------------- export
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+    with file:
+        if args.output:
+            check_writable(args.output)
+        predictor = Predictor(args.checkpoint, args)
+        if from_stdin and not args.output and file.isatty() and sys.stdout.isatty():
+            converse(predictor, to_json_line if args.json else lambda _, answer: to_text(answer))
+            return
+        is_csv = not from_stdin and name.endswith(".csv")
+        chunks = read_csv_queries(name) if is_csv else read_queries(file.fileno(), name)
+        write_answers(predictor, chunks, to_json_line if args.json else to_text_line, args.output)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -460,8 +475,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="What a trained model says of new sentences: of one on a line, its sentiment; of "
-        "two with a tab between them, whether they mean the same and how similar they are (0 to 5)."
+        description="Answer new sentences with a trained model. A line holds one sentence (sentiment) "
+        "or two separated by a tab (whether they mean the same, and how similar they are, 0 to 5)."
     )
     flag = parser.add_argument
     flag(
@@ -507,7 +522,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
 
-    def work():
+    def work() -> None:
         if args.export:
             export(args.checkpoint, args.export)
         else:
@@ -517,6 +532,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() answers it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() handles it
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -1,34 +1,40 @@
-"""Where the time of a training step goes: some steps recorded with torch.profiler."""
+"""Where the time of a training step goes: a few steps, recorded with torch.profiler."""
 
 import json
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 
 from utils import one_line
 
-SKIPPED, WARM_UP, RECORDED = 2, 1, 5  # steps; the first ones are slower than all others
+# Numbers of steps. The first ones are slower than all others.
+SKIPPED, WARM_UP, RECORDED = 2, 1, 5
 TOP_OPERATORS = 15
-# What a trace's events are, by its categories. Where several go on at once, the first one counts.
+# Kinds of work, and the categories of a trace's events that belong to them. Where several run at the
+# same time, the first one counts.
 KINDS = {
     "kernel": {"kernel"},
     "memory copy": {"gpu_memcpy"},
     "memory set": {"gpu_memset"},
     "CPU execution": {"cpu_op", "cuda_runtime", "cuda_driver"},
 }
+Span = tuple[float, float]  # start and end, in microseconds
 
 
 class StepProfiler:
-    """Records a few steps, once. `step` is to be called after each one.
+    """Records a few steps, once. Call `step` after each step, and `close` at the end of an epoch.
 
     Args:
-        directory: gets the trace, RUN.pt.trace.json, for Perfetto and TensorBoard.
-        device: of the model.
-        show: is given the breakdown, a Markdown text.
+        directory: folder for the trace, RUN.pt.trace.json, which Perfetto and TensorBoard can show.
+        device: device of the model.
+        show: function that shows the breakdown, a Markdown text.
     """
 
-    def __init__(self, directory: Path, device: torch.device, show):
+    def __init__(self, directory: Path, device: torch.device, show: Callable[[str], None]):
         self.directory, self.device, self.show = directory, device, show
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -45,6 +51,7 @@ class StepProfiler:
         self.profile.start()
 
     def step(self) -> None:
+        """Count a step. After the last one that is recorded, show the breakdown."""
         if self.steps_left:
             self.steps_left -= 1
             self.profile.step()
@@ -52,13 +59,12 @@ class StepProfiler:
                 self.profile.stop()
 
     def close(self) -> None:
-        """At the end of an epoch, which may have had fewer steps: what there is is shown."""
+        """Show the breakdown of the steps so far, if the epoch had fewer than are recorded."""
         if self.steps_left:
             self.profile.stop()
             if self.steps_left >= RECORDED:
-                self.show(
-                    f"--profiler: an epoch of {SKIPPED + WARM_UP} steps or fewer is too short"
-                )
+                limit = SKIPPED + WARM_UP
+                self.show(f"--profiler: an epoch of {limit} steps or fewer is too short")
             self.steps_left = 0
 
     def _report(self, profile: torch.profiler.profile) -> None:
@@ -71,23 +77,35 @@ class StepProfiler:
         except (OSError, ValueError, RuntimeError) as error:  # a full disk
             self.show(f"--profiler: {path} cannot be written ({one_line(error)})")
             return
-        steps = steps_of(events)[: RECORDED - self.steps_left]  # one more may have begun
+        # One more step may have begun.
+        steps = recorded_steps(events)[: RECORDED - self.steps_left]
         times = breakdown(events, steps)
-        table = breakdown_table(times)
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            table = breakdown_table(times)
+        else:
             table = operator_table(profile.key_averages(), steps)
         average = f"{len(steps)} steps recorded, {times['step']:,.0f} microseconds each"
         self.show(f"{average}\n\n{table}\n\nTrace: {path}")
 
 
-def breakdown(events: list[dict], steps: list[tuple[float, float]]) -> dict[str, float]:
-    """Microseconds of an average one of the steps by kind, from the events of a trace
-    (`traceEvents`): "step" is all of it, "other" what no kind covers."""
-    start, end = min(a for a, _ in steps), max(b for _, b in steps)
-    covered, before, times = [], 0.0, {"step": (end - start) / len(steps)}
+def recorded_steps(events: list[dict[str, Any]]) -> list[Span]:
+    """Return the spans of the recorded steps, in order."""
+    return sorted(
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")
+    )
+
+
+def breakdown(events: list[dict[str, Any]], steps: list[Span]) -> dict[str, float]:
+    """Return the microseconds of an average step by kind of work: "step" is the whole step, "other" the
+    time that no kind covers. `events` are the `traceEvents` of a trace."""
+    first, last = min(start for start, _ in steps), max(end for _, end in steps)
+    covered: list[Span] = []
+    before, times = 0.0, {"step": (last - first) / len(steps)}
     for kind, categories in KINDS.items():
         covered += [
-            (max(event["ts"], start), min(event["ts"] + event["dur"], end))
+            (max(event["ts"], first), min(event["ts"] + event["dur"], last))
             for event in events
             if event.get("cat") in categories and "dur" in event
         ]
@@ -97,27 +115,17 @@ def breakdown(events: list[dict], steps: list[tuple[float, float]]) -> dict[str,
     return times | {"other": times["step"] - before / len(steps)}
 
 
-def steps_of(events: list[dict]) -> list[tuple[float, float]]:
-    """(start, end) of the recorded steps in order, in microseconds."""
-    return sorted(
-        (event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")
-    )
-
-
-def length_of_union(intervals: list[tuple[float, float]]) -> float:
-    """How much of the axis is in at least one interval; those that end before they start are none."""
-    intervals = np.array([each for each in sorted(intervals) if each[0] < each[1]]).reshape(-1, 2)
-    if not len(intervals):
-        return 0.0
-    starts, ends = intervals.T
-    reached = np.maximum.accumulate(ends)  # by this interval and all that start before it
-    since = np.maximum(starts[1:], reached[:-1])
-    return float(ends[0] - starts[0] + np.maximum(ends[1:] - since, 0).sum())
+def length_of_union(spans: Iterable[Span]) -> float:
+    """Return how long at least one of the spans lasts. A span that ends before it starts is empty."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def breakdown_table(times: dict[str, float]) -> str:
+    """Return the breakdown as a Markdown table."""
     rows = [
         f"| {kind} | {time:,.0f} | {100 * time / times['step']:.1f} |"
         for kind, time in times.items()
@@ -125,16 +133,17 @@ def breakdown_table(times: dict[str, float]) -> str:
     return "\n".join(["| average step | microseconds | per cent |", "| --- | --- | --- |", *rows])
 
 
-def operator_table(averages, steps: list[tuple[float, float]]) -> str:
-    """The operators that take most of the time of the CPU, without what they call."""
-    averages = [each for each in averages if not each.key.startswith("ProfilerStep")]
-    averages.sort(key=lambda each: -each.self_cpu_time_total)
-    whole = sum(b - a for a, b in steps)
+def operator_table(averages: Iterable[FunctionEventAvg], steps: list[Span]) -> str:
+    """Return a Markdown table of the operators that take most of the CPU's time, without the time of
+    the operators that they call."""
+    operators = [one for one in averages if not str(one.key).startswith("ProfilerStep")]
+    operators.sort(key=lambda operator: -operator.self_cpu_time_total)
+    whole = sum(end - start for start, end in steps)
     rows = [
-        f"| {each.key} | {each.count / len(steps):.0f} | "
-        f"{each.self_cpu_time_total / len(steps):,.0f} | "
-        f"{100 * each.self_cpu_time_total / whole:.1f} |"
-        for each in averages[:TOP_OPERATORS]
+        f"| {operator.key} | {operator.count / len(steps):.0f} | "
+        f"{operator.self_cpu_time_total / len(steps):,.0f} | "
+        f"{100 * operator.self_cpu_time_total / whole:.1f} |"
+        for operator in operators[:TOP_OPERATORS]
     ]
     heads = ["| operator | calls a step | microseconds a step | per cent |", "| --- " * 4 + "|"]
     return "\n".join(heads + rows)

@@ -2,7 +2,7 @@
 
     python report.py --checkpoint models/RUN.pt --data_dir data --output DIR
 
-writes DIR/report.html, which needs nothing else, neither other files nor a network.
+The page is DIR/report.html. It needs no other files and no network.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import evaluation
 from batches import Batch, collate
 from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
-from multitask_classifier import MultitaskBERT, load_trained
+from multitask_classifier import MultitaskBERT, Trained, load_trained
 from options import parse_options
 from tasks import TASKS, Task
 from tokenizer import BertTokenizer
@@ -44,7 +44,8 @@ TEMPLATE = "report.html.j2"
 SETTINGS = ("bert_model", "option", "optimizer", "epochs", "para_encoding", "sts_encoding", "moe")
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 LENGTH_BINS = 5
-N_MISTAKES, N_EXAMPLES = 15, 5  # that are shown of each task
+# Rows that are shown for each task.
+N_MISTAKES, N_EXAMPLES = 15, 5
 RESAMPLED_ROWS = 2**20  # drawn at a time
 
 # ------------------------------------------------------------------------------------------ scores
@@ -55,14 +56,14 @@ class Result:
     """A model's answers on the labelled rows of one dataset."""
 
     evaluation: Evaluation  # on all rows
-    rows: np.ndarray  # [n] the labelled rows' numbers in the dataset
+    rows: np.ndarray  # [n] numbers of the labelled rows in the dataset
     labels: np.ndarray  # [n]
     predictions: np.ndarray  # [n], on the label's scale
     probabilities: np.ndarray | None  # [n, classes]; None for similarities
 
     @classmethod
-    def of(cls, dataset: TaskDataset, outputs: torch.Tensor) -> "Result":
-        """From what `evaluation.outputs` returns; UserError if a value is infinite or undefined."""
+    def of(cls, dataset: TaskDataset, outputs: Tensor) -> "Result":
+        """Read the model's outputs [n_rows, ...]. Raises UserError if one is not a finite number."""
         if not outputs.isfinite().all():
             raise UserError(f"{dataset.path}: the model's answers are not finite numbers")
         task, rows = dataset.task, np.flatnonzero(~np.isnan(dataset.labels))
@@ -82,13 +83,13 @@ class Result:
 
     @property
     def certainty(self) -> np.ndarray:
-        """[n] The probability of the predicted class; the distance of a similarity from its label."""
+        """[n] The probability of the predicted class, or the distance of a similarity from its label."""
         if self.probabilities is None:
             return np.abs(self.predictions - self.labels)
         return self.probabilities.max(axis=1)
 
 
-# A metric of many resamples at once: labels and predictions [..., n_rows] to [...].
+# The metrics of many resamples at once: labels and predictions [..., n_rows] to [...].
 
 
 def accuracies(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
@@ -96,13 +97,12 @@ def accuracies(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 
 def macro_f1s(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    f1 = n_classes = 0.0
-    for each in range(int(max(labels.max(), predictions.max())) + 1):
-        true, predicted = labels == each, predictions == each
-        size = true.sum(axis=-1) + predicted.sum(axis=-1)
-        f1 = f1 + 2 * (true & predicted).sum(axis=-1) / np.maximum(size, 1)
-        n_classes = n_classes + (size > 0)  # a resample may lack a class
-    return f1 / n_classes
+    classes = np.arange(max(labels.max(), predictions.max()) + 1)[:, None]
+    true, predicted = labels[..., None, :] == classes, predictions[..., None, :] == classes
+    size = true.sum(axis=-1) + predicted.sum(axis=-1)  # [..., classes]
+    f1 = 2 * (true & predicted).sum(axis=-1) / np.maximum(size, 1)
+    # A resample may lack a class.
+    return f1.sum(axis=-1) / (size > 0).sum(axis=-1)
 
 
 def pearsons(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
@@ -119,21 +119,20 @@ RESAMPLED = {"accuracy": accuracies, "macro_f1": macro_f1s, "pearson": pearsons}
 def resample(
     task: Task, labels: np.ndarray, predictions: np.ndarray, n_resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Each metric of the task [n_resamples] on as many resamples of the rows (labels and predictions
-    [n_rows]), drawn with replacement."""
+    """Draw resamples of the rows with replacement. Return the metrics of the task on each of them:
+    labels and predictions [n_rows] to name -> [n_resamples]."""
     generator = np.random.default_rng([seed, list(TASKS).index(task.name)])
     at_a_time = max(1, RESAMPLED_ROWS // len(labels))
-    parts = []
+    metrics = []
     for start in range(0, n_resamples, at_a_time):
         size = min(at_a_time, n_resamples - start), len(labels)
         rows = generator.integers(len(labels), size=size)
-        drawn = labels[rows], predictions[rows]
-        parts.append([RESAMPLED[metric](*drawn) for metric in task.metrics])
-    return dict(zip(task.metrics, np.concatenate(parts, axis=1)))
+        metrics.append([RESAMPLED[name](labels[rows], predictions[rows]) for name in task.metrics])
+    return dict(zip(task.metrics, np.concatenate(metrics, axis=1), strict=True))
 
 
 class Score(NamedTuple):
-    """A metric, and the ends of its 95% interval."""
+    """The value of a metric, and the ends of its 95% interval."""
 
     value: float
     low: float
@@ -141,33 +140,36 @@ class Score(NamedTuple):
 
     @classmethod
     def of(cls, value: float, resampled: np.ndarray) -> "Score":
-        """With the bootstrap's percentile interval (Efron 1979)."""
+        """Take the percentile interval of the bootstrap (Efron 1979)."""
         return cls(value, *np.quantile(resampled, (0.025, 0.975)).tolist())
 
 
 class ScoreRow(NamedTuple):
     """A line of a table of metrics."""
 
-    what: str
+    title: str
     n_rows: int
-    scores: dict[str, Score]
+    scores: dict[str, Score]  # metric -> score
+
+
+def with_intervals(values: dict[str, float], resampled: dict[str, np.ndarray]) -> dict[str, Score]:
+    """Return the metrics with their intervals."""
+    return {name: Score.of(value, resampled[name]) for name, value in values.items()}
 
 
 def score_table(results: dict[str, Result], n_resamples: int, seed: int) -> list[ScoreRow]:
-    """A line for each task, and one for the mean over tasks, which selects the model."""
-    table, main = [], []
+    """Return a line for each task, and a line for the mean over tasks, which selects the model."""
+    table, first_metrics = [], []
     for result in results.values():
-        resampled = resample(result.task, result.labels, result.predictions, n_resamples, seed)
-        scores = {
-            name: Score.of(value, resampled[name])
-            for name, value in result.evaluation.scores.items()
-        }
-        table.append(ScoreRow(result.task.title, len(result.rows), scores))
-        main.append(resampled[result.task.metrics[0]])
+        task = result.task
+        resampled = resample(task, result.labels, result.predictions, n_resamples, seed)
+        scores = with_intervals(result.evaluation.scores, resampled)
+        table.append(ScoreRow(task.title, len(result.rows), scores))
+        first_metrics.append(resampled[task.metrics[0]])
     if len(table) > 1:
-        value = mean_score({name: each.evaluation.scores for name, each in results.items()})
-        mean = {"first metrics": Score.of(value, np.mean(main, axis=0))}
-        table.append(ScoreRow("mean", sum(row.n_rows for row in table), mean))
+        mean = mean_score({name: result.evaluation.scores for name, result in results.items()})
+        score = Score.of(mean, np.mean(first_metrics, axis=0))
+        table.append(ScoreRow("mean", sum(row.n_rows for row in table), {"first metrics": score}))
     return table
 
 
@@ -175,8 +177,8 @@ def score_table(results: dict[str, Result], n_resamples: int, seed: int) -> list
 
 
 class Calibration(NamedTuple):
-    """Rows in bins of equal width by confidence, the probability of the predicted class; empty bins
-    are left out."""
+    """Rows in bins of equal width by confidence, the probability of the predicted class. Empty bins are
+    left out."""
 
     n_rows: np.ndarray  # [bins]
     confidence: np.ndarray  # [bins] mean
@@ -184,12 +186,14 @@ class Calibration(NamedTuple):
 
     @classmethod
     def of(cls, result: Result) -> "Calibration":
-        right = result.labels == result.predictions
         bins = np.ceil(result.certainty * CALIBRATION_BINS).astype(int)
         n_rows = np.bincount(bins)
         filled = n_rows > 0
-        sums = [np.bincount(bins, weights)[filled] for weights in (result.certainty, right)]
-        return cls(n_rows[filled], *(each / n_rows[filled] for each in sums))
+        confidence, accuracy = (
+            np.bincount(bins, values)[filled] / n_rows[filled]
+            for values in (result.certainty, result.labels == result.predictions)
+        )
+        return cls(n_rows[filled], confidence, accuracy)
 
     @property
     def error(self) -> float:
@@ -198,28 +202,27 @@ class Calibration(NamedTuple):
         return float((self.n_rows * gaps).sum() / self.n_rows.sum())
 
 
-def lengths(dataset: TaskDataset) -> np.ndarray:
-    """[n_rows] word pieces of all sentences of a row, without special tokens."""
-    apart = [each.lengths - 2 for each in dataset.columns if each.first_lengths is None]
-    return sum(apart) if apart else dataset.columns[0].lengths - 3
+def count_word_pieces(dataset: TaskDataset) -> np.ndarray:
+    """Return the word pieces of all sentences of a row [n_rows], without special tokens."""
+    separate = [column.lengths - 2 for column in dataset.columns if column.first_lengths is None]
+    return np.sum(separate, axis=0) if separate else dataset.columns[0].lengths - 3
 
 
 def scores_by_length(result: Result, n_resamples: int, seed: int) -> list[ScoreRow]:
-    """A line for each of `LENGTH_BINS` ranges of about as many rows; fewer if many rows have the
-    same length."""
-    length = lengths(result.dataset)[result.rows]
+    """Return a line for each of `LENGTH_BINS` ranges of about as many rows. There are fewer if many rows
+    have the same length."""
+    lengths = count_word_pieces(result.dataset)[result.rows]
     shares = np.arange(1, LENGTH_BINS + 1) / LENGTH_BINS
-    ends = np.unique(np.quantile(length, shares, method="inverted_cdf"))
-    bins, table = np.searchsorted(ends, length), []
+    ends = np.unique(np.quantile(lengths, shares, method="inverted_cdf"))
+    bins, table = np.searchsorted(ends, lengths), []
     for number in range(len(ends)):
-        mine = bins == number
-        pair = result.labels[mine], result.predictions[mine]
-        resampled = resample(result.task, *pair, n_resamples, seed)
+        inside = bins == number
+        pair = result.labels[inside], result.predictions[inside]
         values = evaluation.score(result.task, *pair)
-        scores = {name: Score.of(value, resampled[name]) for name, value in values.items()}
-        low, high = length[mine].min(), length[mine].max()
-        what = f"{low}" if low == high else f"{low} to {high}"
-        table.append(ScoreRow(what, int(mine.sum()), scores))
+        scores = with_intervals(values, resample(result.task, *pair, n_resamples, seed))
+        low, high = lengths[inside].min(), lengths[inside].max()
+        title = f"{low}" if low == high else f"{low} to {high}"
+        table.append(ScoreRow(title, int(inside.sum()), scores))
     return table
 
 
@@ -232,27 +235,38 @@ class ShownRow(NamedTuple):
     prediction: float
     certainty: float
 
-
-def show(result: Result, place: int) -> ShownRow:
-    example = result.dataset.examples[result.rows[place]]
-    values = result.predictions[place], result.certainty[place]
-    return ShownRow(example.id, example.sentences, example.label, *map(float, values))
+    @classmethod
+    def of(cls, result: Result, index: int) -> "ShownRow":
+        """Take a labelled row, counted from 0."""
+        example = result.dataset.examples[result.rows[index]]
+        prediction, certainty = float(result.predictions[index]), float(result.certainty[index])
+        return cls(example.id, example.sentences, example.label, prediction, certainty)
 
 
 def worst_mistakes(result: Result) -> list[ShownRow]:
-    """Wrong classes, those of which the model is surest first; of similarities those farthest off."""
+    """Return rows with a wrong answer: the most certain wrong classes, or the similarities that are
+    farthest from their labels."""
     wrong = np.flatnonzero(result.predictions != result.labels)
     order = np.argsort(-result.certainty[wrong], kind="stable")[:N_MISTAKES]
-    return [show(result, place) for place in wrong[order]]
+    return [ShownRow.of(result, index) for index in wrong[order].tolist()]
 
 
 # ------------------------------------------------------------------------------ what it looks at
 
 
 class Piece(NamedTuple):
+    """A word piece, and how much it counts."""
+
     text: str
     weight: float  # in its sequence's vector
-    shade: float  # the weight as a share of the sequence's largest
+    shade: float  # weight, divided by the largest weight of the sequence
+
+
+class WeighedRow(NamedTuple):
+    """A row with the word pieces of its sequences."""
+
+    row: ShownRow
+    sequences: list[list[Piece]]
 
 
 def token_weights(model: MultitaskBERT, batch: Batch) -> list[Tensor]:
@@ -265,27 +279,28 @@ def token_weights(model: MultitaskBERT, batch: Batch) -> list[Tensor]:
 
 
 @torch.no_grad()
-def attention(
+def weigh_examples(
     model: MultitaskBERT, tokenizer: BertTokenizer, result: Result, precision: str
-) -> list[tuple[ShownRow, list[list[Piece]]]]:
-    """The first rows, each with the word pieces of its sequences and how much they count."""
-    rows, columns = result.rows[:N_EXAMPLES], result.dataset.columns
+) -> list[WeighedRow]:
+    """Return the first rows with the weights of their word pieces."""
+    name, dataset, rows = result.task.name, result.dataset, result.rows[:N_EXAMPLES]
     device = next(model.parameters()).device
-    batch = collate({result.task.name: (result.dataset, rows)}).to(device)
+    batch = collate({name: (dataset, rows)}).to(device)
     with autocast(device, precision):
-        weights = iter(token_weights(model.eval(), batch))
-    examples = [(show(result, place), []) for place in range(len(rows))]
-    for column in columns:
-        for row, (_, sequences) in zip(rows, examples):
+        weights = token_weights(model.eval(), batch)
+    examples = [WeighedRow(ShownRow.of(result, index), []) for index in range(len(rows))]
+    for column, places in zip(dataset.columns, batch.columns[name], strict=True):
+        for example, row, tensor in zip(examples, rows, weights[places], strict=True):
             pieces = tokenizer.pieces_of(column.row(row)[0])
-            shares = next(weights).float().cpu().numpy()
-            sequences.append(list(map(Piece, pieces, shares, shares / shares.max())))
+            values = tensor.float().cpu().numpy()
+            shades = values / values.max()
+            example.sequences.append(list(map(Piece, pieces, values, shades)))
     return examples
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
-INK = "#010203"  # where the SVG has it, the reader's own colour of text is meant
+INK = "#010203"  # in the SVG, it stands for the reader's own colour of text
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 OWN_COLOURS = (
     "<style>:root{color:#1c1c1c}@media(prefers-color-scheme:dark){:root{color:#e4e4e4}}</style>"
@@ -293,27 +308,27 @@ OWN_COLOURS = (
 DOTS = "tab:blue"
 
 
-def picture(draw: Callable, *arguments) -> str:
-    """The figure that `draw` returns, as the data URI of an SVG that suits light and dark pages."""
+def embed_figure(draw: Callable[..., Any], *arguments) -> str:
+    """Return the figure that `draw` makes as the data URI of an SVG that suits light and dark pages."""
     import matplotlib
 
-    style = dict.fromkeys(INKED, INK) | {"svg.fonttype": "none", "svg.hashsalt": TEMPLATE}
+    style: dict[Any, Any] = dict.fromkeys(INKED, INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": TEMPLATE}
     buffer = io.StringIO()
     with matplotlib.rc_context(style):
         draw(*arguments).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = (
-        buffer.getvalue().replace(INK, "currentColor").replace("<defs>", f"{OWN_COLOURS}<defs>", 1)
-    )
+    svg = buffer.getvalue().replace(INK, "currentColor")
+    svg = svg.replace("<defs>", f"{OWN_COLOURS}<defs>", 1)
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def reliability_figure(calibration: Calibration):
-    """Accuracy against confidence, and below it how many rows have that confidence."""
+    """Draw accuracy against confidence, and below it how many rows have that confidence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    above.plot((0, 1), (0, 1), "--", color=INK, linewidth=1, label="as sure as right")
+    above.plot((0, 1), (0, 1), "--", color=INK, linewidth=1, label="perfect calibration")
     above.plot(calibration.confidence, calibration.accuracy, "o-", color=DOTS, label="this model")
     above.set(ylabel="accuracy", ylim=(-0.03, 1.03))
     above.legend(frameon=False)
@@ -323,7 +338,7 @@ def reliability_figure(calibration: Calibration):
 
 
 def similarity_figure(result: Result):
-    """Predicted against true similarities."""
+    """Draw predicted against true similarities."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4.5), layout="constrained", dpi=150)
@@ -340,55 +355,45 @@ def similarity_figure(result: Result):
 # -------------------------------------------------------------------------------------------- page
 
 
-def section(result: Result, attended: list, n_resamples: int, seed: int) -> dict:
-    """What the template shows of one task."""
-    task = result.task
+def describe_task(
+    result: Result, examples: list[WeighedRow], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Return what the template shows about a task."""
     content = dict(
-        task=task,
-        scale=task.scale,
+        task=result.task,
         by_length=scores_by_length(result, n_resamples, seed),
         n_wrong=int((result.labels != result.predictions).sum()),
         mistakes=worst_mistakes(result),
-        attended=attended,
+        examples=examples,
     )
-    if task.classes:
-        calibration = Calibration.of(result)
-        return content | dict(
-            counts=confusion_counts(result.evaluation).tolist(),
-            confusion=picture(confusion_figure, result.evaluation),
-            calibration=calibration,
-            bins=list(zip(*calibration)),
-            reliability=picture(reliability_figure, calibration),
-        )
-    return content | dict(scatter=picture(similarity_figure, result))
+    if not result.task.classes:
+        return content | dict(scatter=embed_figure(similarity_figure, result))
+    calibration = Calibration.of(result)
+    return content | dict(
+        counts=confusion_counts(result.evaluation).tolist(),
+        confusion=embed_figure(confusion_figure, result.evaluation),
+        calibration=calibration,
+        bins=list(zip(*calibration, strict=True)),
+        reliability=embed_figure(reliability_figure, calibration),
+    )
 
 
-def facts(options: argparse.Namespace, checkpoint: dict, results: dict[str, Result]) -> dict:
-    """What the report is about: name -> value."""
-    tags, versions = checkpoint.get("tags"), checkpoint.get("versions", {})
-    known = {"checkpoint": options.evaluate, "epoch": checkpoint["epoch"]}
-    known |= {key: checkpoint["options"].get(key) for key in SETTINGS}
-    known |= {"tags": tags and f"{tags['name']} {tags['version']}"}
-    known |= {f"{each.task.title}, dev": each.dataset.path for each in results.values()}
-    known |= {"commit": versions.get("commit")}
-    return {key: value for key, value in known.items() if value is not None}
+def describe_model(trained: Trained, results: dict[str, Result]) -> dict[str, Any]:
+    """Return what the top of the page says about the model: name -> value."""
+    content, tags = trained.content, trained.content.get("tags")
+    known = {
+        "checkpoint": trained.options.evaluate,
+        "epoch": content["epoch"],
+        **{name: content["options"].get(name) for name in SETTINGS},
+        "tags": f"{tags['name']} {tags['version']}" if tags else None,
+        **{f"{result.task.title}, dev": result.dataset.path for result in results.values()},
+        "commit": content.get("versions", {}).get("commit"),
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> None:
-    """The page about the checkpoint `options.evaluate`, with intervals from `n_resamples` resamples."""
-    device = pick_device(options.use_gpu)
-    check_writable(path)
-    model, tokenizer, tagger, checkpoint, options = load_trained(options)
-    model.to(device)
-    length = options.max_length
-    data = load_data(options, tokenizer, length, ("dev",), tagger, model.encodings)["dev"]
-    results, sections = {}, []
-    for name, dataset in data.items():
-        outputs = evaluation.outputs(model, dataset, options.batch_size, options.precision)
-        results[name] = Result.of(dataset, outputs)
-    for result in results.values():
-        attended = attention(model, tokenizer, result, options.precision)
-        sections.append(section(result, attended, n_resamples, options.seed))
+def render(**values: Any) -> str:
+    """Fill in the template."""
     environment = Environment(
         loader=FileSystemLoader(ROOT),
         autoescape=True,
@@ -396,9 +401,27 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATE).render(values)
+
+
+def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> None:
+    """Write the page about the checkpoint `options.evaluate`."""
+    device = pick_device(options.use_gpu)
+    check_writable(path)
+    trained = load_trained(options)
+    model, tokenizer, tagger, _, options = trained
+    model.to(device)
+    splits, length = ("dev",), options.max_length
+    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)["dev"]
+    results, sections = {}, []
+    for name, dataset in data.items():
+        outputs = evaluation.outputs(model, dataset, options.batch_size, options.precision)
+        results[name] = result = Result.of(dataset, outputs)
+        examples = weigh_examples(model, tokenizer, result, options.precision)
+        sections.append(describe_task(result, examples, n_resamples, options.seed))
+    text = render(
         title=Path(options.evaluate).stem,
-        facts=facts(options, checkpoint, results),
+        facts=describe_model(trained, results),
         scores=score_table(results, n_resamples, options.seed),
         sections=sections,
         n_resamples=n_resamples,
@@ -413,7 +436,7 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The options of the report, and those of an evaluation."""
+    """Return the options of the report and those of the evaluation."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
@@ -423,25 +446,19 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
     flag = parser.add_argument
     flag("--checkpoint", required=True, metavar="CHECKPOINT", help="a models/RUN.pt")
     flag("--output", required=True, metavar="DIR", help="folder for report.html")
-    flag(
-        "--resamples",
-        type=positive_int,
-        default=1000,
-        metavar="N",
-        help="of the rows, from which the intervals come; default: 1000",
-    )
+    resamples = "resamples of the rows for the intervals; default: 1000"
+    flag("--resamples", type=positive_int, default=1000, metavar="N", help=resamples)
     own, others = parser.parse_known_args(argv)
     return own, parse_options([*others, "--evaluate", own.checkpoint])
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> None:
     own, options = parse(argv)
-    path = Path(own.output) / "report.html"
-    return exit_status(
-        lambda: write_report(path, own.resamples, options),
-        "lower --batch_size",
-        "nothing was written",
-    )
+    write_report(Path(own.output) / "report.html", own.resamples, options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: run(argv), "lower --batch_size", "nothing was written")
 
 
 if __name__ == "__main__":

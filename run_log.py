@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard, and the lines at its start."""
+"""TensorBoard, and the lines that a run prints at its start."""
 
 import argparse
 import contextlib
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from batches import collate
+from bert import EncoderWithHeads
 from datasets import TaskDataset, overlap
 from evaluation import Evaluation, confusion_figure
 from optimizer import Sophia
@@ -132,7 +133,7 @@ class RunLog:
 
     def best(
         self,
-        model: nn.Module,
+        model: EncoderWithHeads,
         dev: Mapping[str, TaskDataset],
         options: argparse.Namespace,
         scores: Mapping[str, Mapping[str, float]],
@@ -166,7 +167,7 @@ class RunLog:
 
     @torch.no_grad()
     def sentences(
-        self, model: nn.Module, dataset: TaskDataset, batch_size: int, precision: str
+        self, model: EncoderWithHeads, dataset: TaskDataset, batch_size: int, precision: str
     ) -> None:
         """Log the vectors of a dataset's first sentences, with labels, for TensorBoard's projector."""
         rows = np.arange(min(len(dataset), PROJECTED_ROWS))
@@ -221,8 +222,10 @@ def describe_run(
     threads = torch.get_num_threads()
     print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
     values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
-    whole = dict(break_on_hyphens=False, break_long_words=False)
-    print(textwrap.fill(f"options: {values}", 100, subsequent_indent="    ", **whole))
+    wrapper = textwrap.TextWrapper(
+        100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+    )
+    print(wrapper.fill(f"options: {values}"))
     for name, train in data["train"].items():
         orders = " in both orders" if train.both_orders else ""
         n_rows = len(train) // 2 if train.both_orders else len(train)

@@ -5,7 +5,8 @@ Another task is one more row of TASKS; its head follows from the row.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class Task:
 
     @property
     def scale(self) -> str:
-        """What the labels mean, in words."""
+        """The meaning of the labels, in words."""
         if self.classes:
             return ", ".join(f"{label}: {name}" for label, name in enumerate(self.classes))
         (low, high), (lowest, highest) = self.range, self.range_names
@@ -197,7 +198,7 @@ def disagreement(task: Task, one: Tensor, other: Tensor) -> Tensor:
         return F.mse_loss(one, other)
     logs = one.log_softmax(dim=1), other.log_softmax(dim=1)
     both = [F.kl_div(*pair, reduction="batchmean", log_target=True) for pair in (logs, logs[::-1])]
-    return sum(both) / 2
+    return mean(both)
 
 
 def task_loss(
@@ -206,11 +207,11 @@ def task_loss(
     """Return the mean loss of all heads and passes. With `--rdrop`, half of its weight times the
     disagreement of the two passes is added (Liang et al. 2021, "R-Drop", arXiv 2106.14448,
     equation 4 divided by 2)."""
-    loss = sum(head_loss(task, output, labels, options) for output in outputs) / len(outputs)
+    loss = mean([head_loss(task, output, labels, options) for output in outputs])
     if weight := options.rdrop[task.name]:
         n_heads = len(outputs) // 2
         passes = zip(outputs[:n_heads], outputs[n_heads:], strict=True)
-        loss = loss + weight / 2 * sum(disagreement(task, *pair) for pair in passes) / n_heads
+        loss = loss + weight / 2 * mean([disagreement(task, *pair) for pair in passes])
     return loss
 
 
@@ -220,7 +221,12 @@ def combine(task: Task, outputs: list[Tensor]) -> Tensor:
         return outputs[0]
     if task.classes:
         outputs = [output.float().log_softmax(dim=-1) for output in outputs]
-    return sum(outputs) / len(outputs)
+    return mean(outputs)
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Average tensors of the same shape."""
+    return functools.reduce(torch.add, tensors) / len(tensors)
 
 
 def sequences_per_row(name: str, encodings: Mapping[str, str], rdrop: Mapping[str, float]) -> int:

@@ -1,7 +1,10 @@
 """BertTokenizer: text to word-piece ids, on the `tokenizers` library."""
 
 import json
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -12,41 +15,45 @@ from utils import UserError, atomic_write, find_pretrained, one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEFAULT_MAX_LENGTH = 512
-CHUNK = 8192  # sentences tokenized per call: enough for all cores, few enough for a progress bar
+# Texts that are tokenized per call: enough for all cores, few enough for a progress bar.
+CHUNK = 8192
 
 
 class BertTokenizer:
     """Splits text into BERT's word pieces: `[CLS]`, the pieces, `[SEP]`.
 
     Args:
-        backend: a `tokenizers.Tokenizer` with a word-piece model. Padding and truncation that its
-            file has baked in are switched off; the call decides.
-        max_length: where `truncation=True` cuts, special tokens included.
+        backend: a `tokenizers.Tokenizer` with a word-piece model. Its own padding and truncation are
+            switched off; the arguments of a call decide.
+        max_length: length at which `truncation=True` cuts, special tokens included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int = DEFAULT_MAX_LENGTH):
-        missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
+        vocabulary = backend.get_vocab()
+        missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise UserError(f"this vocabulary has no {', '.join(missing)}; not one of a BERT")
         self.backend = backend
         self.max_length = max_length
-        self.vocab_size = max(backend.get_vocab().values()) + 1  # there may be gaps in the ids
+        self.special_ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self._set_limits(None, padding=False)
-        ends = [backend.token_to_id(token) for token in ("[CLS]", "[SEP]")]
-        if backend.encode("").ids != ends:
+        if backend.encode("").ids != [self.special_ids[token] for token in ("[CLS]", "[SEP]")]:
             raise UserError("this vocabulary does not put [CLS] and [SEP] around a text")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, local_files_only: bool = False) -> "BertTokenizer":
-        """Read `tokenizer.json`, else `vocab.txt`, each with `tokenizer_config.json` where there
-        is one. Names as for `BertModel.from_pretrained`. UserError says what is missing."""
+    def from_pretrained(cls, name_or_path: str | Path, local_files_only: bool = False) -> Self:
+        """Read `tokenizer.json`, or else `vocab.txt`, and `tokenizer_config.json` if there is one.
+        The arguments are those of `BertModel.from_pretrained`. Raises UserError if files are missing
+        or damaged."""
 
-        def find(filename):
+        def find(filename: str) -> Path | None:
             return find_pretrained(name_or_path, filename, local_files_only)
 
         settings = _read_settings(find("tokenizer_config.json"))
         max_length = settings.get("model_max_length", DEFAULT_MAX_LENGTH)
-        if not isinstance(max_length, int) or max_length > 1_000_000:  # "no limit" is written 1e30
+        # "No limit" is written as 1e30.
+        if not isinstance(max_length, int) or max_length > 1_000_000:
             max_length = DEFAULT_MAX_LENGTH
         path = find("tokenizer.json") or find("vocab.txt")
         if path is None:
@@ -57,16 +64,18 @@ class BertTokenizer:
             else:
                 backend = word_piece_backend(read_vocabulary(path), settings)
             return cls(backend, max_length)
-        except Exception as error:  # the library raises bare Exception for a damaged file
-            raise UserError(f"{path}: not a readable vocabulary: {one_line(error)}") from error
+        # The library raises a bare Exception for a damaged file.
+        except Exception as error:
+            reason = textwrap.shorten(one_line(error), 150, placeholder=" ...")
+            raise UserError(f"{path}: not a readable vocabulary: {reason}") from error
 
     @classmethod
-    def from_json(cls, text: str, max_length: int = DEFAULT_MAX_LENGTH) -> "BertTokenizer":
-        """The inverse of `to_json`."""
+    def from_json(cls, text: str, max_length: int = DEFAULT_MAX_LENGTH) -> Self:
+        """Make the tokenizer of which `to_json` gave the text."""
         return cls(tokenizers.Tokenizer.from_str(text), max_length)
 
     def to_json(self) -> str:
-        """The whole tokenizer as the text of a `tokenizer.json`."""
+        """Return the whole tokenizer as the text of a `tokenizer.json`."""
         self._set_limits(None, padding=False)
         return self.backend.to_str()
 
@@ -77,17 +86,17 @@ class BertTokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Tokenize a list of texts.
 
         Args:
-            padding: pad all to the longest of the list.
+            padding: pad all texts to the longest one.
             truncation: cut at `max_length`, by default the tokenizer's own.
             return_tensors: "pt" for tensors [B, S] (needs `padding` if lengths differ), None for
                 lists.
 
         Returns:
-            `input_ids`, `token_type_ids` (all 0) and `attention_mask` (1 is a real token).
+            `input_ids`, `token_type_ids` (all 0) and `attention_mask` (1 for a real token).
         """
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one text")
@@ -105,30 +114,32 @@ class BertTokenizer:
         return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
 
     def packed_ids(
-        self, texts: list[str], max_length: int, progress=lambda chunks: chunks
+        self,
+        texts: list[str],
+        max_length: int,
+        progress: Callable[[range], Iterable[int]] = lambda chunks: chunks,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, and the texts' lengths, cut at `max_length`.
+        """Tokenize texts, cut at `max_length`, into one array. It takes a quarter of the memory that
+        a list of lists takes.
 
-        `progress` wraps the iterator over chunks of texts (a tqdm bar, say).
+        `progress` wraps the iterator over chunks of texts, for example with a tqdm bar.
 
         Returns:
-            ids [n_tokens] int32 and lengths [n_texts] int64: a quarter of a list of lists' memory.
+            ids [n_tokens] int32 of all texts, one text after the other, and lengths [n_texts] int64.
         """
         self._set_limits(max_length, padding=False)
-        ids, lengths = [np.empty(0, np.int32)], []
+        ids, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         for start in progress(range(0, len(texts), CHUNK)):
             encodings = self.backend.encode_batch_fast(texts[start : start + CHUNK])
-            ids.append(np.concatenate([np.array(each.ids, np.int32) for each in encodings]))
-            lengths.extend(len(each) for each in encodings)
-        return np.concatenate(ids), np.array(lengths, np.int64)
+            ids.append(np.concatenate([np.array(text.ids, np.int32) for text in encodings]))
+            lengths.append(np.array([len(text) for text in encodings], np.int64))
+        return np.concatenate(ids), np.concatenate(lengths)
 
     def packed_starts(self, texts: list[str], max_length: int) -> np.ndarray:
-        """[n_tokens] int64, for the ids that `packed_ids` gives: where each piece's first character
-        stands in its text, -1 for special tokens."""
+        """Return, for each id that `packed_ids` gives, where the first character of its word piece is
+        in its text: [n_tokens] int64, -1 for special tokens."""
         self._set_limits(max_length, padding=False)
-        special = [
-            self.backend.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-        ]
+        special = [self.special_ids[token] for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
         starts = [np.empty(0, np.int64)]
         for start in range(0, len(texts), CHUNK):
             for encoding in self.backend.encode_batch(texts[start : start + CHUNK]):
@@ -136,11 +147,11 @@ class BertTokenizer:
                 starts.append(np.where(np.isin(encoding.ids, special), -1, first))
         return np.concatenate(starts)
 
-    def pieces_of(self, ids) -> list[str]:
-        """The word pieces that these ids mean, for people to read."""
-        return [self.backend.id_to_token(int(id)) for id in ids]
+    def pieces_of(self, ids: Iterable[int]) -> list[str]:
+        """Return the word pieces with these ids, for people to read."""
+        return [self.backend.id_to_token(int(number)) or "[UNK]" for number in ids]
 
-    def save_pretrained(self, directory: str) -> None:
+    def save_pretrained(self, directory: str | Path) -> None:
         """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json` for `transformers`."""
         normalizer = json.loads(self.to_json())["normalizer"]
         vocabulary = sorted(self.backend.get_vocab().items(), key=lambda item: item[1])
@@ -166,25 +177,26 @@ class BertTokenizer:
         else:
             self.backend.enable_truncation(max_length)
         if padding:
-            self.backend.enable_padding(pad_id=self.backend.token_to_id("[PAD]"))
+            self.backend.enable_padding(pad_id=self.special_ids["[PAD]"])
         else:
             self.backend.no_padding()
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Word pieces, one a line, to their ids."""
+    """Read a `vocab.txt`, one word piece a line: word piece -> id."""
     pieces = path.read_text(encoding="utf-8").split("\n")
     if pieces[-1] == "":
         pieces.pop()
     pieces = [piece.removesuffix("\r") for piece in pieces]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
-        raise UserError("a word piece stands in it twice")
+        raise UserError("it has a word piece twice")
     return vocabulary
 
 
 def word_piece_backend(vocabulary: dict[str, int], settings: dict) -> tokenizers.Tokenizer:
-    """BERT's tokenizer (Devlin et al. 2018) for a vocabulary; settings as in tokenizer_config."""
+    """Make BERT's tokenizer (Devlin et al. 2018) for a vocabulary. Its settings are those of a
+    `tokenizer_config.json`."""
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -194,9 +206,9 @@ def word_piece_backend(vocabulary: dict[str, int], settings: dict) -> tokenizers
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    known = [token for token in SPECIAL_TOKENS if token in vocabulary]
-    if len(known) == len(SPECIAL_TOKENS):  # else the constructor of BertTokenizer says what lacks
-        backend.add_special_tokens(known)
+    # If one is missing, the constructor of BertTokenizer says which.
+    if all(token in vocabulary for token in SPECIAL_TOKENS):
+        backend.add_special_tokens(list(SPECIAL_TOKENS))
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -205,7 +217,7 @@ def word_piece_backend(vocabulary: dict[str, int], settings: dict) -> tokenizers
     return backend
 
 
-def _read_settings(path: Path | None) -> dict:
+def _read_settings(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:

@@ -9,14 +9,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import evaluation
 from batches import Batch, EpochSampler, training_windows
+from bert import EncoderWithHeads
 from checkpoint import CHECKPOINT_FORMAT, checkpoint_content, data_digests, write_checkpoint
 from datasets import TaskDataset
 from optimizer import (
@@ -49,9 +50,9 @@ from utils import (
 
 
 class Parts(NamedTuple):
-    """What a run consists of before its first step."""
+    """The parts of a run before its first step."""
 
-    model: nn.Module
+    model: EncoderWithHeads
     tokenizer: BertTokenizer
     tagger: Tagger | None
     data: dict[str, dict[str, TaskDataset]]  # split -> task -> dataset
@@ -67,7 +68,7 @@ class Answers(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an optimizer step gave."""
+    """The result of an optimizer step."""
 
     losses: dict[str, Tensor]  # name -> scalar, on the device
     answers: list[Answers]  # of each batch and task
@@ -122,9 +123,9 @@ class Training:
     # ------------------------------------------------------------------------ one epoch, step by step
 
     @property
-    def evaluated_model(self) -> nn.Module:
+    def evaluated_model(self) -> EncoderWithHeads:
         """The model that is evaluated and kept: the moving average of the weights, if there is one."""
-        return self.average.module if self.average else self.model
+        return cast(EncoderWithHeads, self.average.module) if self.average else self.model
 
     def windows(self) -> Iterator[list[Batch]]:
         """Yield the batches of each optimizer step that this epoch has left, with a progress bar."""
@@ -328,6 +329,13 @@ class Training:
         self.consecutive_skips = saved["consecutive_skips"]
         self.began -= saved["seconds"]
 
+    def print_costs(self, seconds: float, device: torch.device) -> None:
+        """Print how much of the training time was spent on saving, and the peak memory of a GPU."""
+        print(f"saving took {self.saving_seconds:.1f} s of {seconds:.0f} s")
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**20
+            print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
+
     def describe_saved(self) -> str:
         """Return what is on the disk, for people to read."""
         checkpoint = self.path.with_suffix(".pt")
@@ -367,7 +375,9 @@ def restored_training(parts: Parts, path: Path, state: Mapping[str, Any]) -> Tra
     return training
 
 
-def prepare_device(model: nn.Module, device: torch.device, options: argparse.Namespace) -> None:
+def prepare_device(
+    model: EncoderWithHeads, device: torch.device, options: argparse.Namespace
+) -> None:
     """Move the model to the device, with the same weights and another dropout in each process."""
     if options.optimizer == "sophiah":
         keep_freed_memory()

@@ -133,10 +133,10 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
 def random_states() -> dict:
     """Return the random states of Python, NumPy, PyTorch and the GPU in use, for `torch.save`."""
     # NumPy's array would not load under weights_only, so it becomes a list.
-    kind, keys, *rest = np.random.get_state()
-    states = {
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():
@@ -164,7 +164,7 @@ def uninterrupted():
     For what must not be left half done, such as an optimizer step. Yields the list of the signals
     that have come; what the block takes from it does not end the process.
     """
-    waiting = []
+    waiting: list[int] = []
 
     def note(number, _):
         if waiting and number == signal.SIGINT:  # batch systems send SIGTERM more than once
@@ -266,7 +266,8 @@ def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
     used = used.to(params[0].device)
     for param in params:
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    sum_over_processes([param.grad for param in params] + values + [used])
+    gradients = [param.grad for param in params if param.grad is not None]
+    sum_over_processes([*gradients, *values, used])
     for param, used_by_any in zip(params, used.tolist(), strict=True):
         param.grad = param.grad if used_by_any else None
 

@@ -1,13 +1,14 @@
-"""Lines a second of predict.py, beside a pipeline of `transformers` with the same encoder and heads.
+"""Compare predict.py with a pipeline of `transformers` that has the same encoder and heads: lines/s.
 
     python benchmarks/prediction.py --data_dir data
 
-10,000 lines, sentences and pairs in no order, from the dev and test files, repeated. Both read the same
-file and give each line its answers as JSON, and take turns. predict.py works as it does when it is
-called, its model loaded. The peer is what many would write: the feature-extraction pipeline in batches
-of as many, in the order of the lines, the mean of what it gives for each sentence (padding of its batch
-too, which spares it a mask), then our heads in batches. The limit is that of throughput.py: the
-arithmetic of the real tokens over the rate at which this machine multiplies matrices meanwhile.
+The input is 10,000 lines, sentences and pairs mixed, from the dev and test files, repeated if
+necessary. Both read the same file and return the answers of each line as JSON; they take turns.
+predict.py works as it does from the shell, with its model loaded already. The peer is what many would
+write: the feature-extraction pipeline with the same batch size, in the order of the lines; the mean of
+its output for each sentence (with the padding of its batch, so that it needs no mask); then our heads
+in batches. The limit is that of throughput.py: the arithmetic of the real tokens divided by the
+matrix-multiply rate of this machine, measured in the same run.
 """
 
 import argparse
@@ -28,55 +29,62 @@ from throughput import ROOT, MatrixRate, encoder_flops, mc  # noqa: E402
 from throughput import seconds as timed  # noqa: E402
 
 import predict  # noqa: E402
-from checkpoint import checkpoint_content, write_checkpoint
-from export import export
-from options import parse_options
-from tasks import TASKS
-from utils import autocast, seed_everything
+from checkpoint import checkpoint_content, write_checkpoint  # noqa: E402
+from export import export  # noqa: E402
+from options import parse_options  # noqa: E402
+from tasks import TASKS  # noqa: E402
+from utils import autocast, seed_everything  # noqa: E402
 
+OURS, PEER, LIMIT = "this project", "transformers", "limit"
 MATRIX_TOKENS = 6000
 
 
 def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
-    """Of all three tasks as many, if there is enough of each."""
-    lines = []
+    """Draw as many lines from each task, if its files have enough; repeat them if not."""
+    lines: list[str] = []
     for task in TASKS.values():
-        rows = []
+        rows: list[dict[str, str]] = []
         for split in ("dev", "test"):
             with open(Path(data_dir, task.filename(split)), newline="", encoding="utf-8") as file:
                 rows += csv.DictReader(file, delimiter="\t")
-        rows = [[row[name].replace("\n", " ") for name in task.sentence_columns] for row in rows]
         random.shuffle(rows)
-        lines += ["\t".join(row) for row in rows[: n_lines // len(TASKS) + 1]]
+        for row in rows[: n_lines // len(TASKS) + 1]:
+            lines.append("\t".join(row[name].replace("\n", " ") for name in task.sentence_columns))
     random.shuffle(lines)
     return (lines * (n_lines // len(lines) + 1))[:n_lines]
 
 
-def make_checkpoint(args, path: Path) -> None:
-    """The pretrained encoder and new heads: how long they take does not hang on what they know."""
+def make_checkpoint(args: argparse.Namespace, path: Path) -> None:
+    """Save the pretrained encoder with new heads. Training would not change how long they take."""
     options = parse_options(["--bert_model", args.bert_model])
-    model, tokenizer, _, _ = mc.load_model(options, None, None)
+    model, tokenizer, _ = mc.load_pretrained(options)
     write_checkpoint(path, checkpoint_content(model, tokenizer, options, 0, {}))
 
 
 class Ours:
-    def __init__(self, checkpoint: Path, args):
-        self.predictor = predict.Predictor(str(checkpoint), predict.parse(args.predict_flags))
+    """predict.py as it is."""
+
+    def __init__(self, checkpoint: Path, args: argparse.Namespace):
+        flags = ["--checkpoint", str(checkpoint), "--batch_size", str(args.batch_size)]
+        flags += ["--precision", args.precision, *(["--use_gpu"] if args.use_gpu else [])]
+        self.predictor = predict.Predictor(str(checkpoint), predict.parse(flags))
 
     def __call__(self, path: Path) -> list[str]:
-        found = []
+        found: list[str] = []
         with open(path, "rb") as file:
-            for queries in predict.queries_of_lines(file.fileno(), str(path)):
-                answers = predict.answer(self.predictor, queries, predict.Remarks())
-                found += [predict.json_line(*each) for each in zip(queries, answers)]
+            for queries in predict.read_queries(file.fileno(), str(path)):
+                answers = predict.answer_queries(self.predictor, queries, predict.Remarks())
+                found += map(predict.to_json_line, queries, answers)
         return found
 
 
 class Peer:
-    def __init__(self, checkpoint: Path, args):
+    """The pipeline of `transformers`, then our heads."""
+
+    def __init__(self, checkpoint: Path, args: argparse.Namespace):
         folder = str(checkpoint.with_suffix(""))
         export(str(checkpoint), folder)
-        self.heads = mc.load_checkpoint(checkpoint)[0].eval().to(args.device).heads
+        self.heads = mc.load_checkpoint(checkpoint).model.eval().to(args.device).heads
         self.batch_size, self.device, self.precision = args.batch_size, args.device, args.precision
         self.extract = transformers.pipeline(
             "feature-extraction",
@@ -88,23 +96,27 @@ class Peer:
 
     @torch.no_grad()
     def __call__(self, path: Path) -> list[str]:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        parts = [line.split("\t") for line in lines]
+        lines = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")]
         with autocast(self.device, self.precision):
-            states = self.extract(sum(parts, []), return_tensors=True, truncation=True)
-        vectors = iter([each[0].float().mean(dim=0) for each in states])
-        grouped = {1: [], 2: []}
-        for number, sentences in enumerate(parts, start=1):
+            states = self.extract(sum(lines, []), return_tensors=True, truncation=True)
+        vectors = iter([state[0].float().mean(dim=0) for state in states])
+        # Number of sentences -> (line number, their vectors)
+        grouped: dict[int, list[tuple[int, list[torch.Tensor]]]] = {1: [], 2: []}
+        for number, sentences in enumerate(lines, start=1):
             grouped[len(sentences)].append((number, [next(vectors) for _ in sentences]))
-        found = {}
+        found: dict[int, dict] = {}
         for group in grouped.values():
             for start in range(0, len(group), self.batch_size):
-                numbers, rows = zip(*group[start : start + self.batch_size])
-                found |= zip(numbers, self.answers([torch.stack(each) for each in zip(*rows)]))
+                numbers, rows = zip(*group[start : start + self.batch_size], strict=True)
+                columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+                found |= zip(numbers, self.answers(columns), strict=True)
         return [json.dumps({"line": number} | found[number]) for number in sorted(found)]
 
     def answers(self, columns: list[torch.Tensor]) -> list[dict]:
+        """Answer sentences, or pairs, from their vectors: one or two columns [B, D]."""
         columns = [column.to(self.device) for column in columns]
+        keys: tuple[str, str]
+        values: tuple[list, list]
         if len(columns) == 1:
             shares = self.heads["sst"](*columns).softmax(dim=-1)
             keys = "sentiment", "sentiment_probabilities"
@@ -113,10 +125,10 @@ class Peer:
             paraphrase = self.heads["para"](*columns).softmax(dim=-1)[:, 1]
             keys = "paraphrase", "similarity"
             values = paraphrase.tolist(), self.heads["sts"](*columns).clamp(0, 5).tolist()
-        return [dict(zip(keys, row)) for row in zip(*values)]
+        return [dict(zip(keys, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def seconds(contender, path: Path, n_lines: int) -> float:
+def seconds(contender: Ours | Peer, path: Path, n_lines: int) -> float:
     start = time.perf_counter()
     answers = contender(path)
     taken = time.perf_counter() - start
@@ -125,8 +137,10 @@ def seconds(contender, path: Path, n_lines: int) -> float:
 
 
 class Limit:
-    def __init__(self, predictor: predict.Predictor, path: Path, args):
-        sentences = sum((line.split("\t") for line in path.read_text("utf-8").split("\n")), [])
+    """The time that the encoder's arithmetic takes at the matrix-multiply rate of this machine."""
+
+    def __init__(self, predictor: predict.Predictor, path: Path, args: argparse.Namespace):
+        sentences = path.read_text("utf-8").replace("\t", "\n").split("\n")
         _, lengths = predictor.tokenizer.packed_ids(sentences, predictor.max_length)
         config, self.device = predictor.model.bert.config, args.device
         self.flops = encoder_flops(config, lengths.tolist(), training=False)
@@ -136,8 +150,8 @@ class Limit:
         return self.flops / self.rate.flops * timed(self.rate, self.device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     flag = parser.add_argument
     flag("--data_dir", default=str(ROOT / "data" / "sample"), help="default: the sample data")
     flag("--bert_model", default="minilm", help="default: minilm")
@@ -147,26 +161,33 @@ def main() -> None:
     flag("--use_gpu", action="store_true")
     flag("--precision", choices=["float32", "bfloat16"], default="float32", help="of both")
     args = parser.parse_args()
-    seed_everything(0)
     args.device = torch.device("cuda" if args.use_gpu else "cpu")
+    return args
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Return the seconds of each round: of ours, of the peer, and of the limit."""
+    checkpoint, path = folder / "model.pt", folder / "lines.txt"
+    make_checkpoint(args, checkpoint)
+    path.write_text("\n".join(mixed_lines(args.data_dir, args.lines)), encoding="utf-8")
+    ours, peer = Ours(checkpoint, args), Peer(checkpoint, args)
+    contenders: list[tuple[str, Ours | Peer]] = [(OURS, ours), (PEER, peer)]
+    limit = Limit(ours.predictor, path, args)
+    limit.seconds()  # warm-up
+    times: dict[str, list[float]] = {OURS: [], PEER: [], LIMIT: []}
+    for number in range(args.rounds):
+        for name, contender in contenders if number % 2 else reversed(contenders):
+            times[name].append(seconds(contender, path, args.lines))
+            times[LIMIT].append(limit.seconds())
+    return times
+
+
+def main() -> None:
+    args = parse_args()
+    seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, path = Path(folder, "model.pt"), Path(folder, "lines.txt")
-        make_checkpoint(args, checkpoint)
-        path.write_text("\n".join(mixed_lines(args.data_dir, args.lines)), encoding="utf-8")
-        args.predict_flags = ["--checkpoint", str(checkpoint), "--batch_size", str(args.batch_size)]
-        args.predict_flags += ["--precision", args.precision] + ["--use_gpu"] * args.use_gpu
-        contenders = {
-            "this project": Ours(checkpoint, args),
-            "transformers": Peer(checkpoint, args),
-        }
-        limit = Limit(contenders["this project"].predictor, path, args)
-        limit.seconds()  # warm-up
-        times = {name: [] for name in (*contenders, "limit")}
-        for number in range(args.rounds):
-            for name in list(contenders)[:: 1 if number % 2 else -1]:
-                times[name].append(seconds(contenders[name], path, args.lines))
-                times["limit"].append(limit.seconds())
-    medians = {name: statistics.median(each) for name, each in times.items()}
+        times = measure(args, Path(folder))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
     print(
         f"{args.lines} lines, {args.device}, {args.precision}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds"
@@ -174,9 +195,8 @@ def main() -> None:
     print("| | lines/s | / transformers | share of limit |")
     print("| --- | --- | --- | --- |")
     for name, median in medians.items():
-        share = medians["transformers"] / median
-        reached = f"{medians['limit'] / median:.0%}"
-        print(f"| {name} | {args.lines / median:.0f} | {share:.2f} | {reached} |")
+        ratio, share = medians[PEER] / median, medians[LIMIT] / median
+        print(f"| {name} | {args.lines / median:.0f} | {ratio:.2f} | {share:.0%} |")
 
 
 if __name__ == "__main__":

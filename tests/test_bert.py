@@ -17,7 +17,7 @@ from attention import (
     plain_attention,
 )
 from base_bert import BertConfig
-from bert import ACTIVATION_FUNCTIONS, GELU_BLOCK, BertModel, Dropout, pack
+from bert import ACTIVATION_FUNCTIONS, GELU_BLOCK, BertModel, Dropout, Tokens, pack
 
 SENTENCES = [
     "A deep, moving and often funny film.",
@@ -130,7 +130,7 @@ def test_packed_core_equals_padded_form_in_any_order(tiny_config, lengths):
     rows = [torch.randint(1, TINY["vocab_size"], (length,)) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])
     sequences = Sequences.of(lengths, torch.device("cpu"))
-    packed = model.encode(torch.cat(rows), positions, sequences)
+    packed = model.encode(Tokens(torch.cat(rows), positions, sequences))
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([row * 0 + 1 for row in rows], batch_first=True)
     padded = model(input_ids, mask)["last_hidden_state"]

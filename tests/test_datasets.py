@@ -191,7 +191,9 @@ def test_a_missing_quote_that_swallows_rows_is_named(write):
 
 def test_a_repeated_id_is_named(write):
     path = write("id\tsentence\tsentiment\n1\tgood\t3\n2\tbad\t0\n1\tfine\t2\n")
-    with pytest.warns(UserWarning, match="1 row used although the id .* row: line 4 \\(id '1'\\)"):
+    with pytest.warns(
+        UserWarning, match="1 row used although an earlier row has the same id: line 4 \\(id '1'\\)"
+    ):
         assert len(read_examples(path, SST, "train")) == 3
 
 
@@ -416,8 +418,8 @@ def test_windows_cut_an_epoch_into_steps_and_batches(dataset):
 def test_tasks_have_other_shares_of_a_batch(dataset):
     data = {name: dataset(name) for name in TASKS}
     samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
-    shares = {"sst": 1, "para": 2.5, "sts": 0.4}
-    windows = list(training_windows(data, samplers, 23, 5, 2, shares=shares))
+    multiples = {"sst": 1, "para": 2.5, "sts": 0.4}
+    windows = list(training_windows(data, samplers, 23, 5, 2, row_multiples=multiples))
     sizes = {n: [[len(b.rows.get(n, [])) for b in window] for window in windows] for n in TASKS}
     assert sizes["sst"] == [[5, 5], [5, 5], [3]]
     assert sizes["para"] == [[12, 13], [13, 12], [8]]  # up to the rows 12, 25, 38, 50, 58
@@ -436,11 +438,11 @@ def test_tasks_have_other_shares_of_a_batch(dataset):
 def test_processes_share_the_rows_of_each_batch(dataset, n_processes):
     data = {name: dataset(name) for name in TASKS}
 
-    def windows(*share):
+    def windows(**share):
         samplers = {name: EpochSampler(len(data[name]), seed=4) for name in TASKS}
-        return list(training_windows(data, samplers, 23, 8, 2, *share))
+        return list(training_windows(data, samplers, 23, 8, 2, **share))
 
-    shares = [windows(rank, n_processes) for rank in range(n_processes)]
+    shares = [windows(rank=rank, n_processes=n_processes) for rank in range(n_processes)]
     for number, whole in enumerate(windows()):
         batches = [batch for share in shares for batch in share[number]]
         for name in TASKS:
@@ -595,7 +597,7 @@ def test_what_cannot_be_had_is_named_and_the_others_arrive(server, tmp_path, fau
 
 def test_a_file_of_the_users_own_is_left_alone(server, tmp_path):
     (tmp_path / "two.csv").write_text("mine")
-    with pytest.raises(UserError, match="two.csv is there and is another file; move it away"):
+    with pytest.raises(UserError, match="two.csv is there with other content; move it away"):
         download(tmp_path, server.url, server.blobs)
     assert files_in(tmp_path)["two.csv"] == b"mine"
 

@@ -8,7 +8,7 @@ import multitask_classifier as mc
 from bert import BertModel
 from moe import GATINGS, N_EXPERTS, MixtureOfExperts
 from optimizer import build_optimizer, freeze_and_unfreeze
-from options import parse_options
+from options import changed_options, parse_options
 from tasks import TASKS
 
 
@@ -95,7 +95,7 @@ def test_hard_gating_computes_the_chosen_expert_only(mixture, padded_batch):
 
     def note(number):
         def hook(_, inputs):
-            seen[number] += len(inputs[0])
+            seen[number] += len(inputs[0].input_ids)
 
         return hook
 
@@ -202,7 +202,7 @@ def test_tensorboard_shows_how_sentences_spread(flags, tmp_path):
 
 def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
     options = parse_options(["--bert_model", str(tiny_directory), "--moe", "soft"])
-    model = mc.load_model(options, None, None)[0]
+    model = mc.load_pretrained(options)[0]
     expected = BertModel.from_pretrained(str(tiny_directory)).state_dict()
     assert len(model.bert.stacks) == N_EXPERTS + 1
     for stack in model.bert.stacks:
@@ -214,8 +214,8 @@ def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
 
 def test_what_trains_of_a_mixture(tiny_directory):
     options = parse_options(["--bert_model", str(tiny_directory), "--moe", "hard"])
-    model = mc.load_model(options, None, None)[0]
-    freeze_and_unfreeze(model, "finetune", 1, epoch=0)
+    model = mc.load_pretrained(options)[0]
+    freeze_and_unfreeze(model, changed_options(options, unfreeze_interval=1), epoch=0)
     names = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     bert = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("bert.")}
     assert (
@@ -231,7 +231,7 @@ def test_what_trains_of_a_mixture(tiny_directory):
         }
         and "route" in names
     )
-    freeze_and_unfreeze(model, "finetune", 0, epoch=0)
+    freeze_and_unfreeze(model, options, epoch=0)
     build_optimizer(model, options)  # checks that its groups hold all that trains
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {

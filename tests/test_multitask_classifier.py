@@ -26,7 +26,7 @@ import run_log
 from attention import ATTENTION, FusedAttention, jagged_attention, plain_attention
 from batches import EpochSampler, collate, join, step_noise, training_windows
 from bert import BertModel, Dropout
-from checkpoint import checkpoint_content, claim_run, write_checkpoint
+from checkpoint import checkpoint_content, new_run, write_checkpoint
 from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
@@ -249,13 +249,13 @@ def parts_that_train(model):
 
 
 def test_option_and_unfreezing_decide_what_trains(model):
-    freeze_and_unfreeze(model, "pretrain", 0, epoch=5)
+    freeze_and_unfreeze(model, options("--option", "pretrain"), epoch=5)
     assert parts_that_train(model) == (set(), False)
-    freeze_and_unfreeze(model, "finetune", 0, epoch=0)
+    freeze_and_unfreeze(model, options(), epoch=0)
     assert parts_that_train(model) == ({0, 1}, True)
     seen = []
     for epoch in range(8):
-        freeze_and_unfreeze(model, "finetune", 2, epoch)
+        freeze_and_unfreeze(model, options("--unfreeze_interval", "2"), epoch)
         seen.append(parts_that_train(model))
     top, both = ({1}, False), ({0, 1}, False)
     assert seen == 2 * [(set(), False)] + 2 * [top] + 2 * [both] + 2 * [({0, 1}, True)]
@@ -265,7 +265,7 @@ def test_option_and_unfreezing_decide_what_trains(model):
 def test_the_optimizer_never_touches_a_frozen_parameter(model, data, epoch, moved):
     chosen = options("--unfreeze_interval", "1", "--lr", "0.01", "--weight_decay", "0.5")
     optimizer = build_optimizer(model, chosen)
-    freeze_and_unfreeze(model, "finetune", 1, epoch)
+    freeze_and_unfreeze(model, options("--unfreeze_interval", "1"), epoch)
     before = {name: p.clone() for name, p in model.named_parameters()}
     batch = collate({name: (data[name], np.arange(4)) for name in TASKS})
     mc.training_step(model, [batch], optimizer, chosen)
@@ -277,7 +277,7 @@ def test_the_optimizer_never_touches_a_frozen_parameter(model, data, epoch, move
 
 @pytest.mark.parametrize("option", ["finetune", "pretrain"])
 def test_optimizer_groups_hold_each_trained_weight_once(model, option):
-    freeze_and_unfreeze(model, option, 0, 0)
+    freeze_and_unfreeze(model, options("--option", option), epoch=0)
     optimizer = build_optimizer(model, options("--option", option, "--weight_decay", "0.3"))
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -986,7 +986,7 @@ def test_a_fourth_task_is_a_row_and_a_head(model, data, monkeypatch):
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):
     chosen = options("--logdir", str(tmp_path))
-    claimed = [claim_run(chosen, "finetune") for _ in range(5)]
+    claimed = [new_run(chosen, "finetune") for _ in range(5)]
     assert len({run for run, _ in claimed}) == len({folder for _, folder in claimed}) == 5
 
 

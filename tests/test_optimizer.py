@@ -284,9 +284,9 @@ def test_sophiah_equals_pytorch_optimizer_step_for_step(network):
     from pytorch_optimizer import SophiaH as TheirSophiaH
 
     twin = copy.deepcopy(network)
-    settings = dict(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-9, hess_interval=3)
-    ours = SophiaH(network.parameters(), rho=0.3, **settings)
-    theirs = TheirSophiaH(twin.parameters(), p=0.3, **settings)
+    settings = dict(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-9)
+    ours = SophiaH(network.parameters(), rho=0.3, hess_interval=3, **settings)
+    theirs = TheirSophiaH(twin.parameters(), p=0.3, update_period=3, **settings)
     for step in range(20):
         for model, optimizer in ((network, ours), (twin, theirs)):
             torch.manual_seed(step)
@@ -472,6 +472,6 @@ def test_sophia_refuses_settings_out_of_range(optimizer_class, settings, message
         optimizer_class([torch.ones(1)], **settings)
 
 
-def test_an_hess_interval_of_zero_is_refused():
+def test_a_hess_interval_of_zero_is_refused():
     with pytest.raises(ValueError, match="hess_interval must be at least 1"):
         SophiaH([torch.ones(1)], hess_interval=0)

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from options import build_parser, parse_options, task_numbers
+from options import build_parser, deciding, fill_defaults, parse_options
 from utils import UserError
 
 
@@ -41,7 +41,7 @@ DEFAULTS = dict(
     tensorboard_subfolder=None,
     smoketest=False,
     max_length=None,
-    loss_weights=(1.0, 1.0, 1.0),
+    loss_weights={"sst": 1.0, "para": 1.0, "sts": 1.0},
     cache_dir=str(ROOT / ".cache"),
     sst_train="data/ids-sst-train.csv",
     para_test="data/quora-test-student.csv",
@@ -68,8 +68,8 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         assert flag in rows, flag
         if flag == "--cache_dir":
             assert rows[flag] == "`.cache` of the checkout"
-        elif isinstance(default, tuple):
-            assert rows[flag] == ",".join(f"{value:g}" for value in default)
+        elif isinstance(default, dict):
+            assert rows[flag] == ",".join(f"{value:g}" for value in default.values())
         elif default and default is not argparse.SUPPRESS:
             assert rows[flag] == str(default), flag
 
@@ -80,8 +80,12 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         (["--epochs", "0"], "argument --epochs: must be a whole number above 0, not '0'"),
         (["--lr", "nan"], "--lr: must be a number of at least 0"),
         (["--hidden_dropout_prob", "1.5"], "must be a number from 0 to below 1"),
-        (["--loss_weights", "1,2"], "must be 3 numbers, not '1,2'"),
+        (["--loss_weights", "1,2"], "must be sst=X,para=X,sts=X, not '1,2'"),
         (["--loss_weights", "1,2,x"], "must be a number of at least 0, not 'x'"),
+        (["--loss_weights", "para=x"], "must be a number of at least 0, not 'x'"),
+        (["--loss_weights", "qqp=1"], "task 'qqp' is none of sst, para, sts, in 'qqp=1'"),
+        (["--loss_weights", "sst=1,sst=2"], "task 'sst' is named twice, in 'sst=1,sst=2'"),
+        (["--rdrop", "sst=1,2"], "task '2' is none of sst, para, sts, in 'sst=1,2'"),
         (["--unfreeze_interval", "1", "--option", "pretrain"], "--option pretrain does not"),
         (["--seed", "-1"], "must be a whole number from 0 to 2**32 - 1"),
         (["--cache_dir", ""], "--cache_dir must not be empty"),
@@ -91,11 +95,15 @@ def test_every_flag_is_explained_in_help_and_in_the_readme():
         (["--hess_interval", "50"], "--hess_interval: only for --optimizer sophiah and sophiag"),
         (["--resume", "auto", "--evaluate", "x.pt"], "--evaluate does not train"),
         (["--save_interval", "0"], "--save_interval: must be a number above 0"),
-        (["--rho", "1", "--hess_interval", "9"], "--rho, --hess_interval: only for"),
+        (["--rho", "1", "--hess_interval", "9"], "--rho: only for"),
+        (
+            ["--rho", "1", "--warmup", "0.1"],
+            "--warmup: only with --scheduler linear or cosine; --rho",
+        ),
         (["--warmup", "0.1"], "--warmup: only with --scheduler linear or cosine"),
         (["--both_orders"], "only with --para_encoding or --sts_encoding cross or both"),
         (["--layer_lr_decay", "1.1"], "must be a number above 0, up to 1"),
-        (["--batch_shares", "1,0,1"], "must be above 0, not '1,0,1'"),
+        (["--batch_shares", "1,0,1"], "must be a number above 0, not '0'"),
         (["--batch_shares", "1,1,0.01"], "0.01 of 64 rows is less than one row of sts a step"),
     ],
 )
@@ -105,10 +113,41 @@ def test_flags_that_cannot_work_are_refused(flags, message, capsys):
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_weights_of_losses_are_numbers():
-    assert task_numbers("1,0,2.5") == (1.0, 0.0, 2.5)
-    with pytest.raises(argparse.ArgumentTypeError):
-        task_numbers("1,-1,1")
+@pytest.mark.parametrize(
+    "text, weights",
+    [
+        ("1,0,2.5", {"sst": 1.0, "para": 0.0, "sts": 2.5}),
+        ("para=2", {"sst": 1.0, "para": 2.0, "sts": 1.0}),
+        ("sts=0.5,para=2", {"sst": 1.0, "para": 2.0, "sts": 0.5}),
+    ],
+)
+def test_numbers_by_task_are_a_mapping(text, weights, tmp_path):
+    assert parse("--loss_weights", text).loss_weights == weights
+    config = write_config(tmp_path / "c.json", {"loss_weights": weights})
+    assert parse(*config).loss_weights == weights
+
+
+def test_optimizers_are_named_in_any_case():
+    assert parse("--optimizer", "SophiaH").optimizer == "sophiah"
+
+
+def test_every_flag_says_whether_it_decides_a_runs_numbers():
+    """`decides` has no default, and no flag is added past it."""
+    parser = build_parser()
+    with pytest.raises(TypeError, match="decides"):
+        parser.flags("more")("--new", help="a flag without a word on it")
+    free = {action.dest for action in parser._actions} - parser.deciding
+    assert {"models_dir", "resume", "sst_dev_out", "hpo_trials", "profiler"} <= free
+    assert {"lr", "sst", "sst_train", "batch_size", "seed", "use_gpu"} <= parser.deciding
+    assert deciding({"lr": 1, "tasks": ["sst"], "logdir": "x"}) == {"lr": 1, "tasks": ["sst"]}
+
+
+def test_options_are_not_changed_when_defaults_are_filled_in():
+    raw = build_parser().parse_args(["--optimizer", "sophiag"])
+    before = dict(vars(raw))
+    filled = fill_defaults(raw, [])
+    assert vars(raw) == before and raw.lr is None
+    assert (filled.lr, filled.rho, filled.hess_interval) == (1.2e-3, 0.02, 50)
 
 
 def write_config(path, content):

@@ -67,7 +67,7 @@ def make_checkpoint(tmp_path_factory, tiny_directory, request):
                 flags += ["--spacy_model", str(request.getfixturevalue("pipeline_directory"))]
             options = parse_options(flags)
             torch.manual_seed(4)
-            model, tokenizer, tagger, _ = mc.load_model(options, None, None)
+            model, tokenizer, tagger = mc.load_pretrained(options)
             length = options.max_length or model.bert.config.max_position_embeddings
             parts = options, tokenizer, length, ("dev",), tagger, model.encodings
             scatter(model, load_data(*parts)["dev"])
@@ -242,7 +242,7 @@ def test_text_is_for_people(make_checkpoint, tmp_path, capsys):
     (tmp_path / "in").write_text("a b c\n\nä b\tc d")
     assert predict.main([str(tmp_path / "in"), "--checkpoint", str(make_checkpoint("plain"))]) == 0
     one, two, three = capsys.readouterr().out.splitlines()
-    names = "|".join(predict.SENTIMENTS)
+    names = "|".join(TASKS["sst"].classes)
     shares = r"(?:\d\.\d\d ){4}\d\.\d\d"
     assert re.fullmatch(rf"sentiment \d (?:{names}) +{shares}  a b c", one)
     assert two == "(empty)"

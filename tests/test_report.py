@@ -164,7 +164,7 @@ def test_scores_by_length_equal_a_search(result, tiny_directory, name, encoding)
     table = report.scores_by_length(found, 20, seed=1)
     assert sum(line.n_rows for line in table) == len(found.rows) and 3 <= len(table) <= 5
     for line in table:
-        low, _, high = line.what.partition(" to ")
+        low, _, high = line.title.partition(" to ")
         mine = (int(low) <= lengths) & (lengths <= int(high or low))
         assert mine.sum() == line.n_rows
         for metric, score in line.scores.items():
@@ -178,7 +178,7 @@ def test_scores_by_length_equal_a_search(result, tiny_directory, name, encoding)
 def test_many_rows_of_one_length_are_one_line(result):
     found, _ = result("sst")
     found.dataset.columns[0] = found.dataset.columns[0]._replace(offsets=np.arange(121) * 5)
-    assert [line.what for line in report.scores_by_length(found, 5, seed=1)] == ["3"]
+    assert [line.title for line in report.scores_by_length(found, 5, seed=1)] == ["3"]
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -195,7 +195,7 @@ def test_token_weights_are_the_published_formula(tiny_directory, encoding):
     rows = np.array([5, 0, 8])
     with torch.no_grad():
         model.attention_layer.v.weight.mul_(20)
-        found = model.token_weights(collate({"sts": (data, rows)}))
+        found = report.token_weights(model, collate({"sts": (data, rows)}))
     assert len(found) == len(rows) * len(data.columns)
     sequences = [
         (torch.from_numpy(column.row(row)[0]), column.first_lengths[row] if joint else 10**6)
@@ -255,9 +255,9 @@ def trained(tiny_directory, tmp_path):
     """Writes a checkpoint of an untrained model, which is as good as any here."""
 
     def make(*flags):
-        options = parse_options(["--bert_model", str(tiny_directory), *flags])
-        options.cache_dir = str(tmp_path / "cache")
-        model, tokenizer, tagger, _ = mc.load_model(options, None, None)
+        cache = ["--cache_dir", str(tmp_path / "cache")]
+        options = parse_options(["--bert_model", str(tiny_directory), *cache, *flags])
+        model, tokenizer, tagger = mc.load_pretrained(options)
         with torch.no_grad():
             for head in (*model.heads.values(), *model.joint_heads.values()):
                 for parameter in head.parameters():
