@@ -100,7 +100,7 @@ class BertConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable config.json ({one_line(error)})") from error
+            raise UserError(f"{path}: not a readable config.json ({reason(error)})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a config.json: it holds no table of settings")
         for key, supported in ONLY_SUPPORTED.items():
@@ -198,7 +198,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         # SafetensorError, OSError, and whatever a damaged header makes of PyTorch and NumPy.
         except Exception as error:
-            raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from error
+            raise UserError(f"{path}: not a readable weights file ({reason(error)})") from error
     weights = load_torch_file(path)
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()
@@ -258,6 +258,11 @@ def _check_fit(model: nn.Module, weights: dict[str, torch.Tensor], source: str) 
         room = (LONGEST_ERROR - len(start)) // len(found) - len("; ")
         lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found.items()]
         raise UserError(start + "; ".join(shortened(names, room) for names in lists))
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error's text, shortened."""
+    return shortened(one_line(error), LONGEST_ERROR // 2)
 
 
 def shortened(text: str, length: int) -> str:

@@ -489,7 +489,8 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
     is right. Files that are already there and right are left alone.
 
     Raises:
-        UserError: names each file that could not be fetched, and why; the others are there.
+        UserError: names the first file that could not be fetched, and why; files that could be are
+            there.
     """
     failures = []
     for name, blob in blobs.items():
@@ -498,7 +499,8 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
         except UserError as error:
             failures.append(str(error))
     if failures:
-        raise UserError("; ".join(failures))
+        more = len(failures) - 1
+        raise UserError(failures[0] + (f"; {more} more files failed" if more else ""))
 
 
 def _download_file(url: str, path: Path, blob: str) -> None:

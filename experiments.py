@@ -1,13 +1,13 @@
-"""Train recipes with several seeds, and make the README's tables and curves from what they gave.
+"""Train recipes with several seeds, and make the README's tables and curves from their results.
 
     python experiments.py run NAME... --data_dir data --bert_model minilm
     python experiments.py table
     python experiments.py plot
 
-To be started in the folder of the repository. A recipe is `recipes/NAME.json`, a table of flags of
+Start it in the folder of the repository. A recipe is `recipes/NAME.json`, a table of flags of
 multitask_classifier.py. Each run is a process of its own, which writes into a folder of its own in
-`models/experiments`. When it ends, it gets a row in `results/results.csv`; one that has its row is not
-made again, so the command can be interrupted, and goes on where it stopped.
+`models/experiments`. When it ends, it gets a row in `results/results.csv`. A run that has its row
+is not made again, so a command that was interrupted continues when it is started again.
 """
 
 import argparse
@@ -26,8 +26,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import IO, TextIO, cast
 
 import torch
 from filelock import FileLock
@@ -39,16 +41,14 @@ from result_tables import (
     CURVE_COLUMNS,
     CURVES,
     IDENTITY,
-    PREDICTIONS,
     RECIPES,
     RESULTS,
-    RUNS,
     SCORES,
-    canonical,
-    deciding_flags,
-    plot,
-    read,
+    Budget,
+    plot_curves,
+    read_table,
     recipe_path,
+    recorded_flags,
     write_tables,
 )
 from tagging import Pipeline
@@ -63,11 +63,11 @@ from utils import (
     terminate,
 )
 
-SEEDS = 11711, 1, 2, 3, 4
-OF_A_RUN = set("config seed resume evaluate hpo models_dir logdir predictions_dir".split())
-KEEPS_PREDICTIONS = "baseline", "best"
-
-COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
+SEEDS = (11711, 1, 2, 3, 4)
+RUNS, PREDICTIONS = Path("models/experiments"), Path("results/predictions")
+# Flags that this program sets itself.
+OWN_FLAGS = set("config seed resume evaluate hpo models_dir logdir predictions_dir".split())
+WITH_PREDICTIONS = ("baseline", "best")  # recipes whose test predictions are kept
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -75,10 +75,10 @@ COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run that is wanted: what it is, and how it is started."""
+    """A training run that is wanted."""
 
     identity: dict[str, str]  # the columns that decide its scores
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...]  # for multitask_classifier.py
 
     @functools.cached_property
     def digest(self) -> str:
@@ -98,7 +98,7 @@ class Run:
         return self.folder / "log.txt"
 
 
-def file_digest(path: str) -> str:
+def digest_file(path: str) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -107,12 +107,13 @@ def file_digest(path: str) -> str:
 
 
 def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
-    """UserError, or argparse's exit, if the flags cannot work."""
-    if taken := [each for each in given_flags(flags) if each in OF_A_RUN or each[-4:] == "_out"]:
-        raise UserError(f"--{', --'.join(taken)}: experiments.py sets this itself for each run")
-    path, (epochs, samples) = recipe_path(recipe), BUDGETS[budget]
+    """Plan a run. Raises UserError, or argparse's exit, if the flags cannot work."""
+    own = [name for name in given_flags(flags) if name in OWN_FLAGS or name.endswith("_out")]
+    if own:
+        raise UserError(f"--{', --'.join(own)}: experiments.py sets this itself; leave it out")
+    path, (epochs, samples) = str(recipe_path(recipe)), BUDGETS[budget]
     arguments = f"--epochs {epochs} --samples_per_epoch {samples} --seed {seed}".split()
-    arguments += ["--config", str(path), *flags]
+    arguments += ["--config", path, *flags]
     options = parse_options(arguments)
     device = pick_device(options.use_gpu)
     precision = options.precision
@@ -126,12 +127,12 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
     ]
     identity = {
         "recipe": recipe,
-        "budget": f"{options.epochs}x{options.samples_per_epoch}",
+        "budget": str(Budget(options.epochs, options.samples_per_epoch)),
         "seed": str(seed),
         "encoder": Path(options.bert_model).name,
         "precision": precision,
-        "flags": canonical(deciding_flags(config_arguments(str(path)) + flags)),
-        "data": hashlib.sha256(" ".join(map(file_digest, files)).encode()).hexdigest()[:8],
+        "flags": json.dumps(recorded_flags(config_arguments(path) + flags), sort_keys=True),
+        "data": hashlib.sha256(" ".join(map(digest_file, files)).encode()).hexdigest()[:8],
         "pipeline": pipeline,
         "device": describe_device(device),
     }
@@ -139,7 +140,7 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
 
 
 def describe_device(device: torch.device) -> str:
-    """`2 cores of AMD EPYC`, or the GPU's name."""
+    """Return the name of a GPU, or for the CPU a text like `2 cores of AMD EPYC`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -152,27 +153,36 @@ def describe_device(device: torch.device) -> str:
 
 
 class Children:
-    """The processes of the runs in progress, so that they can be stopped from another thread."""
+    """The processes of the runs in progress, which another thread can stop."""
 
-    def __init__(self):
-        self.pids, self.stopped, self.lock = set(), False, threading.Lock()
+    def __init__(self) -> None:
+        self.pids: set[int] = set()
+        self.stopped, self.lock = False, threading.Lock()
 
     @contextlib.contextmanager
-    def start(self, command: list[str], threads: int | None):
-        """A process with its output in one pipe; in a session of its own, so that a terminal's
-        Ctrl-C does not reach it beside our signal, of which it needs only one."""
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def start(
+        self, command: list[str], threads: int | None
+    ) -> Iterator[tuple[subprocess.Popen, TextIO]]:
+        """Start a process. Yield it and its output."""
         with self.lock:
             if self.stopped:
                 raise InterruptedError
-            child = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+            child = subprocess.Popen(
+                command,
+                env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                # A terminal's Ctrl-C does not reach it. It needs one signal only, that of `stop`.
+                start_new_session=True,
+            )
             self.pids.add(child.pid)
-        with child:
-            yield child
+        pipe = cast(IO[bytes], child.stdout)
+        with child, io.TextIOWrapper(pipe, "utf-8", "replace", newline="") as output:
+            yield child, output
 
     def wait(self, child: subprocess.Popen) -> int:
-        """When its output is over: its peak memory in MB; its exit status is in `returncode`."""
+        """Wait for a process whose output is over. Return its peak memory in MB, and set its
+        `returncode`."""
         with self.lock:
             self.pids.remove(child.pid)
         _, status, used = os.wait4(child.pid, 0)
@@ -180,7 +190,7 @@ class Children:
         return round(used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
     def stop(self) -> None:
-        """Let each save its state and end."""
+        """Let all of them save their state and end."""
         with self.lock:
             self.stopped = True
             for pid in self.pids:
@@ -189,17 +199,19 @@ class Children:
 
 
 def train(run: Run, jobs: int, children: Children) -> int:
-    """Start the run or go on with it, to its end. Returns its exit status; all that it says is
-    added to its log."""
+    """Start or continue a run, to its end. Add its output to its log and return its exit status."""
     command = [sys.executable, "-u", str(ROOT / "multitask_classifier.py"), *run.arguments]
     command += ["--resume", "auto", "--models_dir", str(run.folder)]
     command += ["--logdir", str(run.folder / "logdir")]
     command += ["--predictions_dir", str(run.folder / "predictions")]
     check_writable(run.log)
-    threads = max(os.cpu_count() // jobs, 1) if jobs > 1 else None
+    threads = max((os.cpu_count() or 1) // jobs, 1) if jobs > 1 else None
     start = time.perf_counter()
-    with open(run.log, "a", encoding="utf-8") as log, children.start(command, threads) as child:
-        for line in io.TextIOWrapper(child.stdout, "utf-8", "replace", newline=""):
+    with (
+        open(run.log, "a", encoding="utf-8") as log,
+        children.start(command, threads) as (child, output),
+    ):
+        for line in output:
             if not line.endswith("\r"):  # as a progress bar does
                 log.write(line)
                 log.flush()
@@ -214,8 +226,8 @@ def train(run: Run, jobs: int, children: Children) -> int:
     return child.returncode
 
 
-def outcome(run: Run) -> tuple[dict, list[dict]]:
-    """A finished run's row of results.csv, and its rows of curves.csv, from its log and from
+def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return a finished run's row of results.csv and its rows of curves.csv, from its log and from
     TensorBoard's."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -225,8 +237,8 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     epochs = {n: int(s) for n, s in re.findall(r"^epoch (\d+): (\d+) s,", text, re.M)}
     processes = re.findall(r"^process: .*, (\d+) s, (\d+) MB(?:, (\d+) at once)?$", text, re.M)
-    of_gpu = re.findall(r"^memory of .*: ([\d,]+) MB at most$", text, re.M)
-    peaks = of_gpu or [megabytes for _, megabytes, _ in processes]
+    gpu_peaks = re.findall(r"^memory of .*: ([\d,]+) MB at most$", text, re.M)
+    peaks = gpu_peaks or [megabytes for _, megabytes, _ in processes]
     tags = events.Tags()["scalars"]
     row = {
         "run": run.digest,
@@ -250,87 +262,83 @@ def outcome(run: Run) -> tuple[dict, list[dict]]:
         {key: row[key] for key in CURVE_COLUMNS[:4]}
         | {"epoch": str(epoch), "split": split, "metric": metric, "value": f"{value:.6f}"}
         for split, metric in (tag.split("/") for tag in tags if tag.startswith(("dev/", "train/")))
-        for epoch, value in {e.step: e.value for e in events.Scalars(f"{split}/{metric}")}.items()
+        for epoch, value in {
+            event.step: event.value for event in events.Scalars(f"{split}/{metric}")
+        }.items()
     ]
     return row, curves
 
 
-def keep(run: Run) -> dict:
-    """Write what a finished run gave into `results`, its row last: with it, the run is done."""
-    row, curves = outcome(run)
-    record(CURVES, curves, CURVE_COLUMNS, CURVE_COLUMNS[:-1])
-    if row["recipe"] in KEEPS_PREDICTIONS and row["budget"] == "{}x{}".format(*BUDGETS["full"]):
+def record(run: Run) -> dict[str, str]:
+    """Write the results of a finished run. Its row comes last: with it, the run is done."""
+    row, curves = read_outcome(run)
+    add_rows(CURVES, curves, CURVE_COLUMNS, CURVE_COLUMNS[:-1])
+    if row["recipe"] in WITH_PREDICTIONS and row["budget"] == str(BUDGETS["full"]):
         for path in (run.folder / "predictions").glob("*-test-output.csv"):
             target = PREDICTIONS / f"{row['recipe']}-seed{row['seed']}" / path.name
             with atomic_write(target) as temporary:
                 shutil.copyfile(path, temporary)
-    record(RESULTS, [row], COLUMNS, ["run"])
+    add_rows(RESULTS, [row], COLUMNS, ["run"])
     return row
 
 
-def record(path: Path, rows: list[dict], columns: list[str], key: list[str]) -> None:
-    """Add rows, in place of those of the same key; other processes may do so at the same time."""
+def add_rows(path: Path, rows: list[dict[str, str]], columns: list[str], key: list[str]) -> None:
+    """Add rows to a table, in place of those with the same key. Other processes may do so at the
+    same time."""
     import pandas as pd
 
     RUNS.mkdir(parents=True, exist_ok=True)
     with FileLock(RUNS / f".{path.name}.lock"):
-        new = pd.DataFrame([{name: row.get(name, "") for name in columns} for row in rows])
-        table = pd.concat([read(path, columns), new]).drop_duplicates(key, keep="last")
+        added = pd.DataFrame([{name: row.get(name, "") for name in columns} for row in rows])
+        table = pd.concat([read_table(path, columns), added]).drop_duplicates(key, keep="last")
         in_order = [name for name in (*IDENTITY, *CURVE_COLUMNS) if name in columns]
         with atomic_write(path) as temporary:
             table.sort_values(in_order).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
-    """`run`; UserError, when all are done, if some have failed."""
-    wanted = [
-        plan_run(name, s, args.budget, flags) for s in SEEDS[: args.seeds] for name in args.names
-    ]
-    done = set(read(RESULTS, COLUMNS)["run"])
-    missing = [
-        run for run in {each.digest: each for each in wanted}.values() if run.digest not in done
-    ]
+    """Do `run`. A run that fails stops no other; UserError names those at the end."""
+    seeds = SEEDS[: args.seeds]
+    wanted = [plan_run(name, seed, args.budget, flags) for seed in seeds for name in args.names]
+    done = set(read_table(RESULTS, COLUMNS)["run"])
+    missing = {run.digest: run for run in wanted if run.digest not in done}.values()
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already")
     children, failed = Children(), []
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             runs = {pool.submit(train, run, args.jobs, children): run for run in missing}
-            for n, future in enumerate(as_completed(runs), 1):
-                run, place = runs[future], f"{n} of {len(missing)}"
+            for number, future in enumerate(as_completed(runs), 1):
+                run, place = runs[future], f"{number} of {len(missing)}"
                 if status := future.result():
                     failed.append(run.name)
-                    print(
-                        f"{run.name}: failed, exit status {status} ({place}); {run.log} ends with:"
-                    )
+                    problem = f"failed, exit status {status} ({place})"
+                    print(f"{run.name}: {problem}; {run.log} ends with:")
                     lines = run.log.read_text(encoding="utf-8").splitlines()
                     print(*[line for line in lines if line][-6:-1], sep="\n", flush=True)
                     continue
-                row = keep(run)
+                row = record(run)
                 scores = ", ".join(f"{row[name]} {name}" for name in SCORES if name in row)
                 print(f"{run.name}: {scores} ({place})", flush=True)
-        except BaseException:  # an interrupt, most of all
+        except BaseException:  # most often an interrupt
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
             raise
     if failed:
-        raise UserError(f"failed: {', '.join(failed)}")
-
-
-# ------------------------------------------------------------------------------------------- tables
+        raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a command, and flags that are not its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Return the options of a command, and the flags that are not its own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
         allow_abbrev=False,
         help="train what has no row in results/results.csv yet",
-        epilog="All other flags are given to multitask_classifier.py; they stand after the names.",
+        epilog="Write all other flags after the names; multitask_classifier.py gets them.",
     )
     budgets = ", ".join(f"{name}: {n} epochs of {rows:,}" for name, (n, rows) in BUDGETS.items())
     flag = run.add_argument
@@ -346,7 +354,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--budget",
         choices=BUDGETS,
         default="full",
-        help=f"{budgets} rows of each task; --epochs and --samples_per_epoch change it; default: full",
+        help=f"{budgets} rows of each task; --epochs and --samples_per_epoch change it; "
+        "default: full",
     )
     flag(
         "--jobs",
@@ -377,10 +386,10 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "table":
             write_tables()
         else:
-            plot(args.names, args.budget)
+            plot_curves(args.names, args.budget)
 
     advice = "close other programs, or start fewer --jobs"
-    return exit_status(work, advice, "the same command goes on from here")
+    return exit_status(work, advice, "start the same command again to continue")
 
 
 if __name__ == "__main__":

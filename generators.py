@@ -1,6 +1,5 @@
 """The three generators of synthetic sentences: a small language model of our own, GPT-2, a chat model."""
 
-import abc
 import argparse
 import contextlib
 import copy
@@ -118,8 +117,8 @@ class CausalLM(nn.Module):
 
     @contextlib.contextmanager
     def keep_past(self, n_sequences: int) -> Iterator[None]:
-        """Within the block, `forward` gets the next tokens of so many sequences, and remembers those
-        that it got before."""
+        """Within the block, keep what attention needs of the tokens so far, so that `forward` is given
+        only the next tokens of `n_sequences` sequences."""
         size = n_sequences, self.config.num_attention_heads, 0, self.config.head_size
         empty = self.words.weight.new_empty(size)
         attentions = [part for part in self.modules() if isinstance(part, CausalSelfAttention)]
@@ -149,20 +148,20 @@ def nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
 # -------------------------------------------------------------------------------------- generators
 
 
-class Generator(abc.ABC):
-    """Draws sentences for labels."""
+class Generator:
+    """A source of sentences for given labels."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
         self.usage: dict[str, float] = {}  # what has been used so far, by name
 
-    @abc.abstractmethod
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
         """Learn from the training set, or load what an interrupted run has left in `folder`."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def sample(self, labels: list[int], seed: int) -> list[Sentence]:
         """Draw a sentence for each label. Return those that are complete."""
+        raise NotImplementedError
 
     def perplexity(self, examples: list[Example]) -> float | None:
         """Return the perplexity of a token, given the label and the tokens before it; None if the
@@ -185,23 +184,22 @@ class Row(NamedTuple):
 class LanguageModelGenerator(Generator):
     """A language model that is trained on the training set."""
 
-    EPOCHS: int
-    LR: float
-    BATCH: int
+    EPOCHS: int  # unless --epochs says more or fewer
+    LR: float  # likewise
+    BATCH: int  # rows
     WEIGHT_DECAY: float
-    # Steps in which the rate rises to LR; 1: it is constant.
-    WARM_UP: int
+    WARM_UP: int  # steps in which the rate rises to LR; 1: it is constant
 
     model: nn.Module
 
-    @abc.abstractmethod
     def _encode(self, examples: list[Example]) -> list[Row]:
         """Turn examples into rows."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
         """Return the logits [n, V] of the tokens that follow those at `chosen` [B, S - 1]. `ids` and
         `is_real`, which is false for padding, are [B, S]."""
+        raise NotImplementedError
 
     def _losses(self, rows: list[Row]) -> Tensor:
         """Return the cross-entropy [n] of all tokens that are not part of a prompt."""
@@ -285,7 +283,8 @@ class SmallGenerator(LanguageModelGenerator):
         for epoch in self._epochs(train):
             perplexity = self.perplexity(dev) if dev else math.nan
             print(f"epoch {epoch}: perplexity on dev {perplexity:.1f}")
-            if not perplexity >= best:  # nan is not
+            # Without a dev set it is nan, which is never worse.
+            if not perplexity >= best:
                 best, weights = perplexity, copy.deepcopy(self.model.state_dict())
             elif perplexity > 1.1 * best:
                 break
@@ -335,8 +334,10 @@ class Gpt2Generator(LanguageModelGenerator):
     """A GPT-2 from `transformers`, fine-tuned at a constant rate. Its prompt is the label in words."""
 
     EPOCHS, LR, BATCH, WEIGHT_DECAY, WARM_UP = 2, 3e-5, 16, 0.01, 1
+    PROMPTS = [f"{name}:" for name in SST.classes]  # by label
 
-    model: Any  # GPT2LMHeadModel
+    # Of types that only `transformers` knows.
+    model: Any
     tokenizer: Any
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -365,7 +366,7 @@ class Gpt2Generator(LanguageModelGenerator):
         torch.manual_seed(seed)
         self.model.eval()
         self.tokenizer.padding_side = "left"
-        prompts = [self._prompt(label) for label in labels]
+        prompts = [self.PROMPTS[label] for label in labels]
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
         end = self.tokenizer.eos_token_id
         ids = self.model.generate(
@@ -393,16 +394,13 @@ class Gpt2Generator(LanguageModelGenerator):
         self.model.to(self.device)
         self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def _prompt(self, label: int) -> str:
-        return f"{SST.classes[label]}:"
-
     def _encode(self, examples: list[Example]) -> list[Row]:
-        rows = []
-        for example in examples:
-            prompt = self.tokenizer(self._prompt(int(example.label)))["input_ids"]
-            tokens = self.tokenizer(" " + example.sentences[0].strip())["input_ids"]
-            end = [self.tokenizer.eos_token_id]
-            rows.append(Row(prompt + tokens[: self.args.max_length] + end, n_prompt=len(prompt)))
+        prompts = self.tokenizer(self.PROMPTS)["input_ids"]
+        texts = [" " + example.sentences[0].strip() for example in examples]
+        rows, end = [], [self.tokenizer.eos_token_id]
+        for example, ids in zip(examples, self.tokenizer(texts)["input_ids"], strict=True):
+            prompt = prompts[int(example.label)]
+            rows.append(Row(prompt + ids[: self.args.max_length] + end, n_prompt=len(prompt)))
         return rows
 
     def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
@@ -416,7 +414,7 @@ class LimitReached(Exception):
 
 class OpenAIGenerator(Generator):
     """A chat model behind an OpenAI-compatible endpoint. It sees examples from the training set, and
-    answers by calling a function whose arguments have a fixed form, which all chat models can do.
+    answers by calling a function, whose arguments have a fixed form: all chat models can do that.
     """
 
     PER_REQUEST = 10  # sentences that one request asks for, at most
@@ -503,9 +501,8 @@ class OpenAIGenerator(Generator):
         estimate = 1.4 * len(text.split())
         usage = answer.usage
         tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (estimate, estimate)
-        used["spent"] += (
-            np.dot(tokens, (self.args.price_input, self.args.price_output)).item() / 1e6
-        )
+        price = np.dot(tokens, (self.args.price_input, self.args.price_output)).item()
+        used["spent"] += price / 1e6
         return answer.choices[0].message.tool_calls[0].function.arguments
 
 

@@ -3,9 +3,9 @@
     python hpo.py --hpo_trials 20
 
 `multitask_classifier.py --hpo` starts this program with the same flags. SEARCH_SPACE in options.py
-says what is searched. Ray Tune runs several trials at a time if there is room, Optuna proposes their
-settings, and asynchronous successive halving (Li et al. 2020, arXiv 1810.05934) ends those early that
-are behind the others after as many epochs.
+says what is searched. Ray Tune runs several trials at a time if there is room, Optuna proposes
+their settings, and asynchronous successive halving (Li et al. 2020, arXiv 1810.05934) ends those
+early that are behind the others after as many epochs.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def first_checkpoint(options: argparse.Namespace, shared: Shared) -> dict[str, A
 
 
 class Trial:
-    """A trial: its options, its epochs so far, which are in a JSON file, and why it failed, if so."""
+    """A trial: its options, its epochs so far, which are in a JSON file, and its error, if any."""
 
     def __init__(self, path: Path, options: argparse.Namespace, error: str = ""):
         self.path, self.options, self.error = path.with_suffix(".json"), options, error
@@ -185,8 +185,8 @@ class Trial:
         return max(self.epochs, key=lambda epoch: epoch["objective"])
 
     def report(self, training: Training) -> None:
-        """Report the metrics of an epoch. The objective is the best so far, since a run keeps its best
-        model."""
+        """Report the metrics of an epoch. The objective is the best so far, since a run keeps its
+        best model."""
         dev = evaluation.mean_score(training.scores)
         train = evaluation.mean_score(training.train_scores)
         epoch: dict[str, Any] = {"dev": dev, "train": train, "gap": train - dev, "objective": dev}
@@ -266,8 +266,8 @@ def comparable(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def connect_to_ray(address: str | None) -> list[dict[str, float]]:
-    """Join the cluster at `--ray_address`, or start Ray on this machine. Return the resources of each
-    node."""
+    """Join the cluster at `--ray_address`, or start Ray on this machine. Return the resources of
+    each node."""
     host, _, port = (address or "").rpartition(":")
     try:
         if port.isdigit():  # Ray itself would try for minutes
@@ -408,8 +408,8 @@ def run_trials(tuner: tune.Tuner, directory: Path) -> tune.ResultGrid:
 def finish(
     options: argparse.Namespace, directory: Path, logs: Path, results: tune.ResultGrid
 ) -> Path:
-    """Print the table of all trials, write TensorBoard's page of hyper-parameters and the best trial's
-    flags. Return the file of these flags."""
+    """Print the table of all trials, write TensorBoard's page of hyper-parameters and the best
+    trial's flags. Return the file of these flags."""
     trials = []
     for number in range(len(results)):
         result = results[number]
@@ -452,7 +452,7 @@ def print_table(searched: list[str], trials: list[Trial], best: Trial | None) ->
 
 
 def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that give these options, without those for outputs and for the search itself."""
+    """Return the flags that give these options, but none of outputs and of the search itself."""
     wanted = deciding(vars(options)) | {"spacy_model": options.spacy_model}
     defaults = vars(parse_options(["--data_dir", options.data_dir])) | {"data_dir": "data"}
     del wanted["tasks"]
@@ -474,8 +474,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Ray pickles classes of `__main__` together with their code, and a search that is continued would
-    # run the code of its first day. Those of the module `hpo` are pickled by name.
+    # Ray pickles classes of `__main__` with their code, so a search that is continued would run the
+    # code of its first day. Those of the module `hpo` are pickled by name.
     import hpo
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on main() handles it

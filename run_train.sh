@@ -5,8 +5,8 @@
 #   sbatch -G A100:4 run_train.sh ...            four GPUs of one node
 #   sbatch -N 2 -G A100:8 run_train.sh ...       and of two
 #
-# Before its time is over the run saves and is queued again, and goes on where it was; so it does when
-# another job takes its place, or a node fails.
+# Before its time limit, the run saves, is queued again and continues. The same happens if another job
+# preempts it, or if a node fails.
 #SBATCH --job-name=multitask-bert
 #SBATCH --partition=grete:shared
 #SBATCH --gpus=A100:1

@@ -2,10 +2,11 @@
 # Set up the environment: conda's dnlp2 where there is conda, else .venv with pip. Quick when done
 # already, safe to interrupt and run again, never needs sudo.
 #
-#   ./setup.sh [--dev] [--data] [-- COMMAND...]
+#   ./setup.sh [--dev] [--data] [--tags] [-- COMMAND...]
 #
 #   --dev       also what the tests and formatters need
 #   --data      also download the real CSVs into data/
+#   --tags      also download en_core_web_sm, the spaCy pipeline of --additional_input
 #   -- COMMAND  afterwards, run this command in the environment
 #
 # PYTHON=/path/to/python chooses the interpreter when .venv is made.
@@ -21,14 +22,15 @@ fail() {
 }
 
 usage() {
-  sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-dev="" data="" command=()
+dev="" data="" tags="" command=()
 while (($#)); do
   case $1 in
     --dev) dev=1 ;;
     --data) data=1 ;;
+    --tags) tags=1 ;;
     --) shift && command=("$@") && break ;;
     -h | --help) usage && exit ;;
     *) fail "unknown option $1; see ./setup.sh --help" ;;
@@ -110,6 +112,10 @@ installed || install
 if [[ -n $data ]]; then
   "${run[@]}" python datasets.py download --data_dir data ||
     fail "the data is not complete; run ./setup.sh --data again to go on"
+fi
+if [[ -n $tags ]]; then
+  "${run[@]}" python -m spacy download en_core_web_sm ||
+    fail "en_core_web_sm cannot be downloaded here; pip install its wheel from a file, or name a pipeline's folder with --spacy_model"
 fi
 if ((${#command[@]})); then
   exec "${run[@]}" "${command[@]}"

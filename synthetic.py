@@ -64,8 +64,8 @@ def different_words(sentence: str) -> frozenset[str]:
 
 
 class NearDuplicates:
-    """Finds whether a sentence nearly repeats one that was added: of all words of the two, both have a
-    share of at least `NEAR` (Jaccard similarity), or both have no words at all.
+    """A collection of sentences; `in` tells whether a sentence nearly repeats one of them. Then at least
+    `NEAR` of all words of the two are in both (Jaccard similarity), or neither has a word.
 
     Exact, by prefix filtering (Chaudhuri et al. 2006, "A primitive operator for similarity joins"): with
     words in one fixed order, the rarest first, two such sentences share one of the first
@@ -110,7 +110,7 @@ class RealData(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What one round of drawing gave."""
+    """The result of one round of drawing."""
 
     rows: list[Sentence]  # the new ones
     # How many were drawn, how many dropped for which reason, and what the generator used.
@@ -132,24 +132,24 @@ class Draft:
         elif folder.exists():
             # Nobody knows which flags made what it holds.
             shutil.rmtree(folder)
-        # A kill may have cut the last line short.
-        whole = self.path.read_text().rpartition("\n")[0] if self.path.exists() else ""
-        entries = [json.loads(line) for line in whole.splitlines()]
-        self.rounds = [
-            Round([Sentence(*row) for row in entry.pop("rows")], entry) for entry in entries
-        ]
+        self.rounds: list[Round] = []
         if self.path.exists():
+            # A kill may have cut the last line short.
+            text = self.path.read_text()
+            text = text[: text.rfind("\n") + 1]
             with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(map(as_line, self.rounds)))
+                temporary.write_text(text)
+            for counts in map(json.loads, text.splitlines()):
+                self.rounds.append(Round([Sentence(*row) for row in counts.pop("rows")], counts))
 
     def write_settings(self) -> None:
-        """Say which flags and files the folder belongs to. Without that, the next run removes it."""
+        """Write the flags and digests of this run. The next run removes a folder without them."""
         with atomic_write(self.settings_path) as temporary:
             temporary.write_text(self.settings)
 
     def add(self, result: Round) -> None:
         with open(self.path, "a") as file:
-            file.write(as_line(result))
+            file.write(json.dumps({"rows": result.rows, **result.counts}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.rounds.append(result)
@@ -162,13 +162,8 @@ class Draft:
         return sum(result.counts.get(name, 0) for result in self.rounds)
 
 
-def as_line(result: Round) -> str:
-    """Write a round as a line of JSON."""
-    return json.dumps({"rows": result.rows, **result.counts}) + "\n"
-
-
 class Screen:
-    """Tells which of the drawn sentences are new, and why the others are dropped."""
+    """The check of drawn sentences: which are new, and why the others are dropped."""
 
     def __init__(self, real: RealData, drafted: list[Sentence], classifier: Classifier | None):
         train = [example.sentences[0] for example in real.train]
@@ -181,27 +176,26 @@ class Screen:
         self.classifier = classifier
 
     def sort(self, drawn: list[Sentence], missing: Counter[int]) -> Round:
-        """Keep the sentences that are new, at most as many of a label as are `missing`, and count the
-        others by the reason why they are dropped."""
+        """Keep the new sentences, at most as many of a label as are missing. Count the others by the
+        reason why they are dropped."""
         drawn = [Sentence(label, to_one_line(text)) for label, text in drawn]
-        agrees = self.classifier(drawn) if self.classifier and drawn else [True] * len(drawn)
+        confident = self.classifier(drawn) if self.classifier and drawn else [True] * len(drawn)
         missing, rows, counts = missing.copy(), [], Counter(drawn=len(drawn))
-        for sentence, sure in zip(drawn, agrees, strict=True):
-            label, text = sentence
+        for (label, text), is_sure in zip(drawn, confident, strict=True):
             if not different_words(text):
                 counts["empty"] += 1
             elif text in self.held_out:
                 counts["contaminated"] += 1
             elif text in self.known:
                 counts["duplicates"] += 1
-            elif not sure:
+            elif not is_sure:
                 counts["unsure"] += 1
             elif missing[label] <= 0:
                 counts["surplus"] += 1
             else:
                 missing[label] -= 1
                 self.known.add(text)
-                rows.append(sentence)
+                rows.append(Sentence(label, text))
         return Round(rows, counts)
 
 
@@ -210,14 +204,17 @@ def to_one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def load_classifier(path: str, min_confidence: float, device: torch.device) -> Classifier:
-    """Return a function that tells, for each sentence, whether a trained model gives its label at least
-    this probability."""
+def load_classifier(args: argparse.Namespace, device: torch.device) -> Classifier | None:
+    """Load the model of `--filter_with`. Return a function that tells, for each sentence, whether it
+    gives the label a probability of at least `--min_confidence`; None without this flag."""
+    path = args.filter_with
+    if not path:
+        return None
     model, tokenizer, content = load_checkpoint(path)
     if content["tags"] is not None:
         raise UserError(f"{path}: was trained with tags; filter with a model without")
     if "sst" not in content["options"]["tasks"]:
-        raise UserError(f"{path}: was not trained on sentiment")
+        raise UserError(f"{path}: was not trained on sentiment; filter with a model that was")
     limit = content["options"]["max_length"] or model.bert.config.max_position_embeddings
     model.to(device).eval()
 
@@ -226,17 +223,18 @@ def load_classifier(path: str, min_confidence: float, device: torch.device) -> C
         texts = [sentence.text for sentence in sentences]
         batch = tokenizer(texts, True, truncation=True, max_length=limit, return_tensors="pt")
         ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-        probabilities = model.predict_sentiment(ids, mask).float().softmax(-1).tolist()
-        pairs = zip(sentences, probabilities, strict=True)
-        return [of_labels[sentence.label] >= min_confidence for sentence, of_labels in pairs]
+        labels = torch.tensor([sentence.label for sentence in sentences])
+        probabilities = model.predict_sentiment(ids, mask).float().softmax(-1).cpu()  # [B, 5]
+        of_labels = probabilities.gather(1, labels[:, None]).squeeze(1)
+        return (of_labels >= args.min_confidence).tolist()
 
     return agrees
 
 
 def fill(draft: Draft, generator: Generator, screen: Screen, args: argparse.Namespace) -> None:
-    """Draw until each label has its share, or nothing new comes any more."""
-    share, rest = divmod(args.num_samples, len(LABELS))
-    wanted = Counter({label: share + 1 if label < rest else share for label in LABELS})
+    """Draw until all labels have the same number of sentences, or until nothing new comes."""
+    quota, rest = divmod(args.num_samples, len(LABELS))
+    wanted = Counter({label: quota + 1 if label < rest else quota for label in LABELS})
     fruitless = 0
     with tqdm(total=args.num_samples, initial=len(draft.rows), unit="sentence") as bar:
         while fruitless < FRUITLESS_ROUNDS:
@@ -278,9 +276,7 @@ def generate(args: argparse.Namespace) -> None:
         folder = output.with_name(f"{output.name}.part")
         draft = Draft(folder, draft_settings(args))
         generator = GENERATORS[args.generator](args, device)
-        classifier = None
-        if args.filter_with:
-            classifier = load_classifier(args.filter_with, args.min_confidence, device)
+        classifier = load_classifier(args, device)
         generator.fit(real.train, real.labelled_dev, folder)
         draft.write_settings()
         generator.usage = {name: draft.total(name) for name in generator.usage}
@@ -318,7 +314,7 @@ def draft_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: list[Sentence], real: list[Example], generator: str) -> None:
-    """Write the real rows, then the new ones, like pandas writes a CSV: so are the real files."""
+    """Write the real rows, then the new ones, in the form that pandas gave the real files."""
     cells = [(example.id, example.sentences[0], int(example.label)) for example in real]
     cells += [
         (f"synthetic-{generator}-{number:06d}", sentence.text, sentence.label)

@@ -1,8 +1,8 @@
-"""Tags of word pieces: a part-of-speech id and a named-entity id each, from a spaCy pipeline.
+"""Part-of-speech and named-entity ids of word pieces, from a spaCy pipeline.
 
-spaCy reads each distinct sentence once, as it is written. What it finds is kept on disk, so that a
-later run needs no spaCy. A word piece has the tags of the spaCy token that covers its first
-character; id 0 is "none".
+spaCy reads each distinct sentence once, as it is written. The tags are kept on disk, so that later
+runs need no spaCy. A word piece has the tags of the spaCy token that covers its first character.
+Id 0 means "no tag".
 """
 
 import concurrent.futures
@@ -18,11 +18,13 @@ import os
 import signal
 import sqlite3
 import sys
+import textwrap
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -31,17 +33,21 @@ from tqdm import tqdm
 from utils import UserError, one_line
 
 NONE = "none"  # the label of id 0
-MAX_CHARACTERS = 100_000  # that spaCy reads of a sentence: more than any encoder has positions for
-CHUNK = 500  # sentences tagged, and then kept, at a time
-# Components by the name of their factory. Those that change neither tag are left out to save time.
+# Characters of a sentence that spaCy reads: more than any encoder has positions for.
+MAX_CHARACTERS = 100_000
+CHUNK = 500  # sentences that are tagged, and then kept, at a time
+# Components by the name of their factory. Components that change neither tag are left out.
 TAGGERS = {"tagger"}
 RECOGNISERS = {"ner", "beam_ner", "entity_ruler", "future_entity_ruler", "span_ruler"}
 NOT_NEEDED = {"lemmatizer", "trainable_lemmatizer", "entity_linker", "textcat", "spancat"}
 NOT_NEEDED |= {"textcat_multilabel", "span_finder", "experimental_coref"}
-# SQLite's errors that say nothing of the file's content.
+# SQLite's errors that say nothing about the content of the file.
 CIRCUMSTANCES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
 CIRCUMSTANCES |= {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 CIRCUMSTANCES |= {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL}
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+# spaCy's Language. spaCy itself is only imported to tag.
+Language = Any
 
 
 # ---------------------------------------------------------------------------------------- pipeline
@@ -49,41 +55,44 @@ CIRCUMSTANCES |= {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PRO
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What decides a spaCy pipeline's tags, read from its files without spaCy."""
+    """Everything that decides the tags of a spaCy pipeline, read from its files without spaCy."""
 
     directory: Path = dataclasses.field(compare=False)
-    package: str | None = dataclasses.field(compare=False)  # which may bring code of its own
+    package: str | None = dataclasses.field(compare=False)  # it may have code of its own
     name: str
     version: str
     digest: str  # SHA-256 of its files
-    pos_labels: tuple[str, ...]  # label i is the i-th id
+    pos_labels: tuple[str, ...]  # by id
     ner_labels: tuple[str, ...]
 
     @classmethod
     def find(cls, name_or_path: str) -> "Pipeline":
-        """An installed pipeline's name, or a directory. UserError: there is none, or it has no
-        tagger or no entity recogniser."""
+        """Read the pipeline that is installed under this name, or that is in this directory.
+
+        Raises UserError if there is none, or if it has no tagger or no entity recogniser.
+        """
         directory, package = _find_directory(name_or_path)
         meta, factories = _read_meta(directory), _read_factories(directory)
         try:
             name, version = f"{meta['lang']}_{meta['name']}", str(meta["version"])
-            pos, ner = (_labels(meta, factories, kinds) for kinds in (TAGGERS, RECOGNISERS))
+            pos, ner = (_list_labels(meta, factories, kinds) for kinds in (TAGGERS, RECOGNISERS))
         except (KeyError, TypeError) as error:
             raise UserError(f"{directory / 'meta.json'}: damaged ({one_line(error)})") from error
         found = {"tagger": pos, "entity recogniser": ner}
         if lacking := [kind for kind, labels in found.items() if not labels]:
-            raise UserError(
-                f"{name_or_path}: this spaCy pipeline has no {' and no '.join(lacking)}"
-            )
+            problem = f"this spaCy pipeline has no {' and no '.join(lacking)}"
+            raise UserError(f"{name_or_path}: {problem}; choose another one")
         digest = _digest_files(directory)
         return cls(directory, package, name, version, digest, (NONE, *pos), (NONE, *ner))
 
-    def to_dict(self) -> dict:
-        """For a checkpoint; equal for pipelines that give the same tags."""
-        values = dataclasses.asdict(self)
-        del values["directory"], values["package"]
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of a checkpoint, equal for pipelines that give the same tags."""
         return {
-            key: list(each) if isinstance(each, tuple) else each for key, each in values.items()
+            "name": self.name,
+            "version": self.version,
+            "digest": self.digest,
+            "pos_labels": list(self.pos_labels),
+            "ner_labels": list(self.ner_labels),
         }
 
     def __str__(self) -> str:
@@ -91,14 +100,15 @@ class Pipeline:
 
 
 def _find_directory(name_or_path: str) -> tuple[Path, str | None]:
-    """Where config.cfg and meta.json are, and the package's name if they are in one."""
+    """Return the folder of config.cfg and meta.json, and the name of their package if it is one."""
     path, package = Path(name_or_path), None
     if not path.is_dir():
         if not name_or_path.isidentifier():
             raise UserError(f"{name_or_path}: no such directory")
         package, path = name_or_path, _find_package(name_or_path)
+    # In a package, the pipeline is in a folder of its own.
     if not (path / "config.cfg").is_file() and (path / "meta.json").is_file():
-        meta = _read_meta(path)  # a package: the pipeline is in a folder of its own
+        meta = _read_meta(path)
         with contextlib.suppress(KeyError, TypeError):
             inner = path / f"{meta['lang']}_{meta['name']}-{meta['version']}"
             path = inner if inner.is_dir() else path
@@ -108,7 +118,7 @@ def _find_directory(name_or_path: str) -> tuple[Path, str | None]:
 def _find_package(name: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
-    except ValueError:  # of __main__ and the like
+    except ValueError:  # for __main__ and similar names
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -118,8 +128,8 @@ def _find_package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _labels(meta: dict, factories: dict[str, str], kinds: set[str]) -> list[str]:
-    """Of all components of these kinds, each once."""
+def _list_labels(meta: dict, factories: dict[str, str], kinds: set[str]) -> list[str]:
+    """Return the labels of all components of these kinds, without repetitions."""
     names = [name for name, factory in factories.items() if factory in kinds]
     return list(dict.fromkeys(str(label) for name in names for label in meta["labels"][name]))
 
@@ -135,14 +145,14 @@ def _read_meta(directory: Path) -> dict:
 
 
 def _read_factories(directory: Path) -> dict[str, str]:
-    """Name -> factory of each component in use, in order."""
+    """Return the components in use, in order: name -> factory."""
     path = directory / "config.cfg"
-    parser = configparser.ConfigParser(delimiters="=", interpolation=None)
-    parser.optionxform = str  # as spaCy reads it: upper and lower case differ
+    # Not strict: spaCy's keys may differ in upper and lower case only.
+    parser = configparser.ConfigParser(delimiters="=", interpolation=None, strict=False)
     try:
         parser.read_string(path.read_text(encoding="utf-8"))
         names, disabled = (json.loads(parser["nlp"][key]) for key in ("pipeline", "disabled"))
-        factories = {x: json.loads(parser[f"components.{x}"]["factory"]) for x in names}
+        factories = {name: json.loads(parser[f"components.{name}"]["factory"]) for name in names}
     except FileNotFoundError:
         raise UserError(f"{directory}: not a spaCy pipeline, it has no config.cfg") from None
     except (OSError, ValueError, KeyError, TypeError, configparser.Error) as error:
@@ -156,9 +166,9 @@ def _digest_files(directory: Path) -> str:
         for folder, folders, names in os.walk(directory, followlinks=True):
             folders.sort()
             for path in (Path(folder, name) for name in sorted(names)):
-                place = path.relative_to(directory).as_posix().encode()
+                inner = path.relative_to(directory).as_posix().encode()
                 with open(path, "rb") as file:
-                    digest.update(place + b"\0" + hashlib.file_digest(file, "sha256").digest())
+                    digest.update(inner + b"\0" + hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
@@ -168,31 +178,30 @@ def _digest_files(directory: Path) -> str:
 
 
 class TagStore:
-    """Sentence -> what spaCy found in it, as bytes (see `_tokens_of`); a SQLite file that runs
-    share. With each value stands a checksum; one that does not fit is as good as none.
+    """Keeps sentence -> tags as bytes (see `_decode`) in a SQLite file that runs share. Each value
+    has a checksum; a value that does not fit it counts as missing.
 
     Raises:
-        sqlite3.Error, OSError: from all methods, where the file cannot be used.
+        sqlite3.Error, OSError: from all methods, if the file cannot be used.
     """
 
-    TABLE = b"CREATE TABLE tags (sentence BLOB PRIMARY KEY, tokens BLOB) WITHOUT ROWID"
+    TABLE = "tags (sentence BLOB PRIMARY KEY, tokens BLOB) WITHOUT ROWID"
 
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
         if not self._open():
-            with self.alone():
-                if not self._open():  # nobody else has mended it meanwhile
-                    warnings.warn(f"{path}: damaged; its sentences are tagged anew")
+            with self.lock():
+                if not self._open():  # no other run has replaced it meanwhile
+                    warnings.warn(f"{path}: damaged; its sentences are tagged again")
                     path.unlink()
                     path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
                     self._open()
 
     @contextlib.contextmanager
-    def alone(self):
-        """Keep other runs from writing meanwhile. The lock is flock's, so a killed run holds
-        none."""
+    def lock(self) -> Iterator[None]:
+        """Keep other runs from tagging meanwhile. A killed run leaves no lock (it is flock's)."""
         try:
             self._lock.acquire(timeout=1)
         except filelock.Timeout:
@@ -204,44 +213,42 @@ class TagStore:
             self._lock.release()
 
     def read(self, sentences: list[str]) -> dict[str, bytes]:
-        """Those of the sentences that are there."""
+        """Return the values of those sentences that are in the store."""
         by_key = {_key(sentence): sentence for sentence in sentences}
         keys, found = list(by_key), {}
         for start in range(0, len(keys), CHUNK):
-            some = keys[start : start + CHUNK]
-            places = ",".join("?" * len(some))
-            query = f"SELECT sentence, tokens FROM tags WHERE sentence IN ({places})"
-            for key, value in self.connection.execute(query, some):
+            chunk = keys[start : start + CHUNK]
+            marks = ",".join("?" * len(chunk))
+            query = f"SELECT sentence, tokens FROM tags WHERE sentence IN ({marks})"
+            for key, value in self.connection.execute(query, chunk):
                 if isinstance(value, bytes) and value[:4] == _checksum(key, value[4:]):
                     found[by_key[key]] = value[4:]
         return found
 
     def write(self, found: dict[str, bytes]) -> None:
+        """Store the values in one transaction."""
         keys = {_key(sentence): value for sentence, value in found.items()}
         rows = [(key, _checksum(key, value) + value) for key, value in keys.items()]
-        with self.connection:  # one transaction
+        with self.connection:
             self.connection.executemany("INSERT OR REPLACE INTO tags VALUES (?, ?)", rows)
 
-    def close(self) -> None:
-        self.connection.close()
-
     def _open(self) -> bool:
-        """Connect; False if the file is damaged."""
+        """Connect. Return False if the file is damaged."""
         self.connection = sqlite3.connect(self.path, timeout=60)
-        self.connection.text_factory = bytes  # a damaged file's text may be anything
+        self.connection.text_factory = bytes  # the text of a damaged file may be anything
         try:
             tables = self.connection.execute("SELECT sql FROM sqlite_master").fetchall()
             if not tables:
-                self.connection.execute(self.TABLE.decode().replace("TABLE", "TABLE IF NOT EXISTS"))
+                self.connection.execute(f"CREATE TABLE IF NOT EXISTS {self.TABLE}")
                 return True
             check = self.connection.execute("PRAGMA integrity_check").fetchall()
-            if tables == [(self.TABLE,)] and check == [(b"ok",)]:
+            if tables == [(f"CREATE TABLE {self.TABLE}".encode(),)] and check == [(b"ok",)]:
                 return True
         except sqlite3.Error as error:
             cut_short = error.sqlite_errorcode == sqlite3.SQLITE_IOERR_SHORT_READ
             if error.sqlite_errorcode & 0xFF in CIRCUMSTANCES and not cut_short:
                 raise
-        except UnicodeDecodeError:  # an error's text that quotes what is damaged
+        except UnicodeDecodeError:  # from an error's text that quotes damaged bytes
             pass
         self.connection.close()
         return False
@@ -259,35 +266,36 @@ def _checksum(key: bytes, value: bytes) -> bytes:
 
 
 class Tagger:
-    """Gives word pieces their tags; what spaCy has found once it looks up.
+    """Gives word pieces their tags. It looks up what spaCy has found before.
 
     Args:
-        pipeline: whose tags.
-        cache_dir: where they are kept; None keeps them in memory. One that cannot be used is a
-            warning.
+        pipeline: the spaCy pipeline.
+        cache_dir: folder that keeps the tags; None keeps them in memory. If the folder cannot be
+            used, this is a warning.
     """
 
     def __init__(self, pipeline: Pipeline, cache_dir: str | Path | None = None):
         self.pipeline = pipeline
-        self._memory = {}  # in place of a store
-        self._store = self._nlp = None
+        self._memory: dict[str, bytes] = {}  # used where there is no store
+        self._store: TagStore | None = None
+        self._nlp: Language = None
         if cache_dir is not None:
             identity = json.dumps(pipeline.to_dict(), sort_keys=True).encode()
             name = f"tags-{hashlib.sha256(identity).hexdigest()[:32]}.sqlite"
-            with self._warning(cache_dir):
+            with self._errors_as_warnings(cache_dir):
                 self._store = TagStore(Path(cache_dir) / name)
 
     def tags_of_pieces(
         self, sentences: list[str], lengths: np.ndarray, starts: np.ndarray, title: str = ""
     ) -> np.ndarray:
-        """The tags of all word pieces of some sentences.
+        """Return the tags of all word pieces of these sentences.
 
         Args:
             sentences: [n_sentences].
             lengths: [n_sentences] their numbers of word pieces.
-            starts: [n_pieces] the first character of each piece in its sentence; -1 for a special
-                token, which has no tags.
-            title: what the progress bar calls the sentences.
+            starts: [n_pieces] where the first character of each piece is in its sentence; -1 for a
+                special token, which has no tags.
+            title: name of the sentences in the progress bar.
 
         Returns:
             [2, n_pieces] int16: part-of-speech ids and named-entity ids.
@@ -298,63 +306,66 @@ class Tagger:
         found = self._look_up_or_tag(list(dict.fromkeys(sentences)), title)
         tags, ends = [np.empty((2, 0), np.int16)], np.cumsum(lengths)
         for first in range(0, len(sentences), CHUNK):
-            some = slice(first, first + CHUNK)
-            tokens = [_tokens_of(found[sentence]) for sentence in sentences[some]]
-            pieces = starts[ends[first] - lengths[first] : ends[some][-1]]
-            tags.append(_align(tokens, lengths[some], pieces))
+            chunk = slice(first, first + CHUNK)
+            tokens = [_decode(found[sentence]) for sentence in sentences[chunk]]
+            pieces = starts[ends[first] - lengths[first] : ends[chunk][-1]]
+            tags.append(_align(tokens, lengths[chunk], pieces))
         return np.concatenate(tags, axis=1)
 
     def describe(self, pos_id: int, ner_id: int) -> str:
-        """For people to read: "/NNP/PERSON", "/NN" for what is no entity, "" for no tags."""
+        """Return a text like "/NNP/PERSON"; "/NN" without an entity, "" without tags."""
         labels = self.pipeline.pos_labels[pos_id], self.pipeline.ner_labels[ner_id]
         return "".join(f"/{label}" for label in labels if label != NONE)
 
     def rest(self) -> None:
-        """Give back spaCy's memory, until there is something to tag again."""
+        """Free spaCy's memory until there is something to tag again."""
         self._nlp = None
 
     def _look_up_or_tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
         found = self._read(sentences)
         if len(found) < len(sentences):
-            with self._store.alone() if self._store else contextlib.nullcontext():
-                found |= self._read([each for each in sentences if each not in found])
-                missing = [each for each in sentences if each not in found]
-                if missing:
+            with self._store.lock() if self._store else contextlib.nullcontext():
+                # Another run may have tagged them while this one waited.
+                found |= self._read([sentence for sentence in sentences if sentence not in found])
+                if missing := [sentence for sentence in sentences if sentence not in found]:
                     found |= self._tag(missing, title)
         return found
 
     def _tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
         self._nlp = self._nlp or load_spacy(self.pipeline)
-        found, unknown = {}, Counter()
-        progress = dict(total=len(sentences), desc=f"tagging {title}", unit="sentence", delay=1)
-        with tqdm(**progress) as bar:
-            for some, strangers in run_spacy(self._nlp, self.pipeline, sentences):
-                self._write(some)
-                found |= some
-                unknown += strangers
-                bar.update(len(some))
-        if unknown:
-            labels = ", ".join(f"{label} ({count} times)" for label, count in unknown.items())
+        found: dict[str, bytes] = {}
+        unlisted: Counter[str] = Counter()
+        description = f"tagging {title}"
+        with tqdm(total=len(sentences), desc=description, unit="sentence", delay=1) as bar:
+            for part in run_spacy(self._nlp, self.pipeline, sentences):
+                self._write(part.tokens)
+                found |= part.tokens
+                unlisted += part.unlisted
+                bar.update(len(part.tokens))
+        if unlisted:
+            labels = ", ".join(f"{label} ({count} times)" for label, count in unlisted.items())
+            labels = textwrap.shorten(labels, 150, placeholder=" ...")
             warnings.warn(f"{self.pipeline}: its meta.json does not list {labels}: taken as none")
         return found
 
     def _read(self, sentences: list[str]) -> dict[str, bytes]:
-        found = {each: self._memory[each] for each in sentences if each in self._memory}
+        memory = self._memory
+        found = {sentence: memory[sentence] for sentence in sentences if sentence in memory}
         if self._store:
-            with self._warning(self._store.path):
+            with self._errors_as_warnings(self._store.path):
                 found |= self._store.read(sentences)
         return found
 
     def _write(self, found: dict[str, bytes]) -> None:
         if self._store:
-            with self._warning(self._store.path):
+            with self._errors_as_warnings(self._store.path):
                 self._store.write(found)
         if not self._store:
             self._memory |= found
 
     @contextlib.contextmanager
-    def _warning(self, path):
-        """A store that cannot be used is a warning; from then on there is none."""
+    def _errors_as_warnings(self, path: str | Path) -> Iterator[None]:
+        """Turn an error of the store into a warning, and use the memory from then on."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -362,17 +373,18 @@ class Tagger:
             self._store = None
 
 
-def _tokens_of(value: bytes) -> np.ndarray:
-    """[3, n + 2] int32: where each of n tokens starts (characters), its part-of-speech id and its
-    named-entity id; before and behind them a column without tags."""
+def _decode(value: bytes) -> np.ndarray:
+    """Return [3, n + 2] int32: where each of n tokens starts (in characters), its part-of-speech id
+    and its named-entity id. The first and the last column have no tags."""
     return np.frombuffer(value, np.int32).reshape(3, -1)
 
 
 def _align(tokens: list[np.ndarray], lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """[2, n_pieces] the tags of the last token that starts no later than the piece. spaCy's tokens
-    leave out single spaces only, with which no piece starts."""
-    stride = np.int64(2**32)  # puts each sentence's characters behind those of the one before
-    n_tokens = [each.shape[1] for each in tokens]
+    """Return the tags [2, n_pieces] of the last token that starts no later than the piece."""
+    # This token covers the piece: spaCy's tokens leave out single spaces only, and no piece starts
+    # with a space. The stride puts the characters of a sentence behind those of the one before.
+    stride = np.int64(2**32)
+    n_tokens = [of_sentence.shape[1] for of_sentence in tokens]
     characters, *tags = np.concatenate(tokens, axis=1)
     characters = characters + stride * np.repeat(np.arange(len(tokens)), n_tokens)
     pieces = starts + stride * np.repeat(np.arange(len(tokens)), lengths)
@@ -380,8 +392,18 @@ def _align(tokens: list[np.ndarray], lengths: np.ndarray, starts: np.ndarray) ->
     return (np.stack(tags)[:, places] * (starts >= 0)).astype(np.int16)
 
 
-def load_spacy(pipeline: Pipeline):
-    """The pipeline as a spaCy `Language`. UserError: spaCy cannot load it."""
+# ------------------------------------------------------------------------------------------ spaCy
+
+
+class TaggedPart(NamedTuple):
+    """The tags of one chunk of sentences."""
+
+    tokens: dict[str, bytes]  # sentence -> its tokens with their tags, see `_decode`
+    unlisted: Counter[str]  # labels that the pipeline does not list, and how often they came
+
+
+def load_spacy(pipeline: Pipeline) -> Language:
+    """Load a pipeline with spaCy. Raises UserError if spaCy cannot load it."""
     import spacy
 
     factories = _read_factories(pipeline.directory)
@@ -391,81 +413,81 @@ def load_spacy(pipeline: Pipeline):
             importlib.import_module(pipeline.package)
         return spacy.load(pipeline.directory, exclude=unneeded)
     except Exception as error:  # whatever its many components make of a damaged file
-        raise UserError(
-            f"{pipeline.directory}: spaCy cannot load it ({one_line(error)})"
-        ) from error
+        problem = f"spaCy cannot load it ({one_line(error)})"
+        raise UserError(f"{pipeline.directory}: {problem}") from error
 
 
-def run_spacy(
-    nlp, pipeline: Pipeline, sentences: list[str]
-) -> Iterator[tuple[dict[str, bytes], Counter]]:
-    """Part by part: what is found in each sentence, labels that the pipeline does not list.
-    UserError: spaCy fails; what came before that is good."""
+def run_spacy(nlp: Language, pipeline: Pipeline, sentences: list[str]) -> Iterator[TaggedPart]:
+    """Tag the sentences part by part. Raises UserError if spaCy fails; earlier parts stay valid."""
     ids = [
         {nlp.vocab.strings.add(label): number for number, label in enumerate(labels)} | {0: 0}
         for labels in (pipeline.pos_labels, pipeline.ner_labels)
     ]
     chunks = [sentences[i : i + CHUNK] for i in range(0, len(sentences), CHUNK)]
-    # To fork is safe on Linux only, and not with PyTorch's threads.
+    # Forking is safe on Linux only, and not with PyTorch's threads.
     can_fork = sys.platform == "linux" and not _runs_pytorch(nlp)
-    processes = min(len(chunks), len(os.sched_getaffinity(0))) if can_fork else 1
+    n_processes = min(len(chunks), len(os.sched_getaffinity(0))) if can_fork else 1
     try:
-        if processes == 1:
+        if n_processes == 1:
             yield from (_tag_chunk(nlp, ids, chunk) for chunk in chunks)
         else:
-            yield from _tag_in_processes(processes, nlp, ids, chunks)
-    except UserError:
-        raise
-    except Exception as error:  # of any component, or of a process that was killed
+            yield from _tag_in_processes(n_processes, nlp, ids, chunks)
+    except Exception as error:  # from any component, or from a process that was killed
         raise UserError(f"{pipeline.directory}: spaCy cannot tag ({one_line(error)})") from error
 
 
-def _runs_pytorch(nlp) -> bool:
+def _runs_pytorch(nlp: Language) -> bool:
     models = [getattr(component, "model", None) for _, component in nlp.pipeline]
-    walks = [model.walk() for model in models if hasattr(model, "walk")]
+    walks = [model.walk() for model in models if model is not None and hasattr(model, "walk")]
     return any(node.shims for walk in walks for node in walk)
 
 
-def _tag_in_processes(processes: int, nlp, ids: list[dict], chunks: list[list[str]]):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or each fork is told of in a warning
-    context, parent = multiprocessing.get_context("fork"), os.getpid()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, context, _start_worker, (nlp, ids, parent)
-    )
+def _tag_in_processes(
+    n_processes: int, nlp: Language, ids: list[dict[int, int]], chunks: list[list[str]]
+) -> Iterator[TaggedPart]:
+    # Without this, the tokenizers library warns in each fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    context, initial = multiprocessing.get_context("fork"), (nlp, ids, os.getpid())
+    pool = concurrent.futures.ProcessPoolExecutor(n_processes, context, _start_worker, initial)
     try:
-        yield from pool.map(_work, chunks)
+        yield from pool.map(_tag_in_worker, chunks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(nlp, ids: list[dict], parent: int) -> None:
-    """Ctrl-C is for the parent to answer, and a killed parent's workers must not outlive it
-    (PR_SET_PDEATHSIG, from prctl.h)."""
+# Arguments of `_tag_chunk` that a worker has from its start.
+_worker: tuple[Language, list[dict[int, int]]] = None, []
+
+
+def _start_worker(nlp: Language, ids: list[dict[int, int]], parent: int) -> None:
     global _worker
     _worker = nlp, ids
+    # The parent handles Ctrl-C. If it is killed, its workers are too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:  # killed before that
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
         os._exit(1)
 
 
-def _work(sentences: list[str]):
+def _tag_in_worker(sentences: list[str]) -> TaggedPart:
     return _tag_chunk(*_worker, sentences)
 
 
-def _tag_chunk(nlp, ids: list[dict], sentences: list[str]) -> tuple[dict[str, bytes], Counter]:
+def _tag_chunk(nlp: Language, ids: list[dict[int, int]], sentences: list[str]) -> TaggedPart:
     from spacy.attrs import ENT_TYPE, IDX, TAG
 
-    found, unknown = {}, Counter()
+    part = TaggedPart({}, Counter())
     docs = nlp.pipe(sentence[:MAX_CHARACTERS] for sentence in sentences)
     for sentence, doc in zip(sentences, docs, strict=True):
         starts, *labels = doc.to_array([IDX, TAG, ENT_TYPE]).T
         tokens = np.zeros((3, len(doc) + 2), np.int32)
         tokens[0, 1:-1], tokens[0, -1] = starts, len(doc.text)
-        for row, known, hashes in zip(tokens[1:], ids, labels):
-            numbers = [known.get(label, -1) for label in hashes.tolist()]
-            unknown.update(nlp.vocab.strings[h] for h, n in zip(hashes.tolist(), numbers) if n < 0)
-            row[1:-1] = np.maximum(numbers, 0)
-        found[sentence] = tokens.tobytes()
-    return found, unknown
+        for row, known, hashes in zip(tokens[1:], ids, labels, strict=True):
+            for place, label in enumerate(hashes.tolist(), start=1):
+                if label in known:
+                    row[place] = known[label]
+                else:
+                    part.unlisted[nlp.vocab.strings[label]] += 1
+        part.tokens[sentence] = tokens.tobytes()
+    return part

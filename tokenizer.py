@@ -23,8 +23,8 @@ class BertTokenizer:
     """Splits text into BERT's word pieces: `[CLS]`, the pieces, `[SEP]`.
 
     Args:
-        backend: a `tokenizers.Tokenizer` with a word-piece model. Its own padding and truncation are
-            switched off; the arguments of a call decide.
+        backend: a `tokenizers.Tokenizer` with a word-piece model. Its own padding and truncation
+            are switched off; the arguments of a call decide.
         max_length: length at which `truncation=True` cuts, special tokens included.
     """
 
@@ -44,8 +44,8 @@ class BertTokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, local_files_only: bool = False) -> Self:
         """Read `tokenizer.json`, or else `vocab.txt`, and `tokenizer_config.json` if there is one.
-        The arguments are those of `BertModel.from_pretrained`. Raises UserError if files are missing
-        or damaged."""
+        The arguments are those of `BertModel.from_pretrained`. Raises UserError if there is no
+        vocabulary, or if a file is damaged."""
 
         def find(filename: str) -> Path | None:
             return find_pretrained(name_or_path, filename, local_files_only)
@@ -64,8 +64,10 @@ class BertTokenizer:
             else:
                 backend = word_piece_backend(read_vocabulary(path), settings)
             return cls(backend, max_length)
-        # The library raises a bare Exception for a damaged file.
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        # For a damaged file, the library raises a bare Exception, or panics with a BaseException.
+        except BaseException as error:
             reason = textwrap.shorten(one_line(error), 150, placeholder=" ...")
             raise UserError(f"{path}: not a readable vocabulary: {reason}") from error
 
@@ -119,13 +121,12 @@ class BertTokenizer:
         max_length: int,
         progress: Callable[[range], Iterable[int]] = lambda chunks: chunks,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenize texts, cut at `max_length`, into one array. It takes a quarter of the memory that
-        a list of lists takes.
+        """Tokenize texts, cut at `max_length`, into one array: a quarter of the memory of lists.
 
         `progress` wraps the iterator over chunks of texts, for example with a tqdm bar.
 
         Returns:
-            ids [n_tokens] int32 of all texts, one text after the other, and lengths [n_texts] int64.
+            ids [n_tokens] int32, one text after the other, and lengths [n_texts] int64.
         """
         self._set_limits(max_length, padding=False)
         ids, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
@@ -136,8 +137,8 @@ class BertTokenizer:
         return np.concatenate(ids), np.concatenate(lengths)
 
     def packed_starts(self, texts: list[str], max_length: int) -> np.ndarray:
-        """Return, for each id that `packed_ids` gives, where the first character of its word piece is
-        in its text: [n_tokens] int64, -1 for special tokens."""
+        """Return where the word piece of each id that `packed_ids` gives starts in its text:
+        [n_tokens] int64 positions of characters, -1 for special tokens."""
         self._set_limits(max_length, padding=False)
         special = [self.special_ids[token] for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
         starts = [np.empty(0, np.int64)]

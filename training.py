@@ -117,7 +117,8 @@ class Training:
     def _start_epoch(self) -> None:
         self.n_windows = 0  # steps of this epoch that are done
         self.answers: list[Answers] = []
-        self.samplers_at_start = {name: each.state_dict() for name, each in self.samplers.items()}
+        samplers = self.samplers.items()
+        self.samplers_at_start = {name: sampler.state_dict() for name, sampler in samplers}
         self.began = time.perf_counter()
 
     # ------------------------------------------------------------------------ one epoch, step by step
@@ -188,16 +189,17 @@ class Training:
             self._give_up(window, step.problem)
 
     def _give_up(self, window: list[Batch], problem: str | None) -> None:
-        """Save, and name the rows of the last step in a UserError."""
+        """Save, print the rows of the last step, and raise UserError."""
         self.save()
         rows = [(name, row) for batch in window for name in batch.rows for row in batch.rows[name]]
         ids = defaultdict(list)
         for name, row in itertools.chain(*gather(rows)):
             ids[name].append(self.data["train"][name].examples[row].id)
         named = "; ".join(f"{name} {', '.join(of_task)}" for name, of_task in ids.items())
+        tqdm.write(f"rows of the last step, by id: {named}", file=sys.stderr)
         raise UserError(
-            f"{self.consecutive_skips} steps in a row were not finite ({problem}); saved: "
-            f"{self.describe_saved()}; lower --lr or look at the rows of the last step, by id: {named}"
+            f"{self.consecutive_skips} steps in a row were not finite ({problem}); lower --lr, or look "
+            f"at the rows named above; continue with --resume {self.path}"
         )
 
     def end_epoch(self, dev: Mapping[str, evaluation.Evaluation]) -> None:

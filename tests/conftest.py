@@ -134,10 +134,22 @@ def pipeline_directory(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """The first rows of each file of the sample."""
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS.values():
+        for split, n_rows in {"train": 64, "dev": 40, "test": 40}.items():
+            name = task.filename(split)
+            lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / name).write_text("".join(lines[: n_rows + 1]), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def flags(tiny_directory, tmp_path):
-    """Flags of a run of seconds on the sample, with all that it writes under tmp_path."""
-    flags = ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE)]
+def flags(tiny_directory, small_data, tmp_path):
+    """Flags of a run of a second, with all that it writes under tmp_path."""
+    flags = ["--bert_model", str(tiny_directory), "--data_dir", str(small_data)]
     for name in ("models_dir", "logdir", "cache_dir"):
         flags += [f"--{name}", str(tmp_path / name)]
     for name in TASKS:

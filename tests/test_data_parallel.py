@@ -1,6 +1,7 @@
 """Runs in several processes, which torchrun starts, against the same run in one."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from test_resume import OFTEN, assert_same, outcome
 
 import multitask_classifier as mc
 from bert import BertModel
+from tasks import TASKS
 from tokenizer import BertTokenizer
 
 STEPS = 20
@@ -54,37 +56,72 @@ SETTINGS = {
 }
 
 
-def torchrun(flags, n_processes=2, **more):
+def torchrun(flags, n_processes=2, script=ROOT / "multitask_classifier.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(n_processes), ROOT / "multitask_classifier.py"]
+    command += ["--nproc_per_node", str(n_processes), script, *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command + flags, **pipes, **more)
+    return subprocess.Popen(command, **pipes)
 
 
-@pytest.fixture
-def exact_flags(flags, tmp_path, tiny_directory):
-    """Of a run of 20 steps without dropout."""
-    directory = tmp_path / "no-dropout"
+# Several runs, one after the other, in processes that are started once.
+RUN_ALL = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import multitask_classifier as mc
+
+mc.join_processes()
+for flags in json.loads(sys.argv[1]):
+    mc.train_multitask(mc.parse_options(flags))
+mc.leave_processes()
+"""
+
+
+@pytest.fixture(scope="module")
+def flags_in(tiny_directory, small_data, tmp_path_factory):
+    """Flags of a run of 20 steps that writes into a folder, without dropout by default."""
+    exact = tmp_path_factory.mktemp("exact") / "no-dropout"
     model = BertModel.from_pretrained(str(tiny_directory))
     rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model.config = dataclasses.replace(model.config, **rates)
-    model.save_pretrained(directory)
-    BertTokenizer.from_pretrained(str(tiny_directory)).save_pretrained(directory)
-    flags = [str(directory) if each == str(tiny_directory) else each for each in flags]
-    return flags + ["--epochs", "1", "--samples_per_epoch", str(16 * STEPS)]
+    model.save_pretrained(exact)
+    BertTokenizer.from_pretrained(str(tiny_directory)).save_pretrained(exact)
+
+    def flags(folder, encoder=exact):
+        places = [f"--{name}={folder / name}" for name in ("models_dir", "logdir", "cache_dir")]
+        places += [
+            f"--{name}_{split}_out={folder / f'{name}-{split}.csv'}"
+            for name in TASKS
+            for split in ("dev", "test")
+        ]
+        sizes = ["--epochs=1", f"--samples_per_epoch={16 * STEPS}", "--batch_size=16"]
+        return [f"--bert_model={encoder}", f"--data_dir={small_data}", *places, *sizes]
+
+    return flags
+
+
+WITH_DROPOUT = ["--epochs=2", "--samples_per_epoch=640"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(flags_in, tiny_directory, tmp_path_factory):
+    """Folder with the runs of all settings in two processes, and one with dropout, `whole`."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [flags_in(folder / name) + more for name, more in SETTINGS.items()]
+    runs.append(flags_in(folder / "whole", tiny_directory) + WITH_DROPOUT)
+    script = folder / "run_all.py"
+    script.write_text(RUN_ALL)
+    run = torchrun([json.dumps(runs)], script=script)
+    shown, errors = run.communicate(timeout=500)
+    assert run.returncode == 0, errors
+    assert shown.count("epoch 1: ") == len(runs)  # one process prints
+    return folder
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_give_what_one_gives(exact_flags, tmp_path, name):
-    flags = exact_flags + SETTINGS[name]
-    places = str(tmp_path), str(tmp_path / "two")
-    run = torchrun([each if "no-dropout" in each else each.replace(*places) for each in flags])
-    assert mc.main(flags) == 0
-    shown, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    assert shown.count("epoch 1: ") == 1  # one process speaks
+def test_two_processes_give_what_one_gives(flags_in, two_processes, tmp_path, name):
+    assert mc.main(flags_in(tmp_path) + SETTINGS[name]) == 0
     logs = []
-    for folder in (tmp_path, tmp_path / "two"):
+    for folder in (tmp_path, two_processes / name):
         (directory,) = (folder / "logdir").iterdir()
         log = EventAccumulator(str(directory)).Reload()
         logs.append({t: [e.value for e in log.Scalars(t)] for t in log.Tags()["scalars"]})
@@ -106,30 +143,29 @@ def wait_for(path):
 
 
 def processes_of(run):
-    """Those that torchrun has started."""
+    """Return the processes that torchrun has started."""
     found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-    return [int(each) for each in found.stdout.split()]
+    return [int(pid) for pid in found.stdout.split()]
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(flags, tmp_path):
-    assert_goes_on_after(signal.SIGTERM, flags, tmp_path)
+def test_a_stopped_run_continues_to_the_same_numbers(
+    flags_in, two_processes, tiny_directory, tmp_path
+):
+    flags = flags_in(tmp_path, tiny_directory) + WITH_DROPOUT
+    assert_continues_after(signal.SIGTERM, flags, tmp_path)
+    assert_same(outcome(tmp_path), outcome(two_processes / "whole"))
 
 
-def assert_goes_on_after(number, flags, tmp_path):
+def assert_continues_after(number, flags, folder):
     """With dropout, another one in each process."""
-    flags += ["--samples_per_epoch", "640"]
-    whole = torchrun([flag.replace(str(tmp_path), str(tmp_path / "whole")) for flag in flags])
-    _, errors = whole.communicate(timeout=120)
-    assert whole.returncode == 0, errors
     run = torchrun(flags + OFTEN)
-    wait_for(tmp_path / "models_dir" / "*.resume")
+    wait_for(folder / "models_dir" / "*.resume")
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode != 0 and "go on with --resume" in errors
+    assert run.returncode != 0 and "continue with --resume" in errors
     done = torchrun(flags + ["--resume", "auto"])
     shown, errors = done.communicate(timeout=120)
     assert done.returncode == 0 and "resumed after" in shown, errors
-    assert_same(outcome(tmp_path), outcome(tmp_path / "whole"))
 
 
 def test_a_process_that_dies_ends_the_run(flags, tmp_path):

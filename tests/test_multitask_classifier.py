@@ -19,14 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bert
+import attention
+import curvature
 import datasets
 import multitask_classifier as mc
 import run_log
 from attention import ATTENTION, FusedAttention, jagged_attention, plain_attention
-from batches import EpochSampler, collate, join, step_noise, training_windows
+from batches import EpochSampler, Padded, collate, join, step_noise, training_windows
 from bert import BertModel, Dropout
 from checkpoint import checkpoint_content, new_run, write_checkpoint
+from curvature import gauss_newton_gradients
 from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
 from multitask_classifier import MultitaskBERT
@@ -108,7 +110,7 @@ def test_the_heads_keep_the_size_of_their_signal():
     """Through three ReLU layers the mean square stays within a factor of 2."""
     vectors = torch.randn(500, 384)
     hidden = vectors
-    for linear in mc.SentimentHead(384, 5).hidden:
+    for linear in mc.SentenceHead(384, 5).hidden:
         hidden = F.relu(linear(hidden))
     assert 0.5 < hidden.square().mean().item() / vectors.square().mean().item() < 2
 
@@ -181,8 +183,10 @@ def test_pairs_in_one_sequence_equal_their_formula(tiny_directory, encoding, nam
 
 def test_pairs_that_are_too_long_are_cut_alike_packed_and_padded():
     ids = [torch.randint(5, 90, (2, length)) for length in (50, 30)]
-    first, second = ((each, torch.ones_like(each), each[None].repeat(2, 1, 1)) for each in ids)
-    joint, mask, tags, types = join(first, second, 40)
+    first, second = (
+        Padded(rows, torch.ones_like(rows), tags=rows[None].repeat(2, 1, 1)) for rows in ids
+    )
+    joint, mask, types, tags = join(first, second, 40)
     assert joint.shape == mask.shape == types.shape == (2, 40) and mask.all()
     assert tags.shape == (2, 2, 40) and tags.equal(joint[None].expand(2, 2, 40))
     columns = [datasets.TokenColumn(each[:1].numpy(), np.array([0, each.shape[1]])) for each in ids]
@@ -297,13 +301,13 @@ class Recorder(torch.optim.SGD):
 
 def gradients(model, window, chosen):
     optimizer = Recorder(model.parameters(), lr=0.0)
-    losses, _ = mc.training_step(model, window, optimizer, chosen)
-    return losses, optimizer.seen
+    step = mc.training_step(model, window, optimizer, chosen)
+    return step.losses, optimizer.seen
 
 
-def windows(data, batch_size, grad_accumulation, *share):
-    samplers = {name: EpochSampler(len(each), 1) for name, each in data.items()}
-    return next(training_windows(data, samplers, 10, batch_size, grad_accumulation, *share))
+def windows(data, batch_size, grad_accumulation, **share):
+    samplers = {name: EpochSampler(len(rows), 1) for name, rows in data.items()}
+    return next(training_windows(data, samplers, 10, batch_size, grad_accumulation, **share))
 
 
 def test_accumulated_batches_equal_one_large_batch(model, data):
@@ -357,7 +361,7 @@ def test_only_steps_that_refresh_take_the_plain_attention(model, data, monkeypat
         return lambda *arguments: taken.append(name) or attention(*arguments)
 
     monkeypatch.setitem(ATTENTION, "cpu", note("fused", FusedAttention.apply))
-    monkeypatch.setattr(bert, "plain_attention", note("plain", plain_attention))
+    monkeypatch.setattr(attention, "plain_attention", note("plain", plain_attention))
     chosen = options("--optimizer", "sophiah", "--hess_interval", "3")
     optimizer = build_optimizer(model.train(), chosen)
     for _ in range(5):
@@ -423,7 +427,7 @@ def test_labels_drawn_from_outputs_that_are_not_finite_give_a_skipped_estimate(m
     optimizer = build_optimizer(model.train(), chosen)
     with torch.no_grad():
         model.heads["sst"].out.bias.fill_(torch.nan)
-    mc.gauss_newton_gradients(model, windows(data, 10, 1), dict.fromkeys(TASKS, 1.0), (1, 0))
+    gauss_newton_gradients(model, windows(data, 10, 1), chosen, step=0)
     optimizer.update_hessian()
     assert optimizer.skipped_refreshes == 1
 
@@ -435,17 +439,18 @@ def test_gauss_newton_gradients_over_a_window(model, data, monkeypatch):
     draws = {name: lambda outputs, _: outputs.argmin(-1) for name in ("sst", "para")}
     draws["sts"] = lambda outputs, _: outputs + 1
     tasks = {name: dataclasses.replace(TASKS[name], draw=draw) for name, draw in draws.items()}
-    monkeypatch.setattr(mc, "TASKS", tasks)
-    weights = dict(sst=0.5, para=2.0, sts=1.5)
+    monkeypatch.setattr(curvature, "TASKS", tasks)
+    chosen = options("--loss_weights", "0.5,2,1.5")
+    weights = chosen.loss_weights
     outputs = model(windows(data, 10, 1)[0])
     total = sum(
         (10 * weights[name]) ** 0.5
-        * task.loss(outputs[name], task.draw(outputs[name].detach(), None))
+        * task.loss(outputs[name], task.draw(outputs[name].detach(), None), 0.0)
         for name, task in tasks.items()
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total, trained)
-    mc.gauss_newton_gradients(model, windows(data, 4, 3), weights, (1, 0))
+    gauss_newton_gradients(model, windows(data, 4, 3), chosen, step=0)
     for param, gradient in zip(trained, expected, strict=True):
         scale = max(float(gradient.abs().max()), 1e-6)
         assert float((param.grad - gradient).abs().max()) < 1e-5 * scale
@@ -457,7 +462,8 @@ def test_drawn_labels_do_not_depend_on_how_rows_are_divided(data):
     def drawn(n_processes, batch_size, step):
         noise = torch.empty(10, TASKS["sst"].num_classes)
         for rank in range(n_processes):
-            for batch in windows(data, batch_size, 10 // batch_size, rank, n_processes):
+            share = dict(rank=rank, n_processes=n_processes)
+            for batch in windows(data, batch_size, 10 // batch_size, **share):
                 noise[batch.picks["sst"]] = step_noise(batch, "sst", (7, step))
         return noise
 
@@ -617,7 +623,7 @@ def read_predictions(directory):
     return {path.name: path.read_text() for path in Path(directory).glob("*-*.csv")}
 
 
-def test_a_run_end_to_end(flags, tmp_path, capsys):
+def test_a_run_end_to_end(flags, small_data, tmp_path, capsys):
     assert mc.main(flags) == 0
     text = capsys.readouterr().out
     (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
@@ -628,7 +634,7 @@ def test_a_run_end_to_end(flags, tmp_path, capsys):
     for name, task in TASKS.items():
         for split in ("dev", "test"):
             rows = list(csv.reader(open(tmp_path / f"{name}-{split}.csv"), delimiter="\t"))
-            given = list(csv.reader(open(SAMPLE / task.filename(split)), delimiter="\t"))
+            given = list(csv.reader(open(small_data / task.filename(split)), delimiter="\t"))
             assert rows[0] == ["id", task.prediction_column]
             assert [row[0] for row in rows[1:]] == [row[1] for row in given[1:]]
             limit = task.num_classes - 1 if task.num_classes else 5
@@ -638,7 +644,7 @@ def test_a_run_end_to_end(flags, tmp_path, capsys):
     _, _, saved = mc.load_checkpoint(checkpoint)
     labels = [
         float(row[3])
-        for row in csv.reader(open(SAMPLE / "ids-sst-dev.csv"), delimiter="\t")
+        for row in csv.reader(open(small_data / "ids-sst-dev.csv"), delimiter="\t")
         if row[0]
     ]
     predicted = [
@@ -679,7 +685,7 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     assert [event.step for event in events.Scalars("dev/mean")] == [1, 2]
     total = sum(events.Scalars(f"loss/{name}")[3].value for name in TASKS)
     assert events.Scalars("loss/sum")[3].value == pytest.approx(total)
-    assert events.Tags()["images"] == ["dev/sst_confusion"]
+    assert set(events.Tags()["images"]) == {"dev/sst_confusion", "dev/para_confusion"}
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hyper_parameters = parse_session_start_info_plugin_data(content).hparams
     assert hyper_parameters["lr"].number_value == 8e-5
@@ -853,7 +859,7 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
     (checkpoint,) = models.glob("*.pt")  # and no temporary file beside it
     assert run.returncode == 130
     state = checkpoint.with_suffix(".resume")
-    assert f"interrupted; saved: the best model so far is {checkpoint}; go on with" in errors
+    assert f"interrupted; saved: the best model so far is {checkpoint}; continue with" in errors
     assert f"--resume {state};" in errors and state.exists()
     assert not list(models.glob(".*.tmp"))
     assert "Traceback" not in errors
@@ -955,12 +961,16 @@ def test_a_file_is_not_given_twice(flags, tmp_path, capsys):
 def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(checkpoint, tmp_path):
     code = f"""
 import resource, sys, multitask_classifier as mc
+from pathlib import Path
+from checkpoint import checkpoint_content, write_checkpoint
+from options import parse_options
+from utils import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model, tokenizer, saved = mc.load_checkpoint({str(checkpoint)!r})
 try:
     content = checkpoint_content(model, tokenizer, parse_options([]), 4, {{}})
-    write_checkpoint(mc.Path({str(checkpoint)!r}), content)
+    write_checkpoint(Path({str(checkpoint)!r}), content)
 except UserError as error:
     print(error)
 """
@@ -971,17 +981,29 @@ except UserError as error:
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_fourth_task_is_a_row_and_a_head(model, data, monkeypatch):
-    task = dataclasses.replace(TASKS["sst"], name="topic", num_classes=7)
-    monkeypatch.setitem(TASKS, "topic", task)
-    model.heads["topic"] = mc.SentimentHead(24, 7)
-    chosen = options("--data_dir", str(SAMPLE))
-    assert chosen.topic_train == chosen.sst_train and chosen.tasks[-1] == "topic"
-    data["topic"] = data["sst"]
-    window = windows(data, 10, 1)
-    losses, _ = gradients(model, window, chosen)
-    expected = F.cross_entropy(model.eval()(window[0])["topic"], window[0].labels["topic"])
-    assert set(losses) == {*TASKS, "sum"} and expected > 0
+def test_a_fourth_task_is_a_row(tiny_directory, data, monkeypatch):
+    """Its head and flags follow from the row, and its loss is the one that trains."""
+
+    def loss(logits, labels, label_smoothing):
+        return F.multi_margin_loss(logits, labels)
+
+    emotions = ("anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral")
+    task = dataclasses.replace(TASKS["sst"], name="emotion", classes=emotions, loss=loss)
+    monkeypatch.setitem(TASKS, "emotion", task)
+    assert task.parse_label("6") == 6
+    with pytest.raises(ValueError, match="label 7 is not one of 0 to 6"):
+        task.parse_label("7")
+    chosen = options("--data_dir", str(SAMPLE), "--loss_weights", "emotion=2", "--clip", "0")
+    assert chosen.emotion_train == chosen.sst_train and chosen.tasks[-1] == "emotion"
+    assert chosen.loss_weights == {"sst": 1, "para": 1, "sts": 1, "emotion": 2}
+    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory)).eval()
+    data["emotion"] = data["sst"]
+    (batch,) = windows(data, 10, 1)
+    outputs, labels = model(batch)["emotion"], batch.labels["emotion"]
+    assert outputs.shape == (10, 7)
+    losses, _ = gradients(model, [batch], chosen)
+    assert set(losses) == {*TASKS, "sum"}
+    assert float(losses["emotion"]) == pytest.approx(loss(outputs, labels, 0).item(), rel=1e-5)
 
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):

@@ -2,24 +2,25 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 import types
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import spacy
 import torch
-from conftest import ROOT, SAMPLE, TINY
+from conftest import SAMPLE, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,8 +49,21 @@ def nlp(pipeline_directory):
     return spacy.load(pipeline_directory)
 
 
+@pytest.fixture
+def loaded_spacy(monkeypatch, nlp):
+    """Spares taggers the time to load the pipeline."""
+    monkeypatch.setattr(tagging, "load_spacy", lambda pipeline: nlp)
+
+
+@pytest.fixture
+def no_spacy(monkeypatch):
+    """Makes taggers fail that would load a pipeline."""
+    monkeypatch.setattr(tagging, "load_spacy", None)
+
+
 @pytest.fixture(scope="session")
 def sample_sentences():
+    """All distinct sentences of the sample."""
     return list(
         dict.fromkeys(
             sentence
@@ -62,7 +76,7 @@ def sample_sentences():
 
 
 def tags_of(tagger, tokenizer, sentences, max_length=512):
-    """A list of (pieces, their tags as label pairs), one for each sentence."""
+    """Return (pieces, their tags as pairs of labels) of each sentence."""
     ids, lengths = tokenizer.packed_ids(sentences, max_length)
     starts = tokenizer.packed_starts(sentences, max_length)
     tags = tagger.tags_of_pieces(sentences, lengths, starts)
@@ -78,8 +92,8 @@ def tags_of(tagger, tokenizer, sentences, max_length=512):
 
 
 def basic_tokens(text):
-    """BERT's basic tokenization (Devlin et al. 2018), one character after the other: words as
-    lists of (character, where it comes from in the text)."""
+    """Do BERT's basic tokenization (Devlin et al. 2018), one character after the other. Return words
+    as lists of (character, where it comes from in the text)."""
     words, word = [], []
 
     def end_word():
@@ -113,12 +127,13 @@ CHINESE += [(0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 
 
 
 def word_pieces(text, vocabulary):
-    """Greedy longest match: (piece, where its first character comes from)."""
+    """Yield the greedy longest matches: (piece, where its first character comes from)."""
     for word in basic_tokens(text):
         pieces, start = [], 0
         while start < len(word) and len(word) <= 100:
             for end in range(len(word), start, -1):
-                piece = "##" * (start > 0) + "".join(character for character, _ in word[start:end])
+                piece = "".join(character for character, _ in word[start:end])
+                piece = f"##{piece}" if start else piece
                 if piece in vocabulary:
                     pieces.append((piece, word[start][1]))
                     start = end
@@ -129,6 +144,7 @@ def word_pieces(text, vocabulary):
 
 
 def reference(doc, vocabulary):
+    """Return (pieces, their tags as pairs of labels) of a sentence that spaCy has read."""
     pieces, tags = ["[CLS]"], [("none", "none")]
     for piece, place in word_pieces(doc.text, vocabulary):
         covering = [
@@ -142,19 +158,25 @@ def reference(doc, vocabulary):
     return pieces + ["[SEP]"], tags + [("none", "none")]
 
 
+def assert_equal_to_reference(found, sentences, nlp, tokenizer):
+    vocabulary = tokenizer.backend.get_vocab()
+    for doc, pieces_and_tags in zip(nlp.pipe(sentences), found, strict=True):
+        assert pieces_and_tags == reference(doc, vocabulary)
+
+
 def test_tags_of_the_sample_agree_with_the_reference(
-    pipeline, nlp, minilm_tokenizer, sample_sentences
+    tagger, nlp, minilm_tokenizer, sample_sentences
 ):
-    vocabulary = minilm_tokenizer.backend.get_vocab()
-    found = tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences)
-    for doc, each in zip(nlp.pipe(sample_sentences), found, strict=True):
-        assert each == reference(doc, vocabulary)
+    """One sentence in ten; tests/slow has all of them."""
+    sentences = sample_sentences[::10]
+    found = tags_of(tagger, minilm_tokenizer, sentences)
+    assert_equal_to_reference(found, sentences, nlp, minilm_tokenizer)
     seen = {labels for _, tags in found for labels in tags}
-    assert len(seen) > 5  # it is no pipeline that calls everything the same
+    assert len(seen) > 5  # the pipeline does not give everything the same tags
 
 
 def is_old(character):
-    """Whether Unicode 3.2 knows it as today's does: there all programs agree."""
+    """Return whether Unicode 3.2 knows the character as today's does: then all programs agree."""
     category = unicodedata.ucd_3_2_0.category(character)
     return category == unicodedata.category(character) not in ("Cn", "Cs")
 
@@ -173,19 +195,18 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(TEXTS, min_size=10, max_size=10))
 def test_tags_of_any_text_agree_with_the_reference(tagger, nlp, minilm_tokenizer, texts):
-    """2,000 of them, or more."""
-    vocabulary = minilm_tokenizer.backend.get_vocab()
+    """400 texts; tests/slow has 2,000."""
     found = tags_of(tagger, minilm_tokenizer, texts)
-    assert found == [reference(doc, vocabulary) for doc in nlp.pipe(texts)]
+    assert_equal_to_reference(found, texts, nlp, minilm_tokenizer)
 
 
-def test_special_sentences(pipeline, nlp, minilm_tokenizer):
+def test_special_sentences(tagger, nlp, minilm_tokenizer):
     long = "Anna " * 600
     sentences = ["", "   ", "\n", "😀 😀", "Anna", long, "a [SEP] b [MASK]", "x" * 200]
-    found = tags_of(Tagger(pipeline), minilm_tokenizer, sentences)
+    found = tags_of(tagger, minilm_tokenizer, sentences)
     none = ("none", "none")
     for pieces, tags in found[:3]:
         assert (pieces, tags) == (["[CLS]", "[SEP]"], [none] * 2)
@@ -194,24 +215,29 @@ def test_special_sentences(pipeline, nlp, minilm_tokenizer):
     assert len(found[5][0]) == 512
     expected = [none] + [(token.tag_, token.ent_type_ or "none") for token in nlp(long)[:510]]
     assert found[5][1] == expected + [none]
-    special = [tag for piece, tag in zip(*found[6]) if piece in ("[CLS]", "[SEP]", "[MASK]")]
+    special = [
+        tag for piece, tag in zip(*found[6], strict=True) if piece in ("[CLS]", "[SEP]", "[MASK]")
+    ]
     assert special == [none] * 4
     assert found[7][0] == ["[CLS]", "[UNK]", "[SEP]"] and found[7][1][1] != none
 
 
-def test_what_spacy_does_not_read_has_no_tags(pipeline, minilm_tokenizer, monkeypatch):
+def test_characters_that_spacy_does_not_read_have_no_tags(
+    pipeline, loaded_spacy, minilm_tokenizer, monkeypatch
+):
     monkeypatch.setattr(tagging, "MAX_CHARACTERS", 10)
     ((pieces, tags),) = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna Anna Anna Anna"])
     assert [tag[0] != "none" for tag in tags] == [False, True, True, False, False, False]
 
 
 def test_several_processes_give_what_one_gives(
-    pipeline, minilm_tokenizer, sample_sentences, monkeypatch
+    pipeline, loaded_spacy, minilm_tokenizer, sample_sentences, monkeypatch
 ):
-    found = []
+    sentences, found = sample_sentences[:500], []
+    monkeypatch.setattr(tagging, "CHUNK", 50)
     for cores in (1, 3):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-        found.append(tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences))
+        found.append(tags_of(Tagger(pipeline), minilm_tokenizer, sentences))
     assert found[0] == found[1]
 
 
@@ -308,7 +334,7 @@ def test_a_damaged_component_is_one_clear_line(copied, minilm_tokenizer):
 def test_a_component_that_fails_is_one_clear_line(
     pipeline, nlp, minilm_tokenizer, monkeypatch, cores
 ):
-    """And what was tagged before stays."""
+    """Sentences that were tagged before keep their tags."""
 
     def pipe(texts):
         for text in texts:
@@ -322,13 +348,13 @@ def test_a_component_that_fails_is_one_clear_line(
     tagger._nlp = types.SimpleNamespace(pipe=pipe, vocab=nlp.vocab, pipeline=nlp.pipeline)
     with pytest.raises(UserError, match=r"spaCy cannot tag \(\[E999\] no good\)"):
         tags_of(tagger, minilm_tokenizer, ["a", "b", "c", "fail", "d"])
-    tagger._nlp = None
+    tagger.rest()
     tags_of(tagger, minilm_tokenizer, ["a", "b"])
     assert tagger._nlp is None
 
 
 def test_a_package_brings_its_own_code(copied, minilm_tokenizer, monkeypatch):
-    """As `spacy package --code` makes it: a component that only the package knows."""
+    """The package is like those of `spacy package --code`: only its code knows one component."""
     package = copied.parent / "en_shouting"
     package.mkdir()
     code = """
@@ -384,31 +410,62 @@ def spacy_runs(monkeypatch):
 
 
 def test_each_sentence_is_read_once(
-    pipeline, minilm_tokenizer, sample_sentences, tmp_path, spacy_runs
+    pipeline, loaded_spacy, minilm_tokenizer, sample_sentences, tmp_path, spacy_runs
 ):
-    some = sample_sentences[:700]
-    first = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some + some[:50])
+    sentences = sample_sentences[:700]
+    first = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences + sentences[:50])
     tagger = Tagger(pipeline, tmp_path)
-    assert tags_of(tagger, minilm_tokenizer, some) == first[:700]
+    assert tags_of(tagger, minilm_tokenizer, sentences) == first[:700]
     assert tagger._nlp is None
     tags_of(tagger, minilm_tokenizer, sample_sentences[600:800])
     assert spacy_runs == [700, 100]
 
 
 def test_another_pipeline_has_a_cache_of_its_own(
-    pipeline, copied, minilm_tokenizer, tmp_path, spacy_runs
+    pipeline, loaded_spacy, copied, minilm_tokenizer, tmp_path, spacy_runs
 ):
     edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
-    for each in (pipeline, Pipeline.find(str(copied)), pipeline):
-        tags_of(Tagger(each, tmp_path / "cache"), minilm_tokenizer, ["Anna", "Paris"])
+    for chosen in (pipeline, Pipeline.find(str(copied)), pipeline):
+        tags_of(Tagger(chosen, tmp_path / "cache"), minilm_tokenizer, ["Anna", "Paris"])
     assert spacy_runs == [2, 2]
 
 
-def flip(path, places):
+def flip(path, offsets):
     content = bytearray(path.read_bytes())
-    for place in places:
-        content[place % len(content)] ^= 0x55
+    for offset in offsets:
+        content[offset % len(content)] ^= 0x55
     path.write_bytes(content)
+
+
+class Cache(NamedTuple):
+    sentences: list[str]
+    expected: list[tuple]  # their pieces and tags
+    name: str
+    content: bytes
+
+    def write(self, folder):
+        path = folder / self.name
+        path.write_bytes(self.content)
+        return path
+
+
+def fill_cache(pipeline, tokenizer, sentences, folder):
+    expected = tags_of(Tagger(pipeline, folder), tokenizer, sentences)
+    (path,) = folder.glob("tags-*.sqlite")
+    return Cache(sentences, expected, path.name, path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def large_cache(pipeline, minilm_tokenizer, sample_sentences, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large_cache")
+    return fill_cache(pipeline, minilm_tokenizer, sample_sentences[:300], folder)
+
+
+@pytest.fixture(scope="module")
+def small_cache(pipeline, minilm_tokenizer, tmp_path_factory):
+    sentences = ["Anna is good", "the film", "Paris"]
+    folder = tmp_path_factory.mktemp("small_cache")
+    return fill_cache(pipeline, minilm_tokenizer, sentences, folder)
 
 
 @pytest.mark.parametrize(
@@ -424,54 +481,53 @@ def flip(path, places):
         lambda path: flip(path, range(6000, 10**6, 30_011)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged anew")
-def test_a_damaged_cache_is_mended(pipeline, minilm_tokenizer, sample_sentences, tmp_path, damage):
-    some = sample_sentences[:300]
-    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some)
-    (path,) = tmp_path.glob("tags-*.sqlite")
-    damage(path)
+@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged again")
+def test_a_damaged_cache_is_mended(
+    pipeline, loaded_spacy, minilm_tokenizer, large_cache, tmp_path, damage
+):
+    sentences, expected, *_ = large_cache
+    damage(large_cache.write(tmp_path))
     for _ in range(2):
-        assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, some) == expected
+        assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
     tagger = Tagger(pipeline, tmp_path)
-    tags_of(tagger, minilm_tokenizer, some)
+    tags_of(tagger, minilm_tokenizer, sentences)
     assert tagger._nlp is None  # it is whole again
 
 
-@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged anew")
-def test_any_changed_bit_is_mended(pipeline, nlp, minilm_tokenizer, tmp_path):
-    sentences = ["Anna is good", "the film", "Paris"]
-    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
-    (path,) = tmp_path.glob("tags-*.sqlite")
-    whole = path.read_bytes()
+@pytest.mark.filterwarnings("ignore:.*damaged; its sentences are tagged again")
+def test_any_changed_bit_is_mended(
+    pipeline, nlp, no_spacy, minilm_tokenizer, small_cache, tmp_path
+):
+    path, whole = tmp_path / small_cache.name, small_cache.content
     rng = random.Random(0)
-    used = [place for place, byte in enumerate(whole) if byte]  # most of the pages is empty
-    for place in rng.sample(used, min(len(used), 150)) + rng.sample(range(len(whole)), 100):
+    used = [offset for offset, byte in enumerate(whole) if byte]  # most of the pages is empty
+    for offset in rng.sample(used, min(len(used), 150)) + rng.sample(range(len(whole)), 100):
         changed = bytearray(whole)
-        changed[place] ^= 1 << rng.randrange(8)
+        changed[offset] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)
-        tagger = Tagger(pipeline, tmp_path)
-        tagger._nlp = nlp
-        assert tags_of(tagger, minilm_tokenizer, sentences) == expected, place
-        again = Tagger(pipeline, tmp_path)
-        again._nlp = None  # would have to load it
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tagging, "load_spacy", None)
-            assert tags_of(again, minilm_tokenizer, sentences) == expected, place
+        for known in (nlp, None):  # the second tagger would have to load spaCy
+            tagger = Tagger(pipeline, tmp_path)
+            tagger._nlp = known
+            found = tags_of(tagger, minilm_tokenizer, small_cache.sentences)
+            assert found == small_cache.expected, offset
 
 
-def test_a_damaged_value_is_read_again(pipeline, minilm_tokenizer, tmp_path, spacy_runs):
-    sentences = ["Anna is good", "the film", "Paris"]
-    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
-    (path,) = tmp_path.glob("tags-*.sqlite")
-    with sqlite3.connect(path) as connection:
+def test_a_damaged_value_is_read_again(
+    pipeline, loaded_spacy, minilm_tokenizer, small_cache, tmp_path, spacy_runs
+):
+    with sqlite3.connect(small_cache.write(tmp_path)) as connection:
         connection.execute(
-            "UPDATE tags SET tokens = substr(tokens, 1, 40) WHERE sentence = (SELECT max(sentence) FROM tags)"
+            "UPDATE tags SET tokens = substr(tokens, 1, 40) "
+            "WHERE sentence = (SELECT max(sentence) FROM tags)"
         )
-    assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
-    assert spacy_runs == [3, 1]
+    found = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, small_cache.sentences)
+    assert found == small_cache.expected
+    assert spacy_runs == [1]
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(pipeline, minilm_tokenizer, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    pipeline, loaded_spacy, minilm_tokenizer, tmp_path
+):
     expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="so tags are not kept there"):
@@ -481,80 +537,86 @@ def test_a_cache_that_cannot_be_written_is_a_warning(pipeline, minilm_tokenizer,
 
 
 def test_a_full_disk_is_a_warning_and_nothing_is_tagged_twice(
-    pipeline, minilm_tokenizer, tmp_path, monkeypatch, spacy_runs
+    pipeline, loaded_spacy, minilm_tokenizer, tmp_path, monkeypatch, spacy_runs
 ):
     opened = tagging.TagStore._open
 
     def small(store):
         result = opened(store)
-        store.connection.execute("PRAGMA max_page_count = 40")
+        store.connection.execute("PRAGMA max_page_count = 8")
         return result
 
-    sentences = [f"the film {number}" for number in range(2000)]
+    monkeypatch.setattr(tagging, "CHUNK", 50)
+    sentences = [f"the film {number}" for number in range(500)]
     expected = tags_of(Tagger(pipeline), minilm_tokenizer, sentences)
     monkeypatch.setattr(tagging.TagStore, "_open", small)
     tagger = Tagger(pipeline, tmp_path)
     with pytest.warns(UserWarning, match="disk is full, so tags are not kept"):
         assert tags_of(tagger, minilm_tokenizer, sentences) == expected
-    assert spacy_runs == [2000, 2000]
+    assert spacy_runs == [500, 500]
 
 
-TAG_SAMPLE = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import tagging
-tagging.CHUNK = 50
-run_spacy = tagging.run_spacy
-def run(nlp, pipeline, sentences):
-    print("tagging", len(sentences), flush=True)
-    for part in run_spacy(nlp, pipeline, sentences):
-        yield part
-        time.sleep(0.01)  # else a fast machine is done before it can be killed
-tagging.run_spacy = run
-sentences = open(sys.argv[3], encoding="utf-8").read().split(chr(0))
-tagger = tagging.Tagger(tagging.Pipeline.find(sys.argv[1]), sys.argv[2])
-tagger._look_up_or_tag(sentences, "")
-"""
+def tag_slowly(pipeline, nlp, cache_dir, sentences, listed):
+    """Tag with a new tagger, with a pause after each chunk, and list how many sentences spaCy reads.
+    Runs in a process of its own."""
+
+    def run(nlp, pipeline, sentences):
+        with open(listed, "a") as file:
+            print(len(sentences), file=file)
+        for part in run_spacy(nlp, pipeline, sentences):
+            yield part
+            time.sleep(0.01)  # else a fast machine is done before it can be killed
+
+    run_spacy, tagging.run_spacy, tagging.CHUNK = tagging.run_spacy, run, 50
+    tagger = Tagger(pipeline, cache_dir)
+    tagger._nlp = nlp
+    tagger._look_up_or_tag(sentences, "")
 
 
 @pytest.fixture
-def tag_elsewhere(pipeline_directory, sample_sentences, tmp_path):
-    """Start a process that tags the sample and prints how many sentences spaCy has to read."""
-    listed = tmp_path / "sentences"
-    listed.write_text("\0".join(sample_sentences), encoding="utf-8", newline="")
-    command = [sys.executable, "-c", TAG_SAMPLE, pipeline_directory, tmp_path / "cache", listed]
-    return lambda: subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def tag_elsewhere(pipeline, nlp, sample_sentences, tmp_path):
+    """Start a process that tags sentences into tmp_path/cache."""
+
+    def start():
+        arguments = pipeline, nlp, tmp_path / "cache", sample_sentences[:1000], tmp_path / "listed"
+        process = multiprocessing.get_context("fork").Process(target=tag_slowly, args=arguments)
+        process.start()
+        return process
+
+    return start
 
 
-def test_runs_that_start_together_read_each_sentence_once(
-    pipeline, tag_elsewhere, sample_sentences, tmp_path
-):
+def test_runs_that_start_together_read_each_sentence_once(tag_elsewhere, tmp_path):
     runs = [tag_elsewhere() for _ in range(3)]
-    printed = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    numbers = re.findall(r"^tagging (\d+)$", "".join(printed), re.MULTILINE)
-    assert numbers == [str(len(sample_sentences))]
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert (tmp_path / "listed").read_text() == "1000\n"
 
 
-def test_a_run_that_needs_no_tagging_does_not_wait(pipeline, minilm_tokenizer, tmp_path):
-    sentences = ["Anna is good", "the film"]
-    expected = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences)
-    with Tagger(pipeline, tmp_path)._store.alone():
-        assert tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, sentences) == expected
-
-
-def test_a_killed_run_keeps_what_it_has_and_blocks_nobody(
-    pipeline, minilm_tokenizer, tag_elsewhere, sample_sentences, tmp_path, spacy_runs
+def test_a_run_that_needs_no_tagging_does_not_wait(
+    pipeline, no_spacy, minilm_tokenizer, small_cache, tmp_path
 ):
+    small_cache.write(tmp_path)
+    with Tagger(pipeline, tmp_path)._store.lock():
+        found = tags_of(Tagger(pipeline, tmp_path), minilm_tokenizer, small_cache.sentences)
+    assert found == small_cache.expected
+
+
+def test_a_killed_run_keeps_its_tags_and_blocks_nobody(
+    pipeline, loaded_spacy, minilm_tokenizer, tag_elsewhere, sample_sentences, tmp_path, spacy_runs
+):
+    sentences = sample_sentences[:1000]
     run = tag_elsewhere()
     paths = []
     while not paths or kept(paths[0]) < 200:
         paths = list((tmp_path / "cache").glob("tags-*.sqlite"))
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
-    run.communicate()
-    found = tags_of(Tagger(pipeline, tmp_path / "cache"), minilm_tokenizer, sample_sentences)
-    assert len(spacy_runs) == 1 and spacy_runs[0] <= len(sample_sentences) - 200
-    assert found == tags_of(Tagger(pipeline), minilm_tokenizer, sample_sentences)
+    run.join()
+    found = tags_of(Tagger(pipeline, tmp_path / "cache"), minilm_tokenizer, sentences)
+    assert len(spacy_runs) == 1 and spacy_runs[0] <= len(sentences) - 200
+    assert found == tags_of(Tagger(pipeline), minilm_tokenizer, sentences)
 
 
 def kept(path):
@@ -598,7 +660,7 @@ def test_new_tag_embeddings_change_nothing(tagged_batch, tmp_path):
 
 
 def test_tag_embeddings_are_added_to_those_of_words(tagged_batch, twins):
-    """transformers' BERT has none, but takes the sum in place of ids."""
+    """transformers' BERT has none, but it takes the sum in place of ids."""
     ours, theirs = twins(BertConfig(**TINY))
     tagged = BertModel(TAGGED).eval()
     tagged.load_state_dict(ours.state_dict(), strict=False)
@@ -607,7 +669,7 @@ def test_tag_embeddings_are_added_to_those_of_words(tagged_batch, twins):
         torch.nn.init.normal_(table.weight)
     input_ids, mask, tags = tagged_batch
     words = theirs.embeddings.word_embeddings(input_ids)
-    for table, ids in zip(tables, tags):
+    for table, ids in zip(tables, tags, strict=True):
         words = words + table.weight[ids]
     expected = theirs(inputs_embeds=words, attention_mask=mask).last_hidden_state
     found = tagged(input_ids, mask, tags=tags)["last_hidden_state"]
@@ -630,7 +692,8 @@ def test_tagged_weights_come_back(tmp_path):
     model.save_pretrained(tmp_path)
     again = BertModel.from_pretrained(tmp_path)
     assert again.config == TAGGED
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(UserError, match="of the wrong shape: embeddings.pos_tag_embeddings"):
         BertModel.from_pretrained(tmp_path, num_pos_tags=12)
 
@@ -638,71 +701,104 @@ def test_tagged_weights_come_back(tmp_path):
 # ------------------------------------------------------------------------------------------- runs
 
 
+class Run(NamedTuple):
+    """A finished run. Tests change nothing in its folder."""
+
+    folder: Path
+    path: Path  # of its model
+
+
+@pytest.fixture(scope="module")
+def tag_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("tag_cache")
+
+
+@pytest.fixture(scope="module")
+def flags_in(tiny_directory, small_data, tag_cache):
+    """The flags of a small run that writes into a folder; runs share the cache."""
+    flags = ["--bert_model", tiny_directory, "--data_dir", small_data, "--cache_dir", tag_cache]
+    flags += ["--epochs", 2, "--samples_per_epoch", 16, "--batch_size", 4]
+
+    def add_outputs(folder):
+        outputs = ["--models_dir", folder / "models_dir", "--logdir", folder / "logdir"]
+        return [str(flag) for flag in [*flags, *outputs, "--predictions_dir", folder]]
+
+    return add_outputs
+
+
 @pytest.fixture
-def tagged_flags(flags, pipeline_directory):
-    return flags + ["--additional_input", "--spacy_model", str(pipeline_directory)]
+def flags(flags_in, tmp_path):
+    return flags_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tag_flags(pipeline_directory):
+    return ["--additional_input", "--spacy_model", str(pipeline_directory)]
+
+
+@pytest.fixture
+def tagged_flags(flags, tag_flags):
+    return flags + tag_flags
+
+
+def train(flags, folder):
+    assert mc.main(flags) == 0
+    (path,) = (folder / "models_dir").glob("*.pt")
+    return Run(folder, path)
+
+
+@pytest.fixture(scope="module")
+def trained(flags_in, tag_flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return train(flags_in(folder) + tag_flags, folder)
+
+
+@pytest.fixture(scope="module")
+def trained_without_tags(flags_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return train(flags_in(folder), folder)
 
 
 def predictions(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*-*.csv")}
+    found = {path.name: path.read_bytes() for path in folder.glob("*-*.csv")}
+    assert len(found) == 6
+    return found
 
 
-@pytest.fixture
-def trained(tagged_flags, tmp_path):
-    assert mc.main(tagged_flags) == 0
-    (path,) = (tmp_path / "models_dir").glob("*.pt")
-    return path
-
-
-def test_a_run_with_tags(trained, flags, pipeline, tmp_path, capsys):
-    model, _, checkpoint = mc.load_checkpoint(trained)
+def test_a_run_with_tags(trained, flags, pipeline, tmp_path):
+    model, _, checkpoint = mc.load_checkpoint(trained.path)
     assert checkpoint["tags"] == pipeline.to_dict()
-    for table in (
-        model.bert.embeddings.pos_tag_embeddings,
-        model.bert.embeddings.ner_tag_embeddings,
-    ):
+    embeddings = model.bert.embeddings
+    for table in (embeddings.pos_tag_embeddings, embeddings.ner_tag_embeddings):
         assert table.weight[1:].any() and not table.weight[0].any()
-    expected = predictions(tmp_path)
-    for path in tmp_path.glob("*-*.csv"):
-        path.unlink()
-    assert mc.main(flags + ["--evaluate", str(trained)]) == 0
-    assert predictions(tmp_path) == expected
+    assert mc.main(flags + ["--evaluate", str(trained.path)]) == 0
+    assert predictions(tmp_path) == predictions(trained.folder)
 
 
-def test_the_next_run_needs_no_spacy(tagged_flags, trained):
-    code = """
-import sys, multitask_classifier as mc
-assert mc.main(sys.argv[1:]) == 0
-assert "spacy" not in sys.modules
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *tagged_flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\[CLS\] \w+/[A-Z]+", done.stdout)
+def test_the_next_run_needs_no_spacy(tagged_flags, trained, monkeypatch, capsys):
+    """tests/slow has it in a new process."""
+    assert not hasattr(tagging, "spacy")
+    for name in list(sys.modules):
+        if name.split(".")[0] == "spacy":
+            monkeypatch.delitem(sys.modules, name)
+    assert mc.main(tagged_flags) == 0
+    assert "spacy" not in sys.modules
+    assert re.search(r"\[CLS\] \w+/[A-Z]+", capsys.readouterr().out)
 
 
-def test_tags_are_learned_from(flags, tagged_flags, tmp_path):
+def test_tags_are_learned_from(trained, trained_without_tags):
     """The same seed: the losses of the first step are the same to the last bit, later ones not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     logs = []
-    for name, chosen in {"plain": flags, "tagged": tagged_flags}.items():
-        outputs = [each.replace(str(tmp_path), str(tmp_path / name)) for each in chosen]
-        assert mc.main(outputs) == 0
-        (run,) = (tmp_path / name / "logdir").iterdir()
-        log = mc_log(run)
+    for run in (trained_without_tags, trained):
+        (directory,) = (run.folder / "logdir").iterdir()
+        log = EventAccumulator(str(directory)).Reload()
         logs.append([event.value for event in log.Scalars("loss/sum")])
     assert logs[0][0] == logs[1][0] and logs[0][1:] != logs[1][1:]
 
 
-def mc_log(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(run)).Reload()
-
-
-def test_a_run_with_tags_resumes(tagged_flags, copied, tmp_path, monkeypatch, capsys):
-    elsewhere = [each.replace(str(tmp_path), str(tmp_path / "whole")) for each in tagged_flags]
-    assert mc.main(elsewhere) == 0
+def test_a_run_with_tags_resumes(trained, tagged_flags, copied, tmp_path, monkeypatch):
     step, calls = mc.training_step, []
 
     def stop(*arguments):
@@ -716,7 +812,7 @@ def test_a_run_with_tags_resumes(tagged_flags, copied, tmp_path, monkeypatch, ca
     (state,) = (tmp_path / "models_dir").glob("*.resume")
     resume = tagged_flags[:-1] + [str(copied), "--resume", str(state)]  # the same, elsewhere
     assert mc.main(resume) == 0
-    assert predictions(tmp_path) == predictions(tmp_path / "whole")
+    assert predictions(tmp_path) == predictions(trained.folder)
 
 
 def last_line(capsys, arguments):
@@ -726,7 +822,7 @@ def last_line(capsys, arguments):
 
 def test_checkpoints_of_another_pipeline_are_one_clear_line(trained, flags, copied, capsys):
     edit_json(copied / "meta.json", lambda values: values.update(version="1.2.4"))
-    evaluate = flags + ["--evaluate", str(trained)]
+    evaluate = flags + ["--evaluate", str(trained.path)]
     message = last_line(capsys, evaluate + ["--spacy_model", str(copied)])
     assert re.search(r"trained with tags of en_tiny 1.2.3 \(\w{8}\), not of en_tiny 1.2.4", message)
     shutil.rmtree(copied)
@@ -738,30 +834,36 @@ def test_checkpoints_of_another_pipeline_are_one_clear_line(trained, flags, copi
     assert mc.main(evaluate + ["--additional_input"]) == 0  # it knows its pipeline
 
 
-def test_damaged_checkpoints_are_one_clear_line(trained, flags, tagged_flags, tmp_path, capsys):
-    evaluate = flags + ["--evaluate", str(trained)]
-    content = torch.load(trained, weights_only=True)
+def test_damaged_checkpoints_are_one_clear_line(trained, flags, tmp_path, capsys):
+    path = tmp_path / "damaged.pt"
+    evaluate = flags + ["--evaluate", str(path)]
+    content = torch.load(trained.path, weights_only=True)
     for changed in (None, {}, [], 0, "", content["tags"] | {"ner_labels": ["none"]}):
-        torch.save(content | {"tags": changed}, trained)
-        assert f"error: {trained}: a damaged checkpoint" in last_line(capsys, evaluate)
+        torch.save(content | {"tags": changed}, path)
+        assert f"error: {path}: a damaged checkpoint" in last_line(capsys, evaluate)
     for changed in ({}, {"spacy_model": None}):
         options = {key: v for key, v in content["options"].items() if key != "spacy_model"}
-        torch.save(content | {"options": options | changed}, trained)
-        assert f"error: {trained}: a damaged checkpoint" in last_line(capsys, evaluate)
+        torch.save(content | {"options": options | changed}, path)
+        assert f"error: {path}: a damaged checkpoint" in last_line(capsys, evaluate)
 
-    trained.unlink()
-    assert mc.main(flags + ["--epochs", "1"]) == 0
-    (plain,) = (tmp_path / "models_dir").glob("*.pt")
+
+def test_checkpoints_without_tags_take_none(
+    trained_without_tags, flags, tagged_flags, tmp_path, capsys
+):
+    plain = trained_without_tags.path
     message = last_line(capsys, tagged_flags + ["--evaluate", str(plain)])
     assert f"{plain}: was trained without tags; leave --additional_input and" in message
-    content = torch.load(plain, weights_only=True)
+    content, path = torch.load(plain, weights_only=True), tmp_path / "damaged.pt"
     for changed in ({}, [], 0, ""):
-        torch.save(content | {"tags": changed}, plain)
-        message = last_line(capsys, flags + ["--evaluate", str(plain)])
-        assert f"error: {plain}: a damaged checkpoint" in message
+        torch.save(content | {"tags": changed}, path)
+        message = last_line(capsys, flags + ["--evaluate", str(path)])
+        assert f"error: {path}: a damaged checkpoint" in message
 
 
-def test_resume_auto_knows_pipelines_apart(trained, tagged_flags, copied, capsys):
+def test_resume_auto_knows_pipelines_apart(
+    trained, tagged_flags, loaded_spacy, copied, tmp_path, capsys
+):
+    shutil.copytree(trained.folder / "models_dir", tmp_path / "models_dir")
     again = tagged_flags + ["--resume", "auto"]
     assert mc.main(again) == 0
     assert "is finished; its predictions are written again" in capsys.readouterr().out
@@ -773,8 +875,8 @@ def test_resume_auto_knows_pipelines_apart(trained, tagged_flags, copied, capsys
 def test_an_encoder_that_brings_tag_embeddings_is_refused(
     trained, flags, tagged_flags, tmp_path, capsys
 ):
-    """Nobody knows of which pipeline."""
-    model, tokenizer, _ = mc.load_checkpoint(trained)
+    """Nobody knows which pipeline they belong to."""
+    model, tokenizer, _ = mc.load_checkpoint(trained.path)
     for part in (model.bert, tokenizer):
         part.save_pretrained(tmp_path / "encoder")
     for chosen in (flags, tagged_flags):
@@ -782,12 +884,11 @@ def test_an_encoder_that_brings_tag_embeddings_is_refused(
         assert "this encoder has embeddings of tags already" in message
 
 
-def test_tag_embeddings_train_while_the_encoder_is_frozen(tagged_flags, tmp_path):
-    assert mc.main(tagged_flags + ["--unfreeze_interval", "5"]) == 0
-    (path,) = (tmp_path / "models_dir").glob("*.pt")
-    embeddings = mc.load_checkpoint(path)[0].bert.embeddings
+def test_tag_embeddings_train_while_the_encoder_is_frozen(tagged_flags, tiny_directory, tmp_path):
+    run = train(tagged_flags + ["--unfreeze_interval", "5"], tmp_path)
+    embeddings = mc.load_checkpoint(run.path).model.bert.embeddings
     assert embeddings.pos_tag_embeddings.weight.any()
-    frozen = BertModel.from_pretrained(tagged_flags[1]).embeddings.word_embeddings.weight
+    frozen = BertModel.from_pretrained(tiny_directory).embeddings.word_embeddings.weight
     assert torch.equal(embeddings.word_embeddings.weight, frozen)
 
 

@@ -7,8 +7,20 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_data_parallel import assert_goes_on_after
-from test_resume import OPTIMIZERS, assert_same, kill_often, outcome, uninterrupted  # noqa: F401
+from test_data_parallel import (  # noqa: F401
+    WITH_DROPOUT,
+    assert_continues_after,
+    flags_in,
+    two_processes,
+)
+from test_resume import (  # noqa: F401
+    OPTIMIZERS,
+    assert_same,
+    kill_often,
+    outcome,
+    outcomes,
+    uninterrupted,
+)
 
 STEPS_PER_EPOCH = 200
 WARM_UP = 4
@@ -72,5 +84,9 @@ def test_soak(flags, optimizer, capsys):
     assert epochs[-1]["files"] == epochs[WARM_UP]["files"]
 
 
-def test_ctrl_c_stops_several_processes(flags, tmp_path):
-    assert_goes_on_after(signal.SIGINT, flags, tmp_path)
+def test_ctrl_c_stops_several_processes(
+    flags_in, two_processes, tiny_directory, tmp_path  # noqa: F811
+):
+    flags = flags_in(tmp_path, tiny_directory) + WITH_DROPOUT
+    assert_continues_after(signal.SIGINT, flags, tmp_path)
+    assert_same(outcome(tmp_path), outcome(two_processes / "whole"))

@@ -1,0 +1,185 @@
+"""The pages are true: commands parse, links lead somewhere, bounds hold, generated parts are current."""
+
+import contextlib
+import io
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import experiments
+import predict
+import report
+import result_tables
+import synthetic
+from options import build_parser, flags_page, parse_options
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+}
+LONGEST_ROW = {"README.md": 110}  # of tables; elsewhere 100
+MOST_COLUMNS = 6
+
+
+def parse_experiments(arguments):
+    args, flags = experiments.parse(arguments)
+    if args.command == "run":
+        parse_options(flags)
+
+
+PARSERS = {
+    "multitask_classifier.py": parse_options,
+    "hpo.py": lambda arguments: parse_options(["--hpo", *arguments]),
+    "experiments.py": parse_experiments,
+    "synthetic.py": synthetic.parse,
+    "predict.py": predict.parse,
+    "report.py": report.parse,
+}
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """Yield the commands in blocks of shell code, and those in running text that name a program."""
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield from block.replace("\\\n", " ").splitlines()
+    for span in re.findall(r"`([^`]+)`", without_code(text)):
+        if span.startswith(("python ", "./run_", "sbatch ", "torchrun ")):
+            yield " ".join(span.split())
+
+
+def arguments_of(command):
+    """Return (program, arguments) of a command that starts one of ours; else None."""
+    words = shlex.split(command, comments=True)
+    for number, word in enumerate(words):
+        if word in PARSERS:
+            return word, words[number + 1 :]
+        if word.removeprefix("./") in ("run_train.sh", "run_demo.sh"):
+            return "multitask_classifier.py", words[number + 1 :]
+        if word.startswith("benchmarks/"):
+            return word, words[number + 1 :]
+    return None
+
+
+COMMANDS = sorted({(page, command) for page, text in PAGES.items() for command in commands(text)})
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_commands_have_flags_that_exist(page, command):
+    if (found := arguments_of(command)) is None:
+        return
+    program, arguments = found
+    if program.startswith("benchmarks/"):
+        text = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+        assert (ROOT / program).exists()
+        flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+        assert all(f'"{flag}"' in text for flag in flags)
+        return
+    # A search writes this file; every other file that a command reads is in the repository.
+    arguments = [
+        "recipes/best.json" if word.endswith("best_config.json") else word for word in arguments
+    ]
+    if "--help" in arguments or "-h" in arguments:
+        return
+    with contextlib.chdir(ROOT), contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            PARSERS[program](arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: {command}: {errors.getvalue()}")
+
+
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder, wrong = (ROOT / page).parent, []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (folder / name).resolve() if name else ROOT / page
+        if not target.exists() or ROOT not in [target, *target.parents]:
+            wrong.append(link)
+        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+            wrong.append(link)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:\w+/)*[\w.-]+\.(?:py|sh|j2|toml|txt|yml))`", PAGES[page])
+    wrong = [
+        name
+        for name in named
+        if not any((ROOT / folder / name).exists() for folder in (".", "tests", "benchmarks"))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_narrow(page):
+    rows = [line for line in without_code(PAGES[page]).splitlines() if line.startswith("|")]
+    longest = LONGEST_ROW.get(page, 100)
+    assert not [row for row in rows if len(row) > longest]
+    assert not [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) > MOST_COLUMNS + 1]
+
+
+def test_pages_are_short():
+    assert len(PAGES["README.md"].splitlines()) <= 220
+    assert len(PAGES["README.md"].encode()) <= 18 * 1024
+    assert not [page for page, text in PAGES.items() if len(text.splitlines()) > 250]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_pages_lead_back_to_the_readme(page):
+    assert "](../README.md)" in "".join(PAGES[page].splitlines()[:5])
+    assert page in PAGES["README.md"]
+
+
+def test_pictures_have_a_text():
+    images = [image for text in PAGES.values() for image in re.findall(r"!\[(.*?)\]\(", text)]
+    assert images and all(images)
+
+
+def test_the_page_of_flags_is_what_the_parser_says():
+    assert PAGES["docs/flags.md"] == flags_page()
+
+
+def test_every_flag_that_a_page_names_exists():
+    """Of any program; `--NAME_...` stands for a task's flag."""
+    known = set(build_parser()._option_string_actions)
+    others = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(ROOT / "benchmarks").glob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in others)
+    foreign = {
+        "--me",
+        "--gres",
+        "--pty",
+        "--no-verify",
+        "--nproc_per_node",
+        "--logdir",
+        "--bind_all",
+    }
+    wrong = {}
+    for page, text in PAGES.items():
+        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) - known - foreign
+        if missing := sorted(flag for flag in flags if flag not in source):
+            wrong[page] = missing
+    assert not wrong
+
+
+def test_generated_tables_are_current():
+    for page, text in PAGES.items():
+        if "<!-- experiments:" in text:
+            assert result_tables.filled_in(ROOT / page) == text
