@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from utils import UserError, atomic_write, find_pretrained, load_torch_file, one_line
+from utils import (
+    UserError,
+    atomic_write,
+    find_pretrained,
+    load_torch_file,
+    one_line,
+    without_weights,
+)
 
 TAG_TABLES = "pos_tag_embeddings.weight", "ner_tag_embeddings.weight"
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -171,7 +178,7 @@ class BertPreTrainedModel(nn.Module):
         weights_path = _find_weights(name_or_path, local_files_only)
         weights = with_our_names(read_weights(weights_path), str(weights_path))
         # Weights that are replaced take no time and no random numbers.
-        with torch.device("meta"):
+        with without_weights():
             model = cls(config)
         # A BERT without tag embeddings gets new ones.
         if not any(name.endswith(TAG_TABLES) for name in weights):

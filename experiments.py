@@ -343,13 +343,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     budgets = ", ".join(f"{name}: {n} epochs of {rows:,}" for name, (n, rows) in BUDGETS.items())
     flag = run.add_argument
     flag("names", nargs="+", metavar="NAME", help="recipes/NAME.json")
-    flag(
-        "--seeds",
-        type=int,
-        choices=range(1, len(SEEDS) + 1),
-        default=3,
-        help="how many; default: 3",
-    )
+    seeds = range(1, len(SEEDS) + 1)
+    flag("--seeds", type=int, choices=seeds, default=3, help="how many; default: 3")
     flag(
         "--budget",
         choices=BUDGETS,
@@ -365,9 +360,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     commands.add_parser("table", help="print the tables, and put them into README.md")
     curves = commands.add_parser("plot", help="draw the learning curves, results/curves.png")
-    curves.add_argument(
-        "names", nargs="*", metavar="NAME", help="default: those of the tasks' tables"
-    )
+    default = "default: those of the tasks' tables"
+    curves.add_argument("names", nargs="*", metavar="NAME", help=default)
     curves.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
     args, flags = parser.parse_known_args(argv)
     if flags and args.command != "run":

@@ -105,8 +105,8 @@ def search(options: argparse.Namespace) -> Path:
 
 
 class Shared(NamedTuple):
-    """What all trials have in common. It is loaded once and kept in Ray's object store, where the
-    trials of a node read the arrays without a copy."""
+    """Everything that the trials have in common. It is loaded once and kept in Ray's object store,
+    where the trials of a node read the arrays without a copy."""
 
     options: argparse.Namespace
     directory: Path  # of the search
@@ -203,7 +203,7 @@ class Trial:
 
 
 class SavedSearch(NamedTuple):
-    """What the file search.json holds."""
+    """The content of search.json."""
 
     options: argparse.Namespace
     logs: Path

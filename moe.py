@@ -20,6 +20,7 @@ from base_bert import BertConfig
 from batches import Batch
 from bert import BertModel, EncoderWithHeads, Tokens
 from tasks import sequences_per_row
+from utils import without_weights
 
 N_EXPERTS = 3
 GATINGS = ("soft", "hard")
@@ -45,7 +46,7 @@ class MixtureOfExperts(nn.Module):
     @classmethod
     def of(cls, bert: BertModel, gating: str) -> "MixtureOfExperts":
         """Start all experts and the gate as `bert`; only the layer that weighs them is new."""
-        with torch.device("meta"):  # no time for weights that are replaced
+        with without_weights():
             mixture = cls(bert.config, gating)
         mixture.experts = nn.ModuleList(copy.deepcopy(bert) for _ in range(N_EXPERTS))
         mixture.gate = bert

@@ -64,6 +64,7 @@ from utils import (
     sum_gradients,
     terminate,
     uninterrupted,
+    without_weights,
 )
 
 # ------------------------------------------------------------------------------------------ model
@@ -458,7 +459,7 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCh
     """Build the model that a checkpoint holds. Raises UserError if it is not complete."""
     try:
         config = BertConfig(**content["bert_config"])
-        with torch.device("meta"):  # no time for weights that are replaced
+        with without_weights():
             encoder = new_encoder(config, content["options"].get("moe"))
             model = MultitaskBERT(encoder, encodings_of(content["options"]))
         model.load_state_dict(content["model"], assign=True)

@@ -203,7 +203,7 @@ class Calibration(NamedTuple):
 
 
 def count_word_pieces(dataset: TaskDataset) -> np.ndarray:
-    """Return the word pieces of all sentences of a row [n_rows], without special tokens."""
+    """Return the number of word pieces of each row [n_rows], special tokens not counted."""
     separate = [column.lengths - 2 for column in dataset.columns if column.first_lengths is None]
     return np.sum(separate, axis=0) if separate else dataset.columns[0].lengths - 3
 
@@ -237,7 +237,7 @@ class ShownRow(NamedTuple):
 
     @classmethod
     def of(cls, result: Result, index: int) -> "ShownRow":
-        """Take a labelled row, counted from 0."""
+        """Read the labelled row with this number."""
         example = result.dataset.examples[result.rows[index]]
         prediction, certainty = float(result.predictions[index]), float(result.certainty[index])
         return cls(example.id, example.sentences, example.label, prediction, certainty)
@@ -294,7 +294,8 @@ def weigh_examples(
             pieces = tokenizer.pieces_of(column.row(row)[0])
             values = tensor.float().cpu().numpy()
             shades = values / values.max()
-            example.sequences.append(list(map(Piece, pieces, values, shades)))
+            triples = zip(pieces, values.tolist(), shades.tolist(), strict=True)
+            example.sequences.append([Piece(*triple) for triple in triples])
     return examples
 
 

@@ -80,8 +80,8 @@ HEADINGS = MAIN_SCORES | {
     "published": "original report (BERT-base, its own data, A100)",
 }
 NOTE = """\
-Dev scores of the best epoch, mean ± standard deviation over seeds; budget: epochs × rows of each task
-in one. Not comparable: """
+Dev scores of the best epoch, mean ± standard deviation over seeds; budget: epochs × rows of each
+task in one. Not comparable: """
 TASK_NOTE = f"""{NOTE}the last column with the others (another encoder, other data, one number
 without spread), and rows of different encoder, training rows, budget, precision or device with each
 other; minilm-float16 is minilm with its weights rounded to float16."""

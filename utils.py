@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parent
 MINILM = "minilm"
@@ -204,6 +205,21 @@ def pick_device(use_gpu: bool) -> torch.device:
         "--use_gpu: PyTorch sees no GPU here; go where there is one, install a PyTorch build for "
         f"yours (this one is {torch.__version__}), or start a run without the flag, on the CPU"
     )
+
+
+class _SkipNormal(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") == "normal_":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Build modules whose weights are replaced afterwards: their tensors have shapes only."""
+    # PyTorch imports its compiler, which takes a second, to fill such tensors with random numbers.
+    with torch.device("meta"), _SkipNormal():
+        yield
 
 
 # Processes of a data-parallel run. torchrun starts one for each GPU, or for each share of the cores.

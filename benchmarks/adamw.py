@@ -2,48 +2,37 @@
 
     python benchmarks/adamw.py
 
-The three take turns in one run, so that the machine's noise hits all alike. The limit is the time
-to read parameters, gradients and moments and to write all but the gradients back once, at the copy
-rate measured between the steps.
+The three take turns in one run, so that the machine's noise affects all of them alike. The limit is
+the time to read parameters, gradients and moments once, and to write all of them but the gradients,
+at the copy rate measured between the steps.
 """
 
-import argparse
-import statistics
 import sys
-import time
-from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import ROOT, medians, new_parser, print_table, seconds
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT))
 
-from base_bert import BertConfig  # noqa: E402
-from bert import BertModel  # noqa: E402
-from optimizer import AdamW  # noqa: E402
+from base_bert import BertConfig
+from bert import BertModel
+from optimizer import AdamW
 
 MINILM = BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
 )
-SETTINGS = dict(lr=1e-6, weight_decay=0.05)
+SETTINGS: dict[str, Any] = dict(lr=1e-6, weight_decay=0.05)
 CONTENDERS = {
     "this project": lambda params: AdamW(params, **SETTINGS),
     "torch, foreach": lambda params: torch.optim.AdamW(params, foreach=True, **SETTINGS),
     "torch, fused": lambda params: torch.optim.AdamW(params, fused=True, **SETTINGS),
 }
-TENSORS_MOVED = 7  # 4 read, 3 written
-
-
-def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+TENSORS_MOVED = 7  # 4 are read, 3 written
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="of each contender; default: 60")
-    steps = parser.parse_args().steps
-
+    steps = new_parser(__doc__, steps=60).parse_args().steps
     optimizers = {}
     for name, build in CONTENDERS.items():
         params = list(BertModel(MINILM).parameters())
@@ -55,21 +44,21 @@ def main() -> None:
     source = torch.ones(n_bytes // 4)
     target = torch.empty_like(source)
 
-    times = {name: [] for name in (*optimizers, "copy")}
+    times: dict[str, list[float]] = {name: [] for name in (*optimizers, "copy")}
     for _ in range(steps):
         for name, optimizer in optimizers.items():
             times[name].append(seconds(optimizer.step))
         times["copy"].append(seconds(lambda: target.copy_(source)))
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    limit = medians.pop("copy") / 2 * TENSORS_MOVED  # a copy moves two tensors
+    median = medians(times, skipped=0)
+    limit = median.pop("copy") / 2 * TENSORS_MOVED  # a copy moves two tensors
 
     print(f"{n_bytes / 4e6:.1f} million weights, {torch.get_num_threads()} threads, {steps} steps")
-    print("| AdamW | median step, ms | foreach / this | fused / this | limit / this |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, median in medians.items():
-        ratios = [medians["torch, foreach"], medians["torch, fused"], limit]
-        cells = " | ".join(f"{other / median:.2f}" for other in ratios)
-        print(f"| {name} | {median * 1e3:.1f} | {cells} |")
+    others = [median["torch, foreach"], median["torch, fused"], limit]
+    rows = [
+        [name, f"{1e3 * mine:.1f}", *(f"{other / mine:.2f}" for other in others)]
+        for name, mine in median.items()
+    ]
+    print_table(["AdamW", "median, ms", "foreach / this", "fused / this", "limit / this"], rows)
 
 
 if __name__ == "__main__":

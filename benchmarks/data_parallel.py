@@ -1,61 +1,59 @@
-"""What the processes of a data-parallel run have to do: how evenly the tokens of a step are dealt out.
+"""Measure how evenly the tokens of a step are shared among the processes of a data-parallel run.
 
     python benchmarks/data_parallel.py --data_dir data
 
-Each step waits for the process with the most tokens; "busiest / mean" is how much longer than with a
-perfect division that one takes. Beside it, the same for rows cut into equal parts as they come.
+Each step waits for the process with the most tokens; "busiest / mean" is how much longer this takes
+than with a perfect division. It is compared with rows that are cut into equal parts in their order.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+from measuring import ROOT, new_parser, print_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT))
 
-from batches import EpochSampler  # noqa: E402
-from batches import deal_out  # noqa: E402
-from datasets import TaskDataset  # noqa: E402
-from tasks import TASKS  # noqa: E402
-from tokenizer import BertTokenizer  # noqa: E402
+from batches import EpochSampler, deal_out
+from datasets import TaskDataset
+from tasks import TASKS
+from tokenizer import BertTokenizer
 
 
 def busiest(n_tokens: dict[str, np.ndarray], shares: list[dict[str, np.ndarray]]) -> float:
+    """Return the tokens of the busiest process, divided by the mean."""
     loads = [sum(n_tokens[name][rows].sum() for name, rows in share.items()) for share in shares]
     return max(loads) / np.mean(loads)
 
 
 def equal_parts(n_tokens: dict[str, np.ndarray], n: int) -> list[dict[str, np.ndarray]]:
-    parts = {name: np.array_split(np.arange(len(each)), n) for name, each in n_tokens.items()}
+    """Cut the rows of each task into n parts."""
+    parts = {name: np.array_split(np.arange(len(tokens)), n) for name, tokens in n_tokens.items()}
     return [{name: part[share] for name, part in parts.items()} for share in range(n)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", required=True, help="folder of the real CSVs")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser = new_parser(__doc__, steps=200)
+    parser.add_argument("--batch_size", type=int, default=64, help="rows of each task; default: 64")
     args = parser.parse_args()
     tokenizer = BertTokenizer.from_pretrained("minilm")
-    data = {
-        name: TaskDataset(
-            Path(args.data_dir, task.filename("train")), task, "train", tokenizer, 512
-        )
-        for name, task in TASKS.items()
-    }
-    samplers = {name: EpochSampler(len(each), 11711) for name, each in data.items()}
+    data, samplers = {}, {}
+    for name, task in TASKS.items():
+        path = Path(args.data_dir, task.filename("train"))
+        data[name] = TaskDataset(path, task, "train", tokenizer, 512)
+        samplers[name] = EpochSampler(len(data[name]), 11711)
     steps = [
         {name: data[name].n_tokens[samplers[name].draw(args.batch_size)] for name in data}
         for _ in range(args.steps)
     ]
     print(f"{args.steps} steps of {args.batch_size} rows a task; busiest / mean: mean, worst step")
-    print("| processes | dealt out | equal parts |\n| --- | --- | --- |")
+    rows = []
     for n in (2, 4, 8, 16):
-        cells = [
-            [busiest(step, divide(step, n)) for step in steps] for divide in (deal_out, equal_parts)
+        ratios = [
+            [busiest(step, cut(step, n)) for step in steps] for cut in (deal_out, equal_parts)
         ]
-        print(f"| {n} | {' | '.join(f'{np.mean(c):.4f}, {max(c):.4f}' for c in cells)} |")
+        rows.append([str(n), *(f"{np.mean(ratio):.4f}, {max(ratio):.4f}" for ratio in ratios)])
+    print_table(["processes", "dealt out", "equal parts"], rows)
 
 
 if __name__ == "__main__":

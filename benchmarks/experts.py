@@ -1,23 +1,30 @@
-"""Cost of a mixture of experts beside one encoder: evaluation and training step.
+"""Measure evaluation and training steps of a mixture of experts, compared with one encoder.
 
     python benchmarks/experts.py --data_dir data
 
-All take turns on the same rows in one run. The gate is as a run begins with it, but its bias is set
-so that each expert has about a third of the sentences. Peak memory is that of training in a process of
-its own.
+All take turns on the same rows in one run. The gate is new, as at the start of a run, but its bias
+is set so that each expert has about a third of the sentences. Peak memory is that of training in a
+process of its own.
 """
 
 import argparse
 import contextlib
 import copy
 import io
-import statistics
-import subprocess
-import sys
 
 import torch
-from throughput import ROOT, WARM_UP, Inputs, mc, resident_peak, seconds
+from measuring import (
+    ask_process,
+    in_turns,
+    medians,
+    new_parser,
+    print_table,
+    resident_peak,
+    seconds,
+)
+from throughput import Inputs, mc
 
+from batches import Batch
 from moe import N_EXPERTS, MixtureOfExperts
 from optimizer import build_optimizer
 from options import parse_options
@@ -26,90 +33,78 @@ KINDS = {"one encoder": None, "soft": "soft", "hard": "hard"}
 
 
 class Contender:
-    def __init__(self, kind: str, inputs: Inputs, args):
-        flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+    """A model of one kind with its optimizer."""
+
+    def __init__(self, kind: str, inputs: Inputs, flags: list[str]):
         gating, bert = KINDS[kind], copy.deepcopy(inputs.bert)
         self.options = parse_options(flags + (["--moe", gating] if gating else []))
         torch.manual_seed(1)  # the same gate in all
         self.model = mc.MultitaskBERT(MixtureOfExperts.of(bert, gating) if gating else bert)
+        if gating:
+            self.shares = even_out(self.model, inputs.windows[0][0])
         with contextlib.redirect_stdout(io.StringIO()):
             self.optimizer = build_optimizer(self.model, self.options)
 
-    def evaluate(self, batch) -> float:
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
         self.model.eval()
-        with torch.no_grad():
-            return seconds(lambda: self.model(batch), torch.device("cpu"))
+        return seconds(lambda: self.model(batch))
 
-    def train(self, window) -> float:
+    def train(self, window: list[Batch]) -> float:
         self.model.train()
         step = mc.training_step
-        return seconds(
-            lambda: step(self.model, window, self.optimizer, self.options), torch.device("cpu")
-        )
+        return seconds(lambda: step(self.model, window, self.optimizer, self.options))
 
 
-def even_out(mixture: MixtureOfExperts, model, batch) -> list[float]:
-    """Give the gate a bias with which each expert has about as many of the batch's sentences; the
+@torch.no_grad()
+def even_out(model: mc.MultitaskBERT, batch: Batch) -> list[float]:
+    """Give the gate a bias with which each expert has about a third of the sentences. Return the
     shares."""
-    with torch.no_grad():
-        model.eval()(batch)
-        logits = mixture.weights.log()  # but for a constant of each row
-        bias = torch.zeros(N_EXPERTS)
-        for number in range(1000):
-            shares = torch.bincount((logits + bias).argmax(-1), minlength=N_EXPERTS) / len(logits)
-            bias += (1 / N_EXPERTS - shares) * logits.std() / (1 + number) ** 0.5
-        mixture.route.bias += bias
+    mixture = model.bert
+    model.eval()(batch)
+    logits = mixture.weights.log()  # up to a constant in each row
+    bias = torch.zeros(N_EXPERTS)
+    for number in range(1000):
+        shares = torch.bincount((logits + bias).argmax(-1), minlength=N_EXPERTS) / len(logits)
+        bias += (1 / N_EXPERTS - shares) * logits.std() / (1 + number) ** 0.5
+    mixture.route.bias += bias
     return shares.tolist()
 
 
-def memory_of(kind: str, args) -> float:
-    command = [sys.executable, __file__, "--memory_of", kind, "--steps", str(min(args.steps, 3))]
-    command += ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    flag("--data_dir", default=str(ROOT / "data" / "sample"), help="default: the sample data")
-    flag("--bert_model", default="minilm", help="default: minilm")
-    flag("--steps", type=int, default=10, help="measured steps of each kind; default: 10")
-    flag("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
+    parser = new_parser(__doc__, steps=10)
+    parser.add_argument("--bert_model", default="minilm", help="default: minilm")
+    parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.use_gpu = args.base = False
-    inputs = Inputs(args)
-    kinds = [args.memory_of] if args.memory_of else list(KINDS)
-    contenders = {kind: Contender(kind, inputs, args) for kind in kinds}
-    for each in contenders.values():
-        if each.options.moe:
-            shares = even_out(each.model.bert, each.model, inputs.windows[0][0])
+    flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
+    inputs = Inputs(args.data_dir, args.bert_model, args.steps)
     if args.memory_of:
+        contender = Contender(args.memory_of, inputs, flags)
         for window in inputs.windows:
-            contenders[args.memory_of].train(window)
+            contender.train(window)
         return print(resident_peak())
 
-    evaluation, training = ({kind: [] for kind in kinds} for _ in range(2))
+    contenders = {kind: Contender(kind, inputs, flags) for kind in KINDS}
+    evaluations: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number, window in enumerate(inputs.windows):
-        for kind in kinds[:: 1 if number % 2 else -1]:
-            evaluation[kind].append(contenders[kind].evaluate(window[0]))
+        for kind in in_turns(KINDS, number):
+            evaluations[kind].append(contenders[kind].evaluate(window[0]))
     for number, window in enumerate(inputs.windows):
-        for kind in kinds[:: 1 if number % 2 else -1]:
-            training[kind].append(contenders[kind].train(window))
-    print(
-        f"{args.steps} batches, {torch.get_num_threads()} threads; the gate's shares at first:",
-        end=" ",
-    )
-    print(", ".join(f"{share:.2f}" for share in shares))
-    print("| encoder | evaluation, s | / soft | training step, s | / soft | peak memory, MB |")
-    print("| --- " * 6 + "|")
-    medians = [
-        {kind: statistics.median(each[WARM_UP:]) for kind, each in times.items()}
-        for times in (evaluation, training)
-    ]
-    for kind in kinds:
-        cells = [f"{each[kind]:.3f} | {each[kind] / each['soft']:.2f}" for each in medians]
-        print(f"| {kind} | {' | '.join(cells)} | {memory_of(kind, args):.0f} |")
+        for kind in in_turns(KINDS, number):
+            steps[kind].append(contenders[kind].train(window))
+    shares = ", ".join(f"{share:.2f}" for share in contenders["soft"].shares)
+    print(f"{args.steps} batches, {torch.get_num_threads()} threads; the gate's shares: {shares}")
+    columns = medians(evaluations), medians(steps)
+    rows = []
+    for kind in KINDS:
+        ask = ["--memory_of", kind, "--steps", min(args.steps, 3), *flags]
+        cells = [
+            (f"{column[kind]:.3f}", f"{column[kind] / column['soft']:.2f}") for column in columns
+        ]
+        rows.append([kind, *cells[0], *cells[1], f"{ask_process(__file__, ask):.0f}"])
+    header = ["encoder", "evaluation, s", "/ soft", "training step, s", "/ soft", "peak memory, MB"]
+    print_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Time and memory of loading and tokenizing a Quora file of its full size, 283,000 pairs.
+"""Measure time and memory of loading and tokenizing a Quora file of its full size, 283,000 pairs.
 
     python benchmarks/loading.py --data_dir data
 
-The file is made from the training pairs that are there, repeated, each sentence with another number
-at its end, so that no two are the same. It is loaded twice, the second time with the first one's
-cache. Beside it a tokenizer of `transformers`, which makes lists, and the `tokenizers` library
-called once with all sentences. Each runs in a process of its own, imports included.
+The file repeats the training pairs that are there, each sentence with another number at its end, so
+that no two are the same. It is loaded twice, the second time with the cache of the first. The peers
+are a tokenizer of `transformers`, which makes lists, and one call of the `tokenizers` library with
+all sentences. Each contender runs in a process of its own, imports included.
 """
 
 import argparse
@@ -17,52 +17,55 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import ROOT, print_table
 
 
-def make_csv(source: Path, target: Path, pairs: int) -> None:
+def make_csv(source: Path, target: Path, n_pairs: int) -> None:
+    """Write a file of this many different pairs."""
     with open(source, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file, delimiter="\t")
     first, second = header.index("sentence1"), header.index("sentence2")
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(header)
-        for number in range(pairs):
+        for number in range(n_pairs):
             row = list(rows[number % len(rows)])
             row[first] += f" {2 * number}"
             row[second] += f" {2 * number + 1}"
             writer.writerow(row)
 
 
-def load_ours(args) -> None:
+def load_ours(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT))
-    from datasets import TASKS, TaskDataset
+    from datasets import TaskDataset
+    from tasks import TASKS
     from tokenizer import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(args.bert_model)
-    TaskDataset(args.csv, TASKS["para"], "train", tokenizer, 512, args.cache_dir)
+    TaskDataset(args.csv, TASKS["para"], "train", tokenizer, 512, cache_dir=args.cache_dir)
 
 
-def load_peer(args) -> None:
-    import transformers  # before our root is on the path: it looks for a package named datasets
+def load_peer(args: argparse.Namespace) -> None:
+    # Imported before our root is on the path, since it looks for a package named datasets.
+    import transformers
 
     sys.path.insert(0, str(ROOT))
     from utils import minilm_directory
 
-    is_minilm = args.bert_model == "minilm"
-    name = minilm_directory() if is_minilm else args.bert_model
+    name = minilm_directory() if args.bert_model == "minilm" else args.bert_model
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    tokenizer(sentences(args.csv), truncation=True, max_length=512)
+    tokenizer(read_sentences(args.csv), truncation=True, max_length=512)
 
 
-def tokenize_in_one_call(args) -> None:
+def tokenize_in_one_call(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT))
     from tokenizer import BertTokenizer
 
-    BertTokenizer.from_pretrained(args.bert_model).backend.encode_batch_fast(sentences(args.csv))
+    tokenizer = BertTokenizer.from_pretrained(args.bert_model)
+    tokenizer.backend.encode_batch_fast(read_sentences(args.csv))
 
 
-def sentences(path: str) -> list[str]:
+def read_sentences(path: str) -> list[str]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     return [row[column] for column in ("sentence1", "sentence2") for row in rows]
@@ -70,16 +73,16 @@ def sentences(path: str) -> list[str]:
 
 CONTENDERS = {
     "this project, first run": load_ours,
-    "this project, next run": load_ours,  # with the first one's cache
+    "this project, next run": load_ours,  # with the cache of the first run
     "transformers' tokenizer": load_peer,
     "tokenizers, in one call": tokenize_in_one_call,
 }
 
 
-def run_alone(name: str, args) -> tuple[float, float]:
-    """Seconds and peak memory in MB, imports included, of a process of its own."""
-    command = [sys.executable, __file__, "--contender", name, "--csv", args.csv]
-    command += ["--cache_dir", args.cache_dir, "--bert_model", args.bert_model]
+def run_alone(name: str, csv_path: str, cache_dir: str, bert_model: str) -> tuple[float, float]:
+    """Return the seconds and the peak memory in MB of a contender in a process of its own."""
+    command = [sys.executable, __file__, "--contender", name, "--csv", csv_path]
+    command += ["--cache_dir", cache_dir, "--bert_model", bert_model]
     start = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -101,14 +104,14 @@ def main() -> None:
     if args.contender:
         return CONTENDERS[args.contender](args)
     with tempfile.TemporaryDirectory() as folder:
-        args.csv, args.cache_dir = os.path.join(folder, "quora.csv"), os.path.join(folder, "cache")
-        make_csv(Path(args.data_dir) / "quora-train.csv", Path(args.csv), args.pairs)
-        results = {name: run_alone(name, args) for name in CONTENDERS}
+        path, cache_dir = Path(folder, "quora.csv"), str(Path(folder, "cache"))
+        make_csv(Path(args.data_dir) / "quora-train.csv", path, args.pairs)
+        results = {
+            name: run_alone(name, str(path), cache_dir, args.bert_model) for name in CONTENDERS
+        }
     print(f"{args.pairs} pairs, {os.cpu_count()} cores")
-    print("| | seconds | peak memory, MB |")
-    print("| --- | --- | --- |")
-    for name, (seconds, memory) in results.items():
-        print(f"| {name} | {seconds:.1f} | {memory:.0f} |")
+    rows = [[name, f"{took:.1f}", f"{memory:.0f}"] for name, (took, memory) in results.items()]
+    print_table(["", "seconds", "peak memory, MB"], rows)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,11 @@ def run_here(monkeypatch):
     monkeypatch.setattr(utils, "keep_freed_memory", lambda: None)
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("throughput.BATCH_SIZE", 4)
     return run
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("name", FLAGS)
 def test_benchmarks_run(name, run_here, tiny_directory, small_data):
     """They run and print their tables. Nothing is asserted about times."""

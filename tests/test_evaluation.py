@@ -13,14 +13,14 @@ from tasks import TASKS
 
 @pytest.fixture
 def tiny_csv(tmp_path, minilm_tokenizer):
-    """A dataset of five rows, one empty, one without a label, none in order of length."""
+    """Make a dataset of five rows: one empty, one without a label, not in order of length."""
 
     def make(name):
         task = TASKS[name]
         sentences = ["three little words", "", "one", "a rather long sentence here", "two words"]
         labels = ["0", "1", "1", "", "0"]
         lines = ["\t".join(["id", *task.sentence_columns, task.label_column])]
-        for index, (sentence, label) in enumerate(zip(sentences, labels)):
+        for index, (sentence, label) in enumerate(zip(sentences, labels, strict=True)):
             lines.append("\t".join([f"i{index}", *[sentence] * len(task.sentence_columns), label]))
         path = tmp_path / f"{name}.csv"
         path.write_text("\n".join(lines) + "\n")
@@ -31,7 +31,7 @@ def tiny_csv(tmp_path, minilm_tokenizer):
 
 
 class LengthModel(torch.nn.Module):
-    """Answers with the number of tokens of each row's first sentence, as similarity or as class."""
+    """A model whose answer is the number of tokens of a row's first sentence, as similarity or class."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recipes, trained with a tiny model on the sample."""
+"""Recipes, trained with a tiny model on a few rows."""
 
 import contextlib
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import ROOT
 from sklearn.metrics import accuracy_score, f1_score
 
 import experiments as ex
@@ -41,9 +41,16 @@ def rows_of(path):
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_directory, tmp_path_factory):
+def flags(tiny_directory, small_data, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
-    return ["--bert_model", str(tiny_directory), "--data_dir", str(SAMPLE), "--cache_dir", cache]
+    return [
+        "--bert_model",
+        str(tiny_directory),
+        "--data_dir",
+        str(small_data),
+        "--cache_dir",
+        cache,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +74,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def dev_labels(filename, column):
-    with open(SAMPLE / filename, newline="") as file:
-        return [float(row[column]) for row in csv.DictReader(file, delimiter="\t")]
-
-
-def test_a_row_is_what_the_run_gave(trained):
+def test_a_row_is_what_the_run_gave(trained, small_data):
     """Its prediction files are scored again."""
     folder, _, output = trained
     (row,) = rows_of(folder / "results/results.csv")
@@ -83,8 +85,9 @@ def test_a_row_is_what_the_run_gave(trained):
         "para": ("quora-dev.csv", "is_duplicate"),
         "sts": ("sts-dev.csv", "similarity"),
     }
-    for task, place in files.items():
-        labels[task] = dev_labels(*place)
+    for task, (filename, column) in files.items():
+        with open(small_data / filename, newline="") as file:
+            labels[task] = [float(line[column]) for line in csv.DictReader(file, delimiter="\t")]
         lines = (run / f"predictions/{task}-dev-output.csv").read_text().splitlines()[1:]
         predictions[task] = [float(line.split("\t")[1]) for line in lines]
     for task in ("sst", "para"):
@@ -94,7 +97,7 @@ def test_a_row_is_what_the_run_gave(trained):
         assert float(row[f"{task}_macro_f1"]) == pytest.approx(macro, abs=1e-6)
     correlation = np.corrcoef(labels["sts"], predictions["sts"])[0, 1]
     assert float(row["sts_pearson"]) == pytest.approx(correlation, abs=1e-5)
-    assert (row["budget"], row["rows"]) == ("3x64", "1500/1500/1500")
+    assert (row["budget"], row["rows"]) == ("3x64", "64/64/64")
     assert (row["threads"], row["jobs"]) == ("1", "2")
     assert json.loads(row["flags"]) == RECIPE and not re.search("/", row["encoder"])
     assert float(row["peak_memory_mb"]) > 100 and float(row["seconds"]) > 0
@@ -125,7 +128,7 @@ def test_a_failed_run_stops_no_other(trained):
     assert [row["recipe"] for row in rows_of(folder / "results/results.csv")] == ["baseline"]
 
 
-def test_only_what_is_not_done_is_run(trained, flags, tmp_path, monkeypatch):
+def test_only_what_is_not_done_is_run(trained, flags, small_data, tmp_path, monkeypatch):
     shutil.copytree(trained[0] / "results", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(BUDGETS, "full", BUDGET)
@@ -146,7 +149,7 @@ def test_only_what_is_not_done_is_run(trained, flags, tmp_path, monkeypatch):
         return started
 
     data = tmp_path / "data"
-    shutil.copytree(SAMPLE, data)
+    shutil.copytree(small_data, data)
     assert started_by() == started_by("--data_dir", str(data)) == started_by("--jobs", "2") == []
     assert started_by("--seeds", "3") == [1, 2]
     assert started_by("--lr", "0.001", "--precision", "float32", "--local_files_only") == []

@@ -1,4 +1,4 @@
-"""Searches for hyper-parameters, with Ray on this machine; tests/slow/test_ray_cluster.py has nodes."""
+"""Searches for hyper-parameters, with Ray on this machine."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
@@ -62,8 +62,8 @@ def table_rows(output):
 
 
 def check_result(output, n_trials, flags, folder, capsys):
-    """Check the table, TensorBoard's page of hyper-parameters, and that the best trial's flags give its
-    numbers again."""
+    """Check the table, TensorBoard's page of hyper-parameters, and that the best trial's flags give
+    its numbers again."""
     rows = table_rows(output)
     assert len(rows) == n_trials and all(row[""] in ("", "the best") for row in rows)
     (best,) = [row for row in rows if row[""] == "the best"]
@@ -90,7 +90,7 @@ def test_an_interrupted_search_continues(flags, search_flags, hpo, tmp_path, cap
     output = read_until("epoch 1", process)
     assert "has no such search; this is a new one" in output.splitlines()[0]
     process.send_signal(signal.SIGTERM)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
     directory = Path(re.search(r"continue with --hpo_resume (\S+)", errors)[1])
     continued = start("hpo.py", search_flags)
@@ -127,11 +127,13 @@ sys.exit(hpo.main())
 """
 
 
-def test_trials_load_nothing_and_a_failing_one_is_recorded(search_flags, tmp_path, tiny_directory):
-    """Data, encoder and cache are gone when the trials begin. With a rate of 1e30 nothing stays finite;
-    the search continues."""
+def test_trials_load_nothing_and_a_failing_one_is_recorded(
+    search_flags, tmp_path, tiny_directory, small_data
+):
+    """Data, encoder and cache are gone when the trials begin. With a rate of 1e30 nothing stays
+    finite; the search continues."""
     shutil.copytree(tiny_directory, tmp_path / "bert")
-    shutil.copytree(SAMPLE, tmp_path / "data")
+    shutil.copytree(small_data, tmp_path / "data")
     more = ["--bert_model", str(tmp_path / "bert"), "--data_dir", str(tmp_path / "data")]
     # With this seed, the first trial has the bad rate and the second one the good rate.
     more += ["--max_bad_steps", "2", "--hpo_cpus", "1", "--seed", "5"]

@@ -84,8 +84,8 @@ def test_a_correlation_without_spread_is_0():
 
 @pytest.fixture
 def result(tiny_directory):
-    """A task's dev set with outputs made up here: of classes logits, at random; of similarities the
-    labels with noise."""
+    """Make a result of the first rows of a dev set from made-up outputs: random logits, or the
+    similarities with noise."""
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
 
     def make(name, encoding="bi", n_rows=120):
@@ -115,12 +115,15 @@ def test_calibration_equals_a_loop(result, name):
             probabilities = softmax(outputs[row])
             number = next(k for k in range(15) if probabilities.max() <= (k + 1) / 15)
             bins[number].append((probabilities.max(), probabilities.argmax() == label))
-    filled = [np.mean(each, axis=0) for each in bins if each]
+    bins = [rows for rows in bins if rows]
+    means = [np.mean(rows, axis=0) for rows in bins]
     calibration = Calibration.of(found)
-    assert calibration.n_rows.tolist() == [len(each) for each in bins if each]
-    assert calibration.confidence == pytest.approx([confidence for confidence, _ in filled])
-    assert calibration.accuracy == pytest.approx([accuracy for _, accuracy in filled])
-    expected = sum(len(each) * abs(np.subtract(*np.mean(each, axis=0))) for each in bins if each)
+    assert calibration.n_rows.tolist() == [len(rows) for rows in bins]
+    assert calibration.confidence == pytest.approx([confidence for confidence, _ in means])
+    assert calibration.accuracy == pytest.approx([accuracy for _, accuracy in means])
+    expected = sum(
+        len(rows) * abs(np.subtract(*mean)) for rows, mean in zip(bins, means, strict=True)
+    )
     assert calibration.error == pytest.approx(expected / 118)
     assert calibration.error > 0.1  # random answers are nowhere near calibrated
 
@@ -145,7 +148,7 @@ def test_worst_mistakes_equal_a_search(result, name, monkeypatch):
     mistakes.sort(key=lambda mistake: -mistake[-1])
     shown = report.worst_mistakes(found)
     assert len(shown) == 4
-    for row, expected in zip(shown, mistakes):
+    for row, expected in zip(shown, mistakes[:4], strict=True):
         assert row[:2] == expected[:2]
         assert row[2:] == pytest.approx(expected[2:])
 
@@ -157,18 +160,18 @@ def test_scores_by_length_equal_a_search(result, tiny_directory, name, encoding)
     found, _ = result(name, encoding)
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     lengths = [
-        sum(len(tokenizer([text])["input_ids"][0]) - 2 for text in each.sentences)
-        for each in found.dataset.examples
+        sum(len(tokenizer([text])["input_ids"][0]) - 2 for text in example.sentences)
+        for example in found.dataset.examples
     ]
     lengths = np.array(lengths)[found.rows]
     table = report.scores_by_length(found, 20, seed=1)
     assert sum(line.n_rows for line in table) == len(found.rows) and 3 <= len(table) <= 5
     for line in table:
         low, _, high = line.title.partition(" to ")
-        mine = (int(low) <= lengths) & (lengths <= int(high or low))
-        assert mine.sum() == line.n_rows
+        inside = (int(low) <= lengths) & (lengths <= int(high or low))
+        assert inside.sum() == line.n_rows
         for metric, score in line.scores.items():
-            expected = BY_OTHERS[metric](found.labels[mine], found.predictions[mine])
+            expected = BY_OTHERS[metric](found.labels[inside], found.predictions[inside])
             assert score.value == pytest.approx(expected)
             assert score.low <= score.value + 0.1 and score.value - 0.1 <= score.high
     sizes = [line.n_rows for line in table]
@@ -186,7 +189,7 @@ def test_many_rows_of_one_length_are_one_line(result):
 
 @pytest.mark.parametrize("encoding", ["bi", "cross", "both"])
 def test_token_weights_are_the_published_formula(tiny_directory, encoding):
-    """Of each sequence by itself, softmax(v tanh(W h)) of the encoder's states."""
+    """They are softmax(v tanh(W h)) of the encoder's states, for one sequence at a time."""
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), {"sts": encoding}).eval()
     task = TASKS["sts"]
@@ -247,12 +250,12 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
     def values(self, attribute):
-        return [each[attribute] for _, each in self.tags if attribute in each]
+        return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
 
 
 @pytest.fixture
 def trained(tiny_directory, tmp_path):
-    """Writes a checkpoint of an untrained model, which is as good as any here."""
+    """Write a checkpoint of an untrained model, which is as good as any here."""
 
     def make(*flags):
         cache = ["--cache_dir", str(tmp_path / "cache")]
@@ -261,7 +264,8 @@ def trained(tiny_directory, tmp_path):
         with torch.no_grad():
             for head in (*model.heads.values(), *model.joint_heads.values()):
                 for parameter in head.parameters():
-                    parameter.mul_(3)  # else all rows would get the same class
+                    # Without this, all rows would get the same class.
+                    parameter.mul_(3)
         content = checkpoint_content(model, tokenizer, options, 1, {}, tagger)
         write_checkpoint(tmp_path / "model.pt", content)
         return str(tmp_path / "model.pt")
@@ -271,7 +275,7 @@ def trained(tiny_directory, tmp_path):
 
 @pytest.fixture
 def page(trained, tmp_path):
-    """Makes the report of a checkpoint on 32 rows of each task."""
+    """Write the report about a checkpoint, on 32 rows of each task, and read it."""
 
     def make(checkpoint, *flags, data_dir=SAMPLE):
         flags = ["--data_dir", str(data_dir), "--cache_dir", str(tmp_path / "cache"), *flags]
@@ -280,6 +284,12 @@ def page(trained, tmp_path):
         return Page(tmp_path / "out" / "report.html")
 
     return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave the pictures out, since they take most of the time."""
+    monkeypatch.setattr(report, "embed_figure", lambda *_: "")
 
 
 KINDS = {
@@ -295,7 +305,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request):
-    """Its scores are those of --evaluate; it is well-formed, and needs nothing else."""
+    """Its scores are those of --evaluate. It is well-formed and needs no other file."""
     flags = KINDS[kind]
     if kind == "tags":
         flags = [*flags, "--spacy_model", str(request.getfixturevalue("pipeline_directory"))]
@@ -319,7 +329,7 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
     }
 
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in found.tags}
-    assert all(each.startswith("data:image/svg+xml;base64,") for each in found.values("src"))
+    assert all(src.startswith("data:image/svg+xml;base64,") for src in found.values("src"))
     assert not re.search(r"url\(|@import", "".join(found.text))
     ids = found.values("id")
     assert len(ids) == len(set(ids))
@@ -332,14 +342,15 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
         assert not re.search(r'(?:href|src)="(?!#|data:)', svg)
 
 
-def test_the_mean_has_an_interval_of_its_own(trained, page):
+def test_the_mean_has_an_interval_of_its_own(trained, page, no_pictures):
     rows = [row for row in page(trained()).rows if len(row) == 5 and row[0] != "task"]
     (mean,) = [row for row in rows if row[0] == "mean"]
     main = [float(row[2]) for row in rows if row[1] in ("accuracy", "pearson")]
     assert float(mean[2]) == pytest.approx(np.mean(main), abs=1e-4)
     low, high = map(float, mean[3].split(" to "))
     widths = [np.diff([float(x) for x in row[3].split(" to ")])[0] for row in rows]
-    assert 0 < high - low < max(widths)  # three tasks' accidents partly cancel
+    # The accidents of three tasks partly cancel.
+    assert 0 < high - low < max(widths)
 
 
 def test_the_same_command_writes_the_same_page(trained, page, tmp_path):
@@ -352,7 +363,7 @@ def test_the_same_command_writes_the_same_page(trained, page, tmp_path):
     assert (tmp_path / "out" / "report.html").read_bytes() != first
 
 
-def test_what_sentences_hold_is_shown_and_not_run(trained, page, tmp_path):
+def test_what_sentences_hold_is_shown_and_not_run(trained, page, no_pictures, tmp_path):
     evil = ["<script>alert(1)</script>", "\"'><img src=//x onerror=y>", "{{ 7 * 7 }} &amp;", "b"]
     with open(tmp_path / "ids-sst-dev.csv", "w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
@@ -360,21 +371,22 @@ def test_what_sentences_hold_is_shown_and_not_run(trained, page, tmp_path):
         writer.writerows([f"<b>{number}", text, number] for number, text in enumerate(evil))
     found = page(trained("--sst"), data_dir=tmp_path)
     assert not {"script", "b>0"} & {tag for tag, _ in found.tags}
-    assert not any("onerror" in each for _, each in found.tags)
+    assert not any("onerror" in attributes for _, attributes in found.tags)
     shown = "".join(found.text)
     mistakes = [text for text in evil if text in shown]
     wrong = int(re.search(r"The first (\d+) of", shown)[1])
-    assert len(mistakes) >= wrong >= 3  # one class is right at most, of four
+    # At most one of the four classes is right.
+    assert len(mistakes) >= wrong >= 3
 
 
-def test_attention_shows_each_piece_and_its_weight(trained, page, tiny_directory):
+def test_attention_shows_each_piece_and_its_weight(trained, page, no_pictures, tiny_directory):
     found = page(trained("--sst"))
-    pieces = [each for tag, each in found.tags if each.get("class") == "piece"]
+    pieces = [attributes for _, attributes in found.tags if attributes.get("class") == "piece"]
     examples = list(csv.DictReader(open(SAMPLE / "ids-sst-dev.csv"), delimiter="\t"))
     texts = [example["sentence"] for example in examples[: report.N_EXAMPLES]]
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     assert len(pieces) == sum(len(ids) for ids in tokenizer(texts)["input_ids"])
-    assert [each["style"] for each in pieces].count("--shade: 1.00") >= report.N_EXAMPLES
+    assert [piece["style"] for piece in pieces].count("--shade: 1.00") >= report.N_EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -384,6 +396,7 @@ def test_attention_shows_each_piece_and_its_weight(trained, page, tiny_directory
         (["--sts"], "was not trained on sts"),
         (["--output", "{file}/below"], "cannot write"),
         (["--data_dir", "nowhere"], "no such file"),
+        (["--config", "no.json"], "--config no.json: cannot be read"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message, trained, tmp_path, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from test_experiments import RECIPE, write_recipes
 
 import experiments as ex
 from result_tables import (
@@ -23,7 +24,6 @@ from result_tables import (
     format_spread,
 )
 
-RECIPE = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 16}
 START, END = "# A\n\n  text \n<!-- experiments:{} -->\n", "<!-- /experiments -->"
 
 
@@ -32,13 +32,6 @@ def folder(tmp_path, monkeypatch):
     """The working folder, empty but for a recipe."""
     monkeypatch.chdir(tmp_path)
     write_recipes(baseline=RECIPE)
-
-
-def write_recipes(**recipes):
-    for name, flags in recipes.items():
-        path = Path("recipes", f"{name}.json")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(flags))
 
 
 def result(recipe, seed, scores, flags=RECIPE, **more):
@@ -56,7 +49,7 @@ def write_results(*rows):
 
 def cells(table):
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:1] == "|"]
-    return [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
 def test_tables_are_between_their_markers():

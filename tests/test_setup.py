@@ -1,4 +1,4 @@
-"""setup.sh, with recorders in place of conda, python and pip: what it runs, and that it is quick."""
+"""setup.sh with recorders in place of conda, python and pip: what it runs."""
 
 import os
 import re
@@ -131,7 +131,7 @@ def test_a_failed_install_is_one_clear_line_and_is_tried_again(fixture, request)
     assert checkout.called("pip install")
 
 
-def test_a_half_made_venv_is_made_anew(pip):
+def test_a_half_made_venv_is_made_again(pip):
     (pip.directory / ".venv" / "bin").mkdir(parents=True)
     (pip.directory / ".venv" / "made-by-setup.sh").touch()
     assert pip.run().returncode == 0

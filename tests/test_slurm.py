@@ -1,5 +1,5 @@
-"""run_train.sh with recorders in place of SLURM's commands and of Python; tests/slurm_check.sh runs it
-on a real SLURM."""
+"""run_train.sh with recorders in place of SLURM's commands and of Python. tests/slurm_check.sh runs it on
+a real SLURM."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ esac
 
 @pytest.fixture
 def submit(tmp_path):
-    """Start the script as a job with these flags; what it prints, and its exit status."""
+    """Start the script as a job with these flags. Return what it prints and its exit status."""
     folder = tmp_path / "checkout"
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / "multitask_classifier.py").touch()
@@ -30,17 +30,19 @@ def submit(tmp_path):
         path.write_text(text)
         path.chmod(0o755)
 
-    write(
-        commands / "scontrol", '#!/bin/sh\ncase $1 in show) echo n1; echo n2;; *) echo "$@";; esac'
-    )
-    write(commands / "srun", '#!/bin/sh\necho "ran: srun $*"; exec $STEP')
-    write(commands / "scancel", '#!/bin/sh\necho "scancel $@"; pkill -TERM -f "$STEP"')
+    for name, line in {
+        "scontrol": 'case $1 in show) echo n1; echo n2;; *) echo "$@";; esac',
+        "srun": 'echo "ran: srun $*"; exec $STEP',
+        "scancel": 'echo "scancel $@"; pkill -TERM -f "$STEP"',
+    }.items():
+        write(commands / name, f"#!/bin/sh\n{line}")
 
     def submit(*flags, run="true", gpus=0, signals=(), **variables):
         write(folder / ".venv" / "bin" / "python", PYTHON.format(run=run))
         job = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(folder), SLURM_JOB_NODELIST="n[1-2]")
         job |= dict(SLURM_NNODES="1", N_GPUS=str(gpus), STEP="true") | variables
-        path = f"{commands}:/usr/bin:/bin"  # no conda
+        # This path has no conda.
+        path = f"{commands}:/usr/bin:/bin"
         with subprocess.Popen(
             [ROOT / "run_train.sh", *flags],
             env={"PATH": path, "HOME": os.environ.get("HOME", "/")} | job,
@@ -68,8 +70,8 @@ def test_one_gpu(submit):
     shown, code = submit("--epochs", "3", gpus=1)
     assert code == 0 and "PyTorch sees 1 GPUs here: --use_gpu" in shown
     assert ran(shown) == "python -u multitask_classifier.py --epochs 3 --use_gpu".split()
-    for what in ("job 7 on n[1-2], start number 1", "Python, PyTorch", "commit "):
-        assert what in shown
+    for text in ("job 7 on n[1-2], start number 1", "Python, PyTorch", "commit "):
+        assert text in shown
 
 
 def test_no_gpu(submit):
@@ -83,21 +85,18 @@ def test_several_gpus_or_nodes_start_torchrun_on_each_node(submit, gpus, nodes):
     shown, _ = submit("--epochs", "3", gpus=gpus, SLURM_NNODES=nodes)
     srun, *options = ran(shown)
     place = options.index("multitask_classifier.py")
-    assert srun == "srun" and options[place:] == [
-        *options[place:][:1],
-        "--epochs",
-        "3",
-        "--use_gpu",
-    ]
+    assert srun == "srun"
+    assert options[place:] == "multitask_classifier.py --epochs 3 --use_gpu".split()
     assert {f"--nodes={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"} < set(options)
     module = options[options.index("-m") : place]
     assert module[:2] == ["-m", "torch.distributed.run"]
     from torch.distributed.run import config_from_args, parse_args
 
-    # torchrun's own parser understands it so:
+    # What torchrun's own parser makes of it.
     arguments = parse_args([*module[2:], "multitask_classifier.py"])
     assert arguments.nnodes == nodes and arguments.nproc_per_node == "gpu"
-    arguments.nproc_per_node = "1"  # there is no GPU to count
+    # There is no GPU to count.
+    arguments.nproc_per_node = "1"
     config, _, _ = config_from_args(arguments)
     assert config.rdzv_backend == "c10d" and config.rdzv_endpoint == "n1:20007"
     assert config.run_id == "7" and config.min_nodes == int(nodes)
@@ -114,7 +113,7 @@ def test_several_gpus_or_nodes_start_torchrun_on_each_node(submit, gpus, nodes):
         (["--hpo", "--hpo_resume=x"], []),
     ],
 )
-def test_a_job_that_starts_again_goes_on(submit, flags, added):
+def test_a_job_that_starts_again_continues(submit, flags, added):
     shown, _ = submit(*flags, SLURM_RESTART_COUNT="1")
     assert ran(shown)[3:] == flags + added
     assert "start number 2" in shown
@@ -141,7 +140,7 @@ def test_a_run_whose_time_is_over_is_queued_again(submit, run, number, code, aga
 
 
 def test_steps_of_srun_are_signalled_by_slurm(submit, tmp_path):
-    """srun itself would kill them."""
+    """A signal to srun itself would kill them."""
     step = tmp_path / "step"
     step.write_text("#!/bin/bash\ntrap 'exit 1' TERM\necho started\nwhile :; do sleep 0.05; done\n")
     step.chmod(0o755)

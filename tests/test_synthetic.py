@@ -80,7 +80,7 @@ def read(path, split="train"):
     return read_examples(path, SST, split)
 
 
-def report_of(folder):
+def read_report(folder):
     return json.loads((folder / "new.report.json").read_text())
 
 
@@ -96,7 +96,7 @@ def test_small_for_real(learned):
             assert not any(similar(text, real.sentences[0]) for text in texts)
     for number, text in enumerate(texts):
         assert not any(similar(text, other) for other in texts[:number])
-    report = report_of(learned)
+    report = read_report(learned)
     assert report["of each label"] == of_each_label
     assert report["checked against"] == ["dev", "test"]
     dropped = sum(value for name, value in report.items() if name.startswith("dropped"))
@@ -126,7 +126,7 @@ def test_small_learns_more_than_how_frequent_words_are(learned, tmp_path, monkey
     counts = Counter(piece for row in generator._encode(train) for piece in row.ids[1:])
     pieces = [piece for row in generator._encode(dev) for piece in row.ids[1:]]
     by_frequency = np.exp(-np.mean([np.log(counts[piece] / counts.total()) for piece in pieces]))
-    assert report_of(learned)["perplexity on dev"] < by_frequency / 3
+    assert read_report(learned)["perplexity on dev"] < by_frequency / 3
 
 
 # ------------------------------------------------------------------------- runs of a smaller sample
@@ -211,7 +211,7 @@ def test_a_classifier_filters(small, mixed, tmp_path, capsys, monkeypatch):
         batch = tokenizer([row.sentences[0]], return_tensors="pt", **limit)
         logits = model.eval().predict_sentiment(batch["input_ids"], batch["attention_mask"])
         assert logits.softmax(-1)[0, int(row.label)] >= 0.2 - 1e-5
-    assert report_of(tmp_path)["dropped: the classifier is less sure"] > 0
+    assert read_report(tmp_path)["dropped: the classifier is less sure"] > 0
     capsys.readouterr()
     other = ["--num_samples", "5", "--output", str(tmp_path / "other.csv")]
     assert synthetic.main(chosen[:-1] + ["0.999"] + other) == 0
@@ -222,7 +222,7 @@ def test_without_dev_and_test_the_report_says_so(small, small_data, tmp_path):
     alone = tmp_path / "alone.csv"
     alone.write_bytes((small_data / SST.filename("train")).read_bytes())
     assert synthetic.main(small + ["--sst_train", str(alone)]) == 0
-    assert report_of(tmp_path)["dropped: near-duplicates of dev or test"] == "not checked"
+    assert read_report(tmp_path)["dropped: near-duplicates of dev or test"] == "not checked"
 
 
 @pytest.mark.parametrize(
