@@ -91,7 +91,7 @@ class BertConfig:
         if not problems and bool(self.num_pos_tags) != bool(self.num_ner_tags):
             problems.append("num_pos_tags and num_ner_tags must both be 0, or neither")
         if problems:
-            raise UserError(shortened("; ".join(problems), LONGEST_ERROR // 2))
+            raise UserError(shortened("; ".join(problems)))
 
     @property
     def head_size(self) -> int:
@@ -107,7 +107,7 @@ class BertConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable config.json ({reason(error)})") from error
+            raise UserError(f"{path}: not a readable config.json ({one_line(error)})") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: not a config.json: it holds no table of settings")
         for key, supported in ONLY_SUPPORTED.items():
@@ -205,7 +205,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         # SafetensorError, OSError, and whatever a damaged header makes of PyTorch and NumPy.
         except Exception as error:
-            raise UserError(f"{path}: not a readable weights file ({reason(error)})") from error
+            reason = shortened(one_line(error))
+            raise UserError(f"{path}: not a readable weights file ({reason})") from error
     weights = load_torch_file(path)
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()
@@ -267,11 +268,6 @@ def _check_fit(model: nn.Module, weights: dict[str, torch.Tensor], source: str) 
         raise UserError(start + "; ".join(shortened(names, room) for names in lists))
 
 
-def reason(error: Exception) -> str:
-    """Return the first line of an error's text, shortened."""
-    return shortened(one_line(error), LONGEST_ERROR // 2)
-
-
-def shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int = LONGEST_ERROR // 2) -> str:
     """Cut a text after a word so that it has at most `length` characters, or 40 if this is less."""
     return textwrap.shorten(text, max(length, 40), placeholder=" ...")

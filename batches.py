@@ -15,7 +15,7 @@ from datasets import TaskDataset, TokenColumn, joint_lengths
 from tasks import TASKS, Task
 from utils import seeded_generator
 
-# Start of the second sentence in a sequence that has none: after all positions.
+# Larger than any position: the sequence has no second sentence.
 NO_SECOND = 2**31
 
 
@@ -93,7 +93,7 @@ def collate(
     """
     n_rows = {name: len(rows) for name, (_, rows) in parts.items()}
     sequences: list[np.ndarray] = []
-    seconds: list[int] = []  # where the second sentence of each sequence starts
+    second_starts: list[int] = []  # where the second sentence of each sequence starts
     columns: dict[str, list[slice]] = {name: [] for name in parts}
     labels = {}
     for name, (dataset, rows) in parts.items():
@@ -101,7 +101,7 @@ def collate(
             columns[name].append(slice(len(sequences), len(sequences) + len(rows)))
             sequences.extend(column.row(row) for row in rows)
             firsts = column.first_lengths
-            seconds.extend([NO_SECOND] * len(rows) if firsts is None else firsts[rows])
+            second_starts.extend([NO_SECOND] * len(rows) if firsts is None else firsts[rows])
         dtype = torch.long if dataset.task.classes else torch.float32
         # Rows without a label, which training never has, get -1.
         values = np.nan_to_num(dataset.labels[rows], nan=-1)
@@ -109,7 +109,7 @@ def collate(
     lengths = np.array([sequence.shape[1] for sequence in sequences])
     order = np.argsort(lengths, kind="stable")
     positions = np.concatenate([np.arange(lengths[index]) for index in order])
-    types = positions >= np.repeat(np.array(seconds)[order], lengths[order])
+    types = positions >= np.repeat(np.array(second_starts)[order], lengths[order])
     pieces = np.concatenate([sequences[index] for index in order], axis=1)  # [1 or 3, N]
     input_ids, *tags = torch.from_numpy(pieces.astype(np.int64))
     return Batch(
@@ -177,7 +177,7 @@ def training_windows(
     Args:
         rank: number of this process. The processes share the rows of each batch; a process may get
             none of them, and then the list lacks the batch.
-        row_multiples: task -> rows it has for each row that the other arguments count (1 by default).
+        row_multiples: task -> factor on `samples_per_epoch` and `batch_size`; 1 by default.
         twice: tasks that go through the model twice.
     """
 
@@ -202,6 +202,7 @@ def training_windows(
                 continue
             parts = {name: (datasets[name], chosen[name][rows]) for name, rows in mine.items()}
             offsets = {name: scaled(name, start) - scaled(name, window) for name in mine}
+            # The place of each row within the step, for `step_noise`.
             picks = {name: offsets[name] + rows for name, rows in mine.items()}
             batches.append(collate(parts, step_rows, picks, twice))
         yield batches
@@ -255,10 +256,11 @@ def evaluation_batches(
         yield collate({dataset.task.name: (dataset, chunk)})
 
 
-def step_noise(batch: Batch, name: str, seed: tuple[int, ...]) -> Tensor:
-    """Draw N(0, 1) noise for the batch's rows of a task: [n_rows, width of the outputs]. It is cut from
-    the noise for all rows of the step, and so does not depend on how the rows are divided."""
-    generator = seeded_generator(torch.device("cpu"), *seed, list(TASKS).index(name))
+def step_noise(batch: Batch, name: str, seed: tuple[int, int], head: int) -> Tensor:
+    """Draw N(0, 1) noise for the batch's rows of a task and for one of its heads: [n_rows, width of the
+    outputs]. It is cut from the noise for all rows of the step, and so does not depend on how the rows
+    are divided."""
+    generator = seeded_generator(torch.device("cpu"), *seed, list(TASKS).index(name), head)
     noise = torch.randn(batch.step_rows[name], TASKS[name].num_classes or 1, generator=generator)
     return noise[batch.picks[name]]
 

@@ -252,12 +252,12 @@ class BertPooler(nn.Module):
 
 
 class EncoderWithHeads(nn.Module):
-    """The interface of the model in multitask_classifier.py, for the files below it."""
+    """The type of the model, for files that multitask_classifier.py imports and that cannot import it."""
 
     bert: Any  # a BertModel, or a MixtureOfExperts, which has the same interface
     encodings: dict[str, str]  # task -> one of PAIR_ENCODINGS
 
-    def answers(self, batch: Any, second_derivative: bool = False) -> dict[str, list[Tensor]]:
+    def head_outputs(self, batch: Any, second_derivative: bool = False) -> dict[str, list[Tensor]]:
         raise NotImplementedError
 
     def vectors(self, batch: Any, second_derivative: bool = False) -> Tensor:

@@ -1,4 +1,8 @@
-"""Files of a run: write, read, find, resume and lock them."""
+"""Files of a run: write, read, find, resume and lock them.
+
+models/RUN.pt is the best model of a run, models/RUN.resume its state while it is not finished. Both
+are checkpoints; only the state has the entry "training".
+"""
 
 import argparse
 import contextlib
@@ -86,7 +90,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(
             f"{path}: not a checkpoint of multitask_classifier.py; "
-            "give a models/RUN.pt that a run has written"
+            "give a file that a run has written into models/"
         )
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(
@@ -278,7 +282,8 @@ def remove_leftovers(models_dir: Path) -> None:
     for leftover in models_dir.glob(".*.tmp"):
         run = leftover.name[1:].rsplit(".", 3)[0]
         paths = [models_dir / f"{run}.resume"]
-        # Locking them removes them; those of a run that is still running are locked by it.
+        # `lock_files` removes half-written files of what it locks. A run that is still running holds
+        # its lock, so its files stay.
         with contextlib.suppress(UserError), lock_files(paths, STILL_RUNNING):
             pass
 

@@ -13,7 +13,7 @@ from tasks import TASKS
 from utils import autocast, seeded_generator, sum_gradients
 
 
-def refresh_hessian(
+def prepare_estimate(
     model: EncoderWithHeads,
     window: list[Batch],
     optimizer: torch.optim.Optimizer,
@@ -23,10 +23,12 @@ def refresh_hessian(
     gradients of the step need a graph."""
     if not isinstance(optimizer, Sophia) or not optimizer.refreshes:
         return False
+    # SophiaH makes its estimate in `step`, from the graph of the gradients.
     if isinstance(optimizer, SophiaH):
         device = next(model.parameters()).device
         optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
         return True
+    # SophiaG needs a backward pass of its own.
     if isinstance(optimizer, SophiaG):
         gauss_newton_gradients(model, window, options, optimizer.n_steps)
         optimizer.update_hessian()
@@ -42,21 +44,19 @@ def gauss_newton_gradients(
     It is the gradient of a sum over the tasks: each task's mean loss, for labels drawn from the
     model's own outputs, times the root of its number of rows and of its weight. The labels follow
     from the seed and `step`, however the rows are divided among processes. The curvature is that of
-    the plain losses: the terms that `--sst_loss`, `--label_smoothing` and `--rdrop` add are no
-    likelihoods from which labels could be drawn.
+    the plain losses: the terms that `--sst_loss`, `--label_smoothing`, `--rdrop` and `--moe_balance`
+    add are left out, since no labels can be drawn from them.
     """
     device = next(model.parameters()).device
     for batch in window:
         with autocast(device, options.precision):
-            answers = model.answers(batch)
+            answers = model.head_outputs(batch)
         total = torch.zeros((), device=device)
         for name, outputs in answers.items():
             task, n_rows = TASKS[name], batch.step_rows[name]
             scale = (options.loss_weights[name] * n_rows / len(outputs)) ** 0.5
-            for number, output in enumerate(map(Tensor.float, outputs)):
-                # Each head has labels of its own.
-                seed = (options.seed, step, number) if number else (options.seed, step)
-                noise = step_noise(batch, name, seed).to(device)
+            for head, output in enumerate(map(Tensor.float, outputs)):
+                noise = step_noise(batch, name, (options.seed, step), head).to(device)
                 labels = task.draw(output.detach(), noise)
                 loss = task.loss(output, labels, 0.0) * (len(labels) / n_rows)
                 total = total + scale * loss

@@ -489,8 +489,7 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
     is right. Files that are already there and right are left alone.
 
     Raises:
-        UserError: names the first file that could not be fetched, and why; files that could be are
-            there.
+        UserError: a file could not be fetched. If several could not, the others are printed.
     """
     failures = []
     for name, blob in blobs.items():
@@ -499,8 +498,10 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
         except UserError as error:
             failures.append(str(error))
     if failures:
-        more = len(failures) - 1
-        raise UserError(failures[0] + (f"; {more} more files failed" if more else ""))
+        *others, last = failures
+        for failure in others:
+            print(f"error: {failure}", file=sys.stderr)
+        raise UserError(last)
 
 
 def _download_file(url: str, path: Path, blob: str) -> None:

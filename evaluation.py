@@ -166,8 +166,8 @@ def evaluate_checkpoint(
     """Write the dev and test predictions of a checkpoint's model, print its dev scores and return them."""
     written, scores = [], {}
     for split in ("dev", "test"):
-        batches = data[split], options.batch_size, options.precision
-        for name, result in evaluate(model, *batches).items():
+        results = evaluate(model, data[split], options.batch_size, options.precision)
+        for name, result in results.items():
             target = getattr(options, f"{name}_{split}_out")
             if rank() == 0:
                 write_predictions(target, result)

@@ -1,7 +1,7 @@
-"""Train recipes with several seeds, and make the README's tables and curves from their results.
+"""Train recipes with several seeds, and make tables and curves from their results.
 
     python experiments.py run NAME... --data_dir data --bert_model minilm
-    python experiments.py table
+    python experiments.py table --write
     python experiments.py plot
 
 Start it in the folder of the repository. A recipe is `recipes/NAME.json`, a table of flags of
@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, TextIO, cast
 
@@ -40,15 +41,18 @@ from result_tables import (
     COLUMNS,
     CURVE_COLUMNS,
     CURVES,
+    FIGURE,
     IDENTITY,
+    MAIN_SCORES,
     RECIPES,
     RESULTS,
     SCORES,
     Budget,
-    plot_curves,
+    block_of,
     read_table,
     recipe_path,
     recorded_flags,
+    summarize,
     write_tables,
 )
 from tagging import Pipeline
@@ -327,6 +331,42 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
         raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
+# ------------------------------------------------------------------------------------------- curves
+
+
+def plot_curves(names: list[str], budget: str) -> None:
+    """Do `plot`: draw the dev scores after each epoch. A task has a panel, a recipe a line: the
+    mean over seeds, in a band from the worst to the best."""
+    from matplotlib.figure import Figure
+
+    curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
+    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=100)
+    panels = figure.subplots(1, len(MAIN_SCORES))
+    for summary in summarize(read_table(RESULTS, COLUMNS)):
+        named = any(fnmatch(summary.recipe, name) for name in names)
+        if not named and (names or block_of(summary.recipe) != "main"):
+            continue
+        own = curves[curves["run"].isin(summary.runs) & (curves["split"] == "dev")]
+        if summary.cells["budget"] != BUDGETS[budget].title or own.empty:
+            continue
+        name = f"{summary.recipe} {summary.remark}".strip()
+        label = f"{name} ({', '.join(summary.setting[:3])}, seeds: {summary.cells['seeds']})"
+        for panel, score in zip(panels, MAIN_SCORES, strict=True):
+            values = own[own["metric"] == score].groupby("epoch")["value"]
+            (line,) = panel.plot(values.mean(), label=label, marker=".")
+            low, high = values.min(), values.max()
+            panel.fill_between(low.index, low, high, alpha=0.15, color=line.get_color())
+    for panel, (score, title) in zip(panels, MAIN_SCORES.items(), strict=True):
+        panel.set(title=title, xlabel="epoch", ylabel=f"dev {SCORES[score].metrics[0]}")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if not labels:
+        raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    with atomic_write(FIGURE) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -358,9 +398,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default=1,
         help="runs at a time, on equal shares of the cores; default: 1",
     )
-    commands.add_parser("table", help="print the tables, and put them into README.md")
+    table = commands.add_parser("table", help="print the tables of results")
+    pages = "write them into README.md and docs/, between their markers"
+    table.add_argument("--write", action="store_true", help=pages)
     curves = commands.add_parser("plot", help="draw the learning curves, results/curves.png")
-    default = "default: those of the tasks' tables"
+    default = "default: those of docs/results.md"
     curves.add_argument("names", nargs="*", metavar="NAME", help=default)
     curves.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
     args, flags = parser.parse_known_args(argv)
@@ -378,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "run":
             run_missing(args, flags)
         elif args.command == "table":
-            write_tables()
+            write_tables(args.write)
         else:
             plot_curves(args.names, args.budget)
 

@@ -11,8 +11,8 @@ import signal
 if __name__ == "__main__":  # before PyTorch is imported
     # Ctrl-C during the seconds that the import takes ends the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # OpenMP's threads wait for each other in a loop. GNU's would loop so long that two runs on the
-    # same cores nearly stop each other. This costs a run that is alone a few per cent.
+    # OpenMP threads wait actively. GNU's wait so long that two runs on the same cores nearly stop each
+    # other. A shorter wait costs a single run a few per cent.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if os.environ.get("RANK", "0") != "0":  # the first process of a run shows the bars
         os.environ["TQDM_DISABLE"] = "1"
@@ -36,7 +36,7 @@ from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack
-from curvature import backward_with_graph, refresh_hessian
+from curvature import backward_with_graph, prepare_estimate
 from datasets import checked_max_length, load_data
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
@@ -143,8 +143,8 @@ class PairHead(nn.Module):
 
 
 class SimilarityHead(nn.Module):
-    """A number for a pair: the highest label times the cosine. It has no weights, and no clamp either,
-    which would stop the gradient."""
+    """A number for a pair: the highest label times the cosine. It has no weights. Its output is not
+    clamped: a clamp would stop the gradient."""
 
     def __init__(self, highest: float):
         super().__init__()
@@ -173,7 +173,7 @@ class JointHead(nn.Module):
 def new_head(task: Task, hidden_size: int) -> nn.Module:
     """Make the head of a task for sentences that the encoder reads one by one."""
     if not task.is_pair:
-        return SentenceHead(hidden_size, task.num_classes or 1)
+        return SentenceHead(hidden_size, len(task.classes))
     if task.classes:
         return PairHead(hidden_size, len(task.classes))
     return SimilarityHead(task.range[1])
@@ -213,10 +213,12 @@ class MultitaskBERT(EncoderWithHeads):
 
     def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
         """Return the outputs of each task for its rows: logits [B, classes] or numbers [B]."""
-        answers = self.answers(batch, second_derivative)
+        answers = self.head_outputs(batch, second_derivative)
         return {name: combine(TASKS[name], outputs) for name, outputs in answers.items()}
 
-    def answers(self, batch: Batch, second_derivative: bool = False) -> dict[str, list[Tensor]]:
+    def head_outputs(
+        self, batch: Batch, second_derivative: bool = False
+    ) -> dict[str, list[Tensor]]:
         """Return the outputs of each head of each task, after one pass through the encoder for all
         sequences. A task that the batch has twice has all outputs twice. With `second_derivative`
         the pass is slower, and the outputs can be differentiated twice."""
@@ -234,9 +236,8 @@ class MultitaskBERT(EncoderWithHeads):
         return self.attention_layer(self.bert.encode(tokens), tokens.sequences)  # [B, D]
 
     def _outputs(self, name: str, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of a task's heads. `vectors` has one [B, D] for each column that the heads
-        read: the sentences one by one, then both as one sequence; the same again for a second pass.
-        """
+        """Return the outputs of a task's heads. `vectors` has one [B, D] for each column that they read;
+        for encoding "both" and two passes: first, second, both, first, second, both."""
         n_separate = len(TASKS[name].sentence_columns) if name in self.heads else 0
         n_joint = 1 if name in self.joint_heads else 0
         outputs = []
@@ -309,18 +310,18 @@ def training_step(
     """
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
-    with_graph = refresh_hessian(model, window, optimizer, options)
+    with_graph = prepare_estimate(model, window, optimizer, options)
     names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
     losses = {name: torch.zeros((), device=device) for name in names}
     answers = []
     for batch in window:
         with autocast(device, options.precision):
-            outputs = model.answers(batch, second_derivative=with_graph)
+            outputs = model.head_outputs(batch, second_derivative=with_graph)
         total = torch.zeros((), device=device)
         for name, task_outputs in outputs.items():
             task, labels = TASKS[name], batch.labels[name]
             task_outputs = [output.float() for output in task_outputs]
-            # Its share of all rows of the step, so that all batches and processes add up to a mean.
+            # The batch's share of the rows of the step: all batches and processes add up to the mean.
             share = len(labels) / batch.step_rows[name]
             loss = task_loss(task, task_outputs, labels, options) * share
             total = total + options.loss_weights[name] * loss
@@ -335,10 +336,10 @@ def training_step(
         else:
             total.backward()
     sum_gradients(model, list(losses.values()))
-    return Step(losses, answers, update_weights(model, optimizer, losses["sum"], options.clip))
+    return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
-def update_weights(
+def clip_and_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
 ) -> str | None:
     """Clip the gradients and let the optimizer take its step. Return why it was not taken, if so."""
@@ -431,8 +432,8 @@ def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores
     if training.best is None:
         raise UserError(f"{path} could not be written; saved: {training.describe_saved()}")
     model, _, content = load_checkpoint(path)
-    data = training.data, options
-    scores = evaluation.evaluate_checkpoint(path, model.to(device), content["epoch"], *data)
+    model, epoch = model.to(device), content["epoch"]
+    scores = evaluation.evaluate_checkpoint(path, model, epoch, training.data, options)
     log.best(model, training.data["dev"], options, scores)
     return scores
 
@@ -467,7 +468,7 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCh
         checkpoint.check_tags(content, config)
         if missing := {"tasks", "max_length"} - set(content["options"]):
             raise KeyError(*missing)
-        int(content["epoch"])
+        int(content["epoch"])  # must be a number
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return LoadedCheckpoint(model, tokenizer, content)
@@ -556,8 +557,8 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
     splits, length = ("dev", "test"), options.max_length
     data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
     with checkpoint.lock_predictions(options):
-        trained = options.evaluate, model.to(device), content["epoch"]
-        return evaluation.evaluate_checkpoint(*trained, data, options)
+        path, epoch = options.evaluate, content["epoch"]
+        return evaluation.evaluate_checkpoint(path, model.to(device), epoch, data, options)
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bert import EncoderWithHeads
-from utils import positive_float, positive_int, sum_over_processes
+from utils import n_processes, positive_float, positive_int, sum_over_processes
 
 # Elements of one block on a CPU. Seven passes read the four tensors of a block (parameter, gradient,
 # two moments) and one scratch tensor; 5 x 256 Ki floats are 5 MB, which stay in the last-level cache.
@@ -21,8 +21,8 @@ CPU_BLOCK = 1 << 18
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2)
-    and bias correction (Kingma & Ba 2015, arXiv 1412.6980). As in `torch.optim.AdamW`, whose arguments
-    and state names these are, the schedule multiplier is part of `lr`.
+    and bias correction (Kingma & Ba 2015, arXiv 1412.6980). Arguments and state have the names of
+    `torch.optim.AdamW`. `lr` already contains the factor of the schedule.
 
     Args:
         params: parameters, or groups of them.
@@ -119,6 +119,7 @@ class Sophia(torch.optim.Optimizer):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
         defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps)
+        # In the groups, so that `state_dict` saves them.
         super().__init__(params, defaults | dict(step=0, skipped_refreshes=0))
         self.hess_interval = hess_interval
 
@@ -255,8 +256,8 @@ class SophiaH(Sophia):
             for param, u in zip(params, noise, strict=True)
             if param.grad is not None and param.grad.requires_grad
         ]
-        # With several processes, this one may have no row in a step.
-        if not pairs and not self.all_reduce:
+        # One of several processes may have no row in a step; then it has no graph.
+        if not pairs and (self.all_reduce is None or n_processes() == 1):
             raise RuntimeError(
                 f"step {self.n_steps + 1} estimates the Hessian, which needs gradients with a "
                 "graph: call loss.backward(create_graph=True) before it"
@@ -407,7 +408,8 @@ SOPHIA_FLAGS = {
         positive_int, 50, "optimizer steps from one estimate of the Hessian to the next", "STEPS"
     ),
 }
-# Another optimizer is a class above and a row here; its flags follow from the row.
+# Another optimizer is a class above and a row here; its flags follow from the row. Its constructor
+# takes groups of parameters, `lr`, `betas` and its own flags by name.
 OPTIMIZERS = {
     "adamw": OptimizerRow(AdamW, lr=8e-5, pretrain_lr=1e-3, betas=(0.9, 0.999)),
     "sophiah": OptimizerRow(
@@ -431,8 +433,8 @@ def freeze_and_unfreeze(model: EncoderWithHeads, options: argparse.Namespace, ep
 
     The heads always train. `--option pretrain` trains nothing of the encoder, `finetune` all of it.
     With `--unfreeze_interval`, one more layer trains every so many epochs, from the top, and the
-    embeddings after the last layer. Weights of the encoder that are new, like the heads (embeddings
-    of tags, the weights of experts), always train with `finetune`.
+    embeddings after the last layer. New weights of the encoder (embeddings of tags; of a mixture of
+    experts, the gate's pooler and the layer that weighs the experts) always train with `finetune`.
     """
     n_layers = model.bert.config.num_hidden_layers
     if options.option == "pretrain":
@@ -481,6 +483,7 @@ def parameter_groups(model: EncoderWithHeads, options: argparse.Namespace) -> li
         lr = options.lr * options.layer_lr_decay ** depths.get(parameter, 0)
         weight_decay = options.weight_decay if parameter.ndim > 1 else 0.0
         groups[part, lr, weight_decay].append(parameter)
+    # Each weight is in one group, and none that trains is left out.
     grouped = [parameter for parameters in groups.values() for parameter in parameters]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(set(grouped)) == len(grouped) and set(trained) <= set(grouped)
@@ -503,7 +506,8 @@ def layers_below_heads(model: EncoderWithHeads) -> dict[nn.Parameter, int]:
 
 # --------------------------------------------------------------------------------------- schedules
 
-PLATEAU_PATIENCE = 1  # epochs without a better mean dev score after which the rate stays
+# The rate is lowered when more than so many epochs in a row bring no better mean dev score.
+PLATEAU_PATIENCE = 1
 PLATEAU_FACTOR = 0.5
 # Learning-rate factor by the fraction of the steps after the warm-up that have been taken.
 STEP_SCHEDULES = {
@@ -514,8 +518,8 @@ SCHEDULES = ("plateau", *STEP_SCHEDULES, "none")
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, options: argparse.Namespace):
-    """Make the scheduler. `plateau` is stepped with the mean dev score, those of STEP_SCHEDULES at each
-    optimizer step; None for `none`."""
+    """Make the scheduler. `plateau` is stepped with the mean dev score of an epoch, those of
+    STEP_SCHEDULES after each step, also after one that was skipped. Return None for `none`."""
     if options.scheduler == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE

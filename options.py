@@ -112,8 +112,9 @@ class FlagAdder(NamedTuple):
 
 def build_parser(exit_on_error: bool = True) -> OptionParser:
     parser = OptionParser(
-        description="Fine-tune one BERT on sentiment (SST), paraphrase (Quora) and similarity (STS) "
-        "at once.",
+        description="Fine-tune one BERT on several sentence tasks at once: "
+        + ", ".join(task.title for task in TASKS.values())
+        + ".",
         exit_on_error=exit_on_error,
     )
     training = parser.flags("training")
@@ -392,7 +393,7 @@ def add_data_flags(flag: FlagAdder) -> None:
     for name, task in TASKS.items():
         only = f"only {task.title} (more may be given)"
         flag.decides(f"--{name}", action="store_true", help=only)
-    flag.decides("--data_dir", default="data", help="folder of the nine CSVs; default: data")
+    flag.decides("--data_dir", default="data", help="folder of the CSVs; default: data")
     for name, task in TASKS.items():
         for split in SPLITS:
             where = f"default: DATA_DIR/{task.filename(split)}"
@@ -627,7 +628,8 @@ def fill_defaults(options: argparse.Namespace, searched: list[str]) -> argparse.
         filled.weight_decay = DEFAULT_WEIGHT_DECAY * (filled.rho or 1)
     if filled.moe and filled.moe_balance is None:
         filled.moe_balance = DEFAULT_MOE_BALANCE
-    if filled.additional_input and filled.spacy_model is None:
+    # A checkpoint knows its own pipeline.
+    if filled.additional_input and not filled.evaluate and filled.spacy_model is None:
         filled.spacy_model = DEFAULT_SPACY_MODEL
     if filled.predictions_dir is None:
         filled.predictions_dir = "predictions/smoketest" if filled.smoketest else "predictions"

@@ -1,9 +1,10 @@
-"""Tables and curves from the rows of results, which `experiments.py` writes."""
+"""Tables of the results that `experiments.py` writes, and the pages that show them."""
 
 import json
 import re
-from collections import defaultdict
-from fnmatch import fnmatch
+import textwrap
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from utils import UserError, atomic_write
 if TYPE_CHECKING:
     import pandas as pd
 
-RECIPES, README = Path("recipes"), Path("README.md")
+RECIPES, README, DOCS = Path("recipes"), Path("README.md"), Path("docs")
 RESULTS, CURVES = Path("results/results.csv"), Path("results/curves.csv")
 FIGURE = Path("results/curves.png")
 
@@ -40,53 +41,35 @@ COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
 CURVE_COLUMNS = ["run", "recipe", "budget", "seed", "epoch", "split", "metric", "value"]
 # Flags that are not in the column "flags", since other columns say what they choose.
 WITH_COLUMNS = set("seed epochs samples_per_epoch bert_model precision data_dir use_gpu".split())
-# Dev scores that the report of the original project gives (its public repository,
-# token-tricksters/deep-learning-nlp, as a compilation of such reports quotes it). A recipe without
-# one has a row in that report, or is ours, and we know no figure.
-PUBLISHED = {
-    "baseline": {"sst": "0.494", "para": "0.870", "sts": "0.866"},
-    "tagging": {"sst": "0.504"},
-    "synthetic": {"sst": "0.018 below its baseline", "sts": "0.875"},
-    "synthetic-filtered": {},
-    "sophiah": {},
-    "sophiag": {},
-    "unfreeze": {},
-    "moe-soft": {},
-    "moe-hard": {},
-    "best": {},
+# Dev scores in the original report: README.md of github.com/token-tricksters/deep-learning-nlp.
+ORIGINAL = {
+    "baseline": {"sst_accuracy": "0.494", "para_accuracy": "0.870", "sts_pearson": "0.866"},
+    "tagging": {"sst_accuracy": "0.504", "para_accuracy": "0.866", "sts_pearson": "0.872"},
+    "synthetic": {"sst_accuracy": "0.476", "para_accuracy": "0.865", "sts_pearson": "0.875"},
+    "sophiah": {"sst_accuracy": "0.494", "para_accuracy": "0.853", "sts_pearson": "0.870"},
 }
-# Block of the README -> patterns of its recipes, and its columns besides those of all blocks.
-COMPARISONS = {
-    "best": (["best", "best/*"], ["changed"]),
-    "ablations": (["baseline", "best", "ablations/*"], ["changed", "cost"]),
-    "sophia": (["baseline", "sophiah", "sophiag", "sophia/*"], ["changed", "clipped"]),
-    "tags": (["baseline", "tagging"], ["pipeline"]),
-    "moe": (["baseline", "moe-*"], ["cost", "memory"]),
-    "synthetic": (["baseline", "synthetic*"], ["rows"]),
-}
-SHOWN_UNCHANGED = ["recipe", "encoder", "precision", "rows", "pipeline", "device"]
-SETTING = ["encoder", "budget", "precision", "device"]  # rows that differ in these do not compare
+# The best single-task models that it lists; docs/results.md has their papers.
+PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924", "sts_pearson": "0.929"}
+ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
+# Folders of recipes with tables of their own. All other recipes are in those of "main".
+VARIANTS = ["best", "ablations", "sophia"]
+SETTING = ["encoder", "precision", "device", "budget"]  # rows that differ in these do not compare
 HEADINGS = MAIN_SCORES | {
-    "macro_f1": "macro-F1",
-    "pearson": "Pearson",
-    "changed": "flags compared with the first row",
-    "better": "mean compared with the first row, same seeds",
-    "threads": "CPU threads × runs at once",
-    "cost": "seconds / baseline's",
-    "memory": "peak memory, MB",
-    "clipped": "clipped, by epoch",
-    "rows": "training rows",
+    "sst_macro_f1": "sentiment, macro-F1",
+    "para_macro_f1": "paraphrase, macro-F1",
+    "difference": "mean, difference",
     "seconds": "seconds an epoch",
-    "published": "original report (BERT-base, its own data, A100)",
+    "relative": "seconds, relative",
+    "memory": "peak memory, MB",
 }
-NOTE = """\
-Dev scores of the best epoch, mean ± standard deviation over seeds; budget: epochs × rows of each
-task in one. Not comparable: """
-TASK_NOTE = f"""{NOTE}the last column with the others (another encoder, other data, one number
-without spread), and rows of different encoder, training rows, budget, precision or device with each
-other; minilm-float16 is minilm with its weights rounded to float16."""
-COMPARISON_NOTE = f"""{NOTE}rows of different encoder, budget, precision or device with each other,
-and seconds where threads or runs at once differ."""
+# Columns that are a line below the tables, since most rows have the same in them.
+CAPTIONS = {
+    "rows": f"Training rows of {', '.join(task.title for task in TASKS.values())}",
+    "pipeline": "spaCy pipeline",
+    "threads": "CPU threads × runs at once",
+}
+# 97.5% quantiles of Student's t distribution by the number of values, for intervals of 95%.
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 
 # ------------------------------------------------------------------------------- recipes and rows
@@ -131,18 +114,17 @@ class Summary(NamedTuple):
     """A recipe in one setting, over its seeds."""
 
     recipe: str
-    name: str  # the recipe, and the flags whose values in it have changed since
-    flags: dict[str, Any]
+    remark: str  # how its flags differ from those in its file
     runs: set[str]
     means: "pd.Series"  # seed -> mean score
     n_rows: int  # of each task in all epochs
     seconds: float  # of an epoch
+    setting: tuple[str, ...]
     cells: dict[str, str]  # column of a table -> its text
 
 
 def summarize(results: "pd.DataFrame") -> list[Summary]:
-    """Summarize each recipe in each setting. Runs of a recipe that is gone, or has another flag
-    now, are left out. If only a value has changed, the summary's name gives the old one."""
+    """Summarize each recipe in each setting, the largest budget first."""
     import pandas as pd
 
     recipes = [name for name in set(results["recipe"]) if (RECIPES / f"{name}.json").is_file()]
@@ -153,191 +135,247 @@ def summarize(results: "pd.DataFrame") -> list[Summary]:
     results["mean"] = results[list(MAIN_SCORES)].mean(axis=1, skipna=False)
     groups = results.groupby([column for column in IDENTITY if column != "seed"])
     summaries = [summarize_group(group, known) for _, group in groups]
-    return [summary for summary in summaries if summary]
+    return sorted(summaries, key=lambda s: (-s.n_rows, s.setting, s.recipe, s.remark))
 
 
-def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> Summary | None:
-    """Summarize runs that differ in their seeds only; None if their recipe is not the known one."""
-    shared, n_seeds = group.iloc[0], len(group)
+def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> Summary:
+    """Summarize runs that differ in their seeds only."""
+    shared = group.iloc[0]
     recipe, flags = shared["recipe"], json.loads(shared["flags"])
-    if recipe not in known or not known[recipe].keys() <= flags.keys():
-        return None
     budget = Budget(*map(int, shared["budget"].split("x")))
     seconds = group["seconds_per_epoch"].mean()
     at_once = group["jobs"].map(lambda jobs: f" × {jobs}" if jobs else "")
-    clipped = group["clipped"].str.split(expand=True).astype(float).mean().dropna()
-    cells = {column: shared[column] for column in SHOWN_UNCHANGED} | {
+    clipped = group["clipped"].str.split(expand=True).astype(float).mean().dropna().tolist()
+    columns = ["encoder", "precision", "device", "rows", "pipeline", "data"]
+    cells = {column: shared[column] for column in columns} | {
+        "recipe": format_name(recipe).strip("" if recipe in known else "[]"),
         "budget": budget.title,
-        "seeds": str(n_seeds),
+        "seeds": str(len(group)),
         "threads": ", ".join(sorted(set(group["threads"] + at_once))),
         "seconds": f"{seconds:.0f}",
-        "memory": format_spread(group["peak_memory_mb"], 0),
-        "clipped": ", ".join(f"{share:.2f}" for share in clipped),
+        "memory": format_spread(group["peak_memory_mb"], ".0f"),
+        "clipped": f"{clipped[0]:.2f}, {clipped[-1]:.2f}" if clipped else "",
     }
     cells |= {column: format_spread(group[column]) for column in (*SCORES, "mean")}
-    name = f"{recipe} {format_flags(flags, known[recipe])}".strip()
+    remark = describe_flags(flags, known.get(recipe))
     runs, means = set(group["run"]), group.set_index("seed")["mean"]
-    return Summary(recipe, name, flags, runs, means, budget.epochs * budget.samples, seconds, cells)
+    n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
+    return Summary(recipe, remark, runs, means, n_rows, seconds, setting, cells)
 
 
-def select(summaries: list[Summary], patterns: list[str]) -> list[Summary]:
-    """Return the summaries of these recipes, the largest budget first."""
-
-    def matches(summary: Summary) -> list[bool]:
-        return [fnmatch(summary.recipe, pattern) for pattern in patterns]
-
-    def place(summary: Summary) -> tuple:
-        encoder, precision = summary.cells["encoder"], summary.cells["precision"]
-        return -summary.n_rows, encoder, precision, matches(summary).index(True), summary.name
-
-    return sorted((summary for summary in summaries if any(matches(summary))), key=place)
+def by_setting(summaries: list[Summary]) -> list[list[Summary]]:
+    return [list(group) for _, group in groupby(summaries, key=lambda s: s.setting)]
 
 
-# ------------------------------------------------------------------------------------ text of cells
+def block_of(recipe: str) -> str:
+    """Return the name of the block that has a recipe's rows."""
+    folder, slash, _ = recipe.partition("/")
+    return folder if slash and folder in VARIANTS else "main"
 
 
-def format_spread(values: "pd.Series", digits: int = 3) -> str:
+# ------------------------------------------------------------------------------------------- texts
+
+
+def format_name(recipe: str) -> str:
+    """Return a recipe's name, without its middle if that makes a table too wide, in brackets."""
+    return f"[{recipe if len(recipe) <= 25 else f'{recipe[:12]}…{recipe[-12:]}'}]"
+
+
+def format_spread(values: "pd.Series", form: str = ".3f") -> str:
     """Return `0.441 ± 0.005`; a single number alone; nothing if a number is missing."""
-    if values.isna().any():
+    if values.empty or values.isna().any():
         return ""
-    if len(values) == 1:
-        return f"{values.iloc[0]:.{digits}f}"
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    mean = f"{values.mean():{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():{form.removeprefix('+')}}"
 
 
-def format_flags(flags: dict[str, Any], known: dict[str, Any]) -> str:
-    """Return the flags whose values are not the known ones, as they would be on a command line."""
+def describe_flags(flags: dict[str, Any], known: dict[str, Any] | None) -> str:
+    """Say how flags differ from the known ones, those in the recipe's file if it is there."""
     parts = []
     for name, value in flags.items():
-        if known.get(name) == value:
+        if known and known.get(name) == value:
             continue
         if isinstance(value, dict):
             value = ",".join(f"{task}={number:g}" for task, number in value.items())
         parts.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(parts)
+    missing = [f"--{name}" for name in sorted((known or {}).keys() - flags.keys())]
+    texts = {"with": " ".join(parts), "without": " ".join(missing)}
+    changes = ", ".join(f"{word} `{text}`" for word, text in texts.items() if text)
+    if known is None:
+        return f"its file is gone; run {changes or 'without flags'}"
+    return f"its file has changed; run {changes}" if missing else changes
 
 
-def format_changes(flags: dict[str, Any], known: dict[str, Any]) -> str:
-    """Return the flags with other values than the known ones, and those that are missing."""
-    missing = " ".join(f"--{name}" for name in sorted(known.keys() - flags.keys()))
-    texts = {"": format_flags(flags, known), "without ": missing}
-    return ", ".join(f"{word}`{text}`" for word, text in texts.items() if text)
-
-
-def format_difference(means: "pd.Series", reference: "pd.Series") -> str:
-    """Return how much higher the means are than the reference, on the seeds that both have."""
-    differences = (means - reference).dropna()
-    return f"{differences.mean():+.3f}" if len(differences) else ""
-
-
-# ------------------------------------------------------------------------------ tables and curves
-
-
-def format_table(rows: list[dict[str, str]], columns: list[str], note: str) -> str:
-    """Return a Markdown table with a note below it."""
-    if not rows:
-        return "No runs yet.\n"
+def format_table(rows: list[dict[str, str]], columns: list[str]) -> str:
+    """Return a Markdown table, without the columns that are empty."""
+    columns = [column for column in columns if any(row.get(column) for row in rows)]
     lines = [[HEADINGS.get(column, column) for column in columns], ["---"] * len(columns)]
-    lines += [[row[column] for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{note}\n"
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def task_table(summaries: list[Summary], task: str) -> str:
-    """Return the table of a task: its metrics in the runs of all recipes of the report."""
-    metrics = TASKS[task].metrics
-    rows = [
-        summary.cells
-        | {metric: summary.cells[f"{task}_{metric}"] for metric in metrics}
-        | {"command": f"`python experiments.py run {summary.name}`"}
-        | {"published": PUBLISHED[summary.recipe].get(task, "–")}
-        for summary in select(summaries, list(PUBLISHED))
+def format_paragraph(*sentences: str) -> str:
+    text = " ".join(sentence for sentence in sentences if sentence)
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
+
+
+def format_caption(summaries: dict[str, Summary], column: str) -> str:
+    """Return what most rows have in a column, then the rows that have something else."""
+    texts = {label: summary.cells[column] or "none" for label, summary in summaries.items()}
+    (common, _), *others = Counter(texts.values()).most_common()
+    if common == "none" and not others:
+        return ""
+    exceptions = [f"{label} {text}" for label, text in texts.items() if text != common]
+    return f"{CAPTIONS[column]}: {'; '.join([common, *exceptions])}."
+
+
+def answer(summaries: dict[str, Summary]) -> str:
+    """Say which recipes have another mean than the first: those whose 95% interval over the seeds
+    of both leaves out 0."""
+    (name, first), *others = summaries.items()
+    n_compared, clear = 0, []
+    for label, summary in others:
+        differences = (summary.means - first.means).dropna()
+        if (n := len(differences)) > 1:
+            n_compared += 1
+            mean, half = differences.mean(), STUDENT_T[min(n, 5)] * differences.std() / n**0.5
+            if abs(mean) > half:
+                clear.append(f"{label} {mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
+    found = f"{', '.join(clear) or 'none'} (of {n_compared} with several seeds)"
+    return f"Clearly different from {name}: {found if n_compared else 'no answer with one seed'}."
+
+
+# --------------------------------------------------------------------------------- tables and pages
+
+
+def setting_tables(group: list[Summary], columns: list[str]) -> str:
+    """Return the tables of recipes in one setting, which are compared with the first of them.
+    `columns` is for a table of its own."""
+    first, rows = group[0], []
+    summaries: dict[str, Summary] = {}
+    remarks: list[str] = []
+    for summary in group:
+        label = summary.cells["recipe"]
+        if summary.remark or label in summaries:
+            label += str(len(remarks) + 1).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+            remarks.append(f"{label}: {summary.remark or 'data ' + summary.cells['data']}.")
+        summaries[label] = summary
+        differences = (summary.means - first.means).dropna()
+        own = {
+            "recipe": label,
+            "difference": "" if summary is first else format_spread(differences, "+.3f"),
+            "relative": f"{summary.seconds / first.seconds:.2f}",
+        }
+        rows.append(summary.cells | own)
+    tables = [
+        ["recipe", "seeds", *MAIN_SCORES, "mean"],
+        ["recipe", "difference", "clipped", "seconds", "relative", "memory"],
     ]
-    setting = ["rows", *SETTING, "threads", "seconds", "published"]
-    return format_table(rows, ["command", "seeds", *metrics, *setting], TASK_NOTE)
+    if any(row[column] for row in rows for column in columns):
+        tables.append(["recipe", *columns])
+    parts = [f"### {', '.join(first.setting)}"]
+    parts += [format_paragraph(answer(summaries))] if len(group) > 1 else []
+    parts += [format_table(rows, table) for table in tables]
+    captions = [format_caption(summaries, column) for column in CAPTIONS]
+    return "\n\n".join([*parts, format_paragraph(*remarks, *captions)])
 
 
-def comparison_table(summaries: list[Summary], block: str) -> str:
-    """Return the table of a block of COMPARISONS: its recipes in all settings that have several."""
-    patterns, more = COMPARISONS[block]
-    by_setting, rows = defaultdict(list), []
-    for summary in select(summaries, patterns):
-        by_setting[tuple(summary.cells[column] for column in SETTING)].append(summary)
-    for group in by_setting.values():
-        if len({summary.recipe for summary in group}) < 2:
-            continue
-        first, baseline = group[0], [s.seconds for s in group if s.name == "baseline"]
-        for summary in group:
-            better = format_difference(summary.means, first.means)
-            own = {
-                "recipe": f"`{summary.name}`",
-                "changed": format_changes(summary.flags, first.flags),
-                "better": "" if summary is first else better,
-                "cost": f"{summary.seconds / baseline[0]:.2f}" if baseline else "",
-            }
-            rows.append(summary.cells | own)
-    columns = ["recipe", "seeds", *MAIN_SCORES, "mean", "better", *more, "seconds", "threads"]
-    return format_table(rows, [*columns, *SETTING], COMPARISON_NOTE)
+def recipe_tables(summaries: list[Summary], block: str) -> str:
+    """Return the tables of "main", or of the variants in a folder of recipes. Variants are compared
+    with the recipe that has the folder's name, or else with the baseline."""
+    more = [score for score in SCORES if score not in MAIN_SCORES] if block == "main" else []
+    parts = []
+    for group in by_setting(summaries):
+        own = [summary for summary in group if block_of(summary.recipe) == block]
+        unchanged = {summary.recipe: summary for summary in group if not summary.remark}
+        if own:
+            first = unchanged.get(block) or unchanged.get("baseline") or own[0]
+            parts.append(setting_tables([first, *(s for s in own if s is not first)], more))
+    return "\n\n".join(parts) or "No runs yet."
 
 
-def fill_in(text: str, blocks: dict[str, str]) -> str:
-    """Return the README's text with the blocks between its markers. Raises UserError for a marker
-    that has no partner or names no block."""
+def original_table(summaries: list[Summary]) -> str:
+    """Return the figures of the original report, with ours of the largest budget below each."""
+    rows = []
+    for recipe, scores in ORIGINAL.items():
+        theirs = {"recipe": format_name(recipe), "setting": "original report", "seeds": "1"}
+        rows.append(theirs | scores)
+        for ours in [s for s in summaries if s.recipe == recipe and not s.remark][:1]:
+            rows.append(ours.cells | {"setting": f"{ours.setting[0]}, {ours.setting[-1]}"})
+    return format_table(rows, ["recipe", "setting", "seeds", *MAIN_SCORES])
+
+
+def summary_table(summaries: list[Summary], to_root: str) -> str:
+    """Return the README's table: ours with the largest budget, and what others reached."""
+    shown = [s for s in summaries if s.recipe in ("baseline", "best") and not s.remark]
+    ours = max(by_setting(shown), key=len, default=[])
+    rows = [
+        s.cells | {"model": s.cells["recipe"], "encoder": ENCODERS.get(s.setting[0], s.setting[0])}
+        for s in ours
+    ]
+    # Until experiments.py can evaluate several models as one.
+    mean = {"model": "mean of three best models", "encoder": ENCODERS["minilm"]}
+    rows.append(mean | dict.fromkeys(MAIN_SCORES, "not measured yet"))
+    original = {"model": "original report, baseline", "encoder": ENCODERS["bert-base-uncased"]}
+    published = {"model": "best published single-task models", "encoder": "one each"}
+    rows += [original | ORIGINAL["baseline"], published | PUBLISHED]
+    seeds = " or ".join(sorted({summary.cells["seeds"] for summary in ours}))
+    setting = f" over {seeds} seeds ({', '.join(ours[0].setting[1:])} rows)" if ours else ""
+    page = f"{to_root}{DOCS}/results"
+    caption = format_paragraph(
+        f"Dev scores, mean ± standard deviation{setting}. The last row is [as the original report",
+        f"lists it]({page}.md#the-best-published-models). [All tables]({page}.md),",
+        f"[variants]({page}-variants.md).",
+    )
+    return f"{format_table(rows, ['model', 'encoder', *MAIN_SCORES])}\n\n{caption}"
+
+
+def make_blocks(to_root: str) -> dict[str, str]:
+    """Return the generated parts of a page, from whose folder `to_root` leads to the root."""
+    summaries = summarize(read_table(RESULTS, COLUMNS))
+    image = f"![Dev scores after each epoch, a line for each recipe]({to_root}{FIGURE})"
+    blocks = {
+        "summary": summary_table(summaries, to_root),
+        "original": original_table(summaries),
+        "curves": image if FIGURE.exists() else "No runs yet.",
+    }
+    blocks |= {name: recipe_tables(summaries, name) for name in ("main", *VARIANTS)}
+    recipes = sorted({*ORIGINAL, *(summary.recipe for summary in summaries)})
+    names = {format_name(recipe): recipe for recipe in recipes}
+    for block, text in blocks.items():
+        links = [f"{n}: {to_root}{RECIPES}/{r}.json\n" for n, r in names.items() if n in text]
+        blocks[block] = "".join([text, "\n\n", *links])
+    return blocks
+
+
+def filled_in(page: Path) -> str:
+    """Return a page's text with its generated parts as the results are now. Raises UserError for a
+    marker that has no partner or names no block."""
+    blocks = make_blocks("" if page.name == README.name else "../")
 
     def fill(match: re.Match) -> str:
         start, name, content, end = match.groups()
-        if "<!-- experiments:" in content or name not in blocks:
+        if "<!-- experiments:" in content or not end or name not in blocks:
             known = ", ".join(blocks)
-            raise UserError(f"{README}: {start.strip()} has no end, or is none of {known}")
+            raise UserError(f"{page}: {start.strip()} has no end, or is none of {known}")
         return start + blocks[name] + end
 
     pattern = r"(<!-- experiments:([\w-]+) -->\n)(.*?)(<!-- /experiments -->|\Z)"
-    return re.sub(pattern, fill, text, flags=re.DOTALL)
+    return re.sub(pattern, fill, page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def write_tables() -> None:
-    """Do `table`: print all tables, and put them into the README."""
-    summaries = summarize(read_table(RESULTS, COLUMNS))
-    blocks = {task: task_table(summaries, task) for task in TASKS}
-    blocks |= {block: comparison_table(summaries, block) for block in COMPARISONS}
-    for name, table in blocks.items():
-        print(f"{name}\n\n{table}")
-    figure = f"![Dev scores after each epoch]({FIGURE})\n" if FIGURE.exists() else "No runs yet.\n"
-    try:
-        text = README.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{README}: cannot be read: {error.strerror}") from error
-    with atomic_write(README) as temporary:
-        temporary.write_text(fill_in(text, blocks | {"curves": figure}), encoding="utf-8")
-
-
-def plot_curves(names: list[str], budget: str) -> None:
-    """Do `plot`: draw the dev scores after each epoch. A task has a panel, a recipe a line: the
-    mean over seeds, in a band from the worst to the best."""
-    from matplotlib.figure import Figure
-
-    curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
-    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=100)
-    panels = figure.subplots(1, len(MAIN_SCORES))
-    summaries = select(summarize(read_table(RESULTS, COLUMNS)), names or list(PUBLISHED))
-    for summary in summaries:
-        own = curves[curves["run"].isin(summary.runs) & (curves["split"] == "dev")]
-        if summary.cells["budget"] != BUDGETS[budget].title or own.empty:
-            continue
-        encoder, precision, device, seeds = (
-            summary.cells[column] for column in ("encoder", "precision", "device", "seeds")
-        )
-        label = f"{summary.name} ({encoder}, {precision}, {device}, seeds: {seeds})"
-        for panel, score in zip(panels, MAIN_SCORES, strict=True):
-            values = own[own["metric"] == score].groupby("epoch")["value"]
-            (line,) = panel.plot(values.mean(), label=label, marker=".")
-            low, high = values.min(), values.max()
-            panel.fill_between(low.index, low, high, alpha=0.15, color=line.get_color())
-    for panel, (score, title) in zip(panels, MAIN_SCORES.items(), strict=True):
-        panel.set(title=title, xlabel="epoch", ylabel=f"dev {SCORES[score].metrics[0]}")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if not labels:
-        raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    with atomic_write(FIGURE) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+def write_tables(write: bool) -> None:
+    """Do `table`: print all tables, or write them into the pages that have their markers."""
+    if not write:
+        for name, text in make_blocks("../").items():
+            print(f"{name}\n\n{text}")
+        return
+    pages = [page for page in (README, *sorted(DOCS.glob("*.md"))) if page.is_file()]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    if not any("<!-- experiments:" in text for text in texts.values()):
+        raise UserError(f"{README} and {DOCS}: no page has a line <!-- experiments:NAME -->")
+    changed = {page: new for page in pages if (new := filled_in(page)) != texts[page]}
+    for page, text in changed.items():
+        with atomic_write(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"written: {page}")

