@@ -28,7 +28,7 @@ from options import (
     parse_options,
 )
 from tagging import Pipeline, Tagger
-from tasks import SPLITS
+from tasks import SPLITS, TASKS
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -113,11 +113,25 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def check_tasks(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise UserError for a checkpoint that was written before a row was added to TASKS."""
+    known = content.get("options") or {}
+    if unknown := [name for name in TASKS if f"{name}_train" not in known]:
+        raise UserError(
+            f"{path}: knows no task {', '.join(unknown)}; take these rows out of TASKS in tasks.py to "
+            "use it, or train again"
+        )
+
+
 # ------------------------------------------------------------------------------------------- tags
 
 
-def check_tags(checkpoint: Mapping[str, Any], config: BertConfig) -> None:
-    """Raise ValueError unless a checkpoint's pipeline has as many labels as its model has embeddings."""
+def check_entries(checkpoint: Mapping[str, Any], config: BertConfig) -> None:
+    """Raise KeyError, TypeError or ValueError for a checkpoint that lacks entries, or whose pipeline has
+    not as many labels as its model has embeddings."""
+    if missing := {"tasks", "max_length"} - set(checkpoint["options"]):
+        raise KeyError(*missing)
+    int(checkpoint["epoch"])  # must be a number
     tags, sizes = checkpoint.get("tags"), (config.num_pos_tags, config.num_ner_tags)
     if tags is None and sizes == (0, 0):
         return

@@ -111,8 +111,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
                 start = end + 1
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; run 'python datasets.py download' for the real data, "
-            "or give --data_dir data/sample for the sample"
+            f"{path}: no such file; 'python datasets.py download' fetches the real data, --data_dir "
+            "data/sample is a sample, and --sst_train and the like name files of your own"
         ) from None
     except UnicodeDecodeError as error:
         line = _first_line_not_utf8(path)

@@ -458,6 +458,7 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
 
 def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCheckpoint:
     """Build the model that a checkpoint holds. Raises UserError if it is not complete."""
+    checkpoint.check_tasks(content, path)
     try:
         config = BertConfig(**content["bert_config"])
         with without_weights():
@@ -465,10 +466,7 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCh
             model = MultitaskBERT(encoder, encodings_of(content["options"]))
         model.load_state_dict(content["model"], assign=True)
         tokenizer = BertTokenizer.from_json(content["tokenizer"])
-        checkpoint.check_tags(content, config)
-        if missing := {"tasks", "max_length"} - set(content["options"]):
-            raise KeyError(*missing)
-        int(content["epoch"])  # must be a number
+        checkpoint.check_entries(content, config)
     except Exception as error:  # whatever a missing or damaged entry makes of these lines
         raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return LoadedCheckpoint(model, tokenizer, content)

@@ -399,7 +399,11 @@ class OptimizerRow(NamedTuple):
     lr: float  # default of --lr
     pretrain_lr: float  # default of --lr with --option pretrain
     betas: tuple[float, float]
+    help: str
     flags: dict[str, OwnFlag] = {}
+    weight_decay: float = (
+        0.05  # default of --weight_decay; of the largest step, for Sophia rho * lr
+    )
 
 
 SOPHIA_FLAGS = {
@@ -411,16 +415,28 @@ SOPHIA_FLAGS = {
 # Another optimizer is a class above and a row here; its flags follow from the row. Its constructor
 # takes groups of parameters, `lr`, `betas` and its own flags by name.
 OPTIMIZERS = {
-    "adamw": OptimizerRow(AdamW, lr=8e-5, pretrain_lr=1e-3, betas=(0.9, 0.999)),
+    "adamw": OptimizerRow(
+        AdamW,
+        lr=8e-5,
+        pretrain_lr=1e-3,
+        betas=(0.9, 0.999),
+        help="Adam with decoupled weight decay",
+    ),
     "sophiah": OptimizerRow(
         functools.partial(SophiaH, all_reduce=sum_over_processes),
         lr=4e-4,
         pretrain_lr=4e-4,
         betas=(0.985, 0.99),
+        help="steps scaled by Hutchinson's estimate of the curvature",
         flags=SOPHIA_FLAGS,
     ),
     "sophiag": OptimizerRow(
-        SophiaG, lr=1.2e-3, pretrain_lr=1.2e-3, betas=(0.965, 0.99), flags=SOPHIA_FLAGS
+        SophiaG,
+        lr=1.2e-3,
+        pretrain_lr=1.2e-3,
+        betas=(0.965, 0.99),
+        help="steps scaled by the Gauss-Newton-Bartlett estimate of the curvature",
+        flags=SOPHIA_FLAGS,
     ),
 }
 

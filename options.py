@@ -35,7 +35,6 @@ from utils import (
     share,
 )
 
-DEFAULT_WEIGHT_DECAY = 0.05  # of the largest step, which for Sophia is rho times the rate
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -175,7 +174,8 @@ def add_training_flags(flag: FlagAdder) -> None:
         type=str.lower,
         choices=tuple(OPTIMIZERS),
         default="adamw",
-        help="sophiah and sophiag scale each step by an estimate of the curvature; default: adamw",
+        help="; ".join(f"{name}: {row.help}" for name, row in OPTIMIZERS.items())
+        + "; default: adamw",
     )
     for name, own in OPTIMIZER_FLAGS.items():
         flag.decides(
@@ -187,8 +187,9 @@ def add_training_flags(flag: FlagAdder) -> None:
     flag.decides(
         "--weight_decay",
         type=non_negative_float,
-        help="decoupled; biases and LayerNorm go without; default: "
-        f"{DEFAULT_WEIGHT_DECAY:g}, with Sophia that times rho",
+        help="decoupled; biases and LayerNorm have none; default: "
+        + ", ".join(f"{row.weight_decay:g} for {name}" for name, row in OPTIMIZERS.items())
+        + "; with Sophia it is multiplied by rho",
     )
     flag.decides(
         "--clip",
@@ -625,7 +626,7 @@ def fill_defaults(options: argparse.Namespace, searched: list[str]) -> argparse.
         if getattr(filled, name) is None:
             setattr(filled, name, own.default)
     if filled.weight_decay is None:
-        filled.weight_decay = DEFAULT_WEIGHT_DECAY * (filled.rho or 1)
+        filled.weight_decay = row.weight_decay * (filled.rho or 1)
     if filled.moe and filled.moe_balance is None:
         filled.moe_balance = DEFAULT_MOE_BALANCE
     # A checkpoint knows its own pipeline.

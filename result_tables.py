@@ -105,7 +105,10 @@ def read_table(path: Path, columns: list[str]) -> "pd.DataFrame":
     if not path.exists():
         return pd.DataFrame(columns=columns, dtype=str)
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)[columns]
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # Rows from before a task was added lack its scores.
+        table[[name for name in columns if name in SCORES and name not in table]] = ""
+        return table[columns]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a table that experiments.py wrote ({error})") from error
 

@@ -183,8 +183,8 @@ def test_bad_input_is_said_once(flags, tmp_path):
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
     assert re.findall(r"^error: .*", errors, re.M) == [
-        f"error: {tmp_path / 'none.csv'}: no such file; run 'python datasets.py download' for the "
-        "real data, or give --data_dir data/sample for the sample"
+        f"error: {tmp_path / 'none.csv'}: no such file; 'python datasets.py download' fetches the real "
+        "data, --data_dir data/sample is a sample, and --sst_train and the like name files of your own"
     ]
 
 

@@ -25,7 +25,7 @@ from datasets import NAMED_ROWS, TaskDataset, download, git_blob_id, read_exampl
 from tasks import TASKS
 from utils import UserError
 
-SST, PARA, STS = TASKS.values()
+SST, PARA, STS = (TASKS[name] for name in ("sst", "para", "sts"))
 PARA_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
 
 
@@ -155,7 +155,7 @@ def test_similarities_out_of_range_are_refused(label):
 
 
 ERRORS = {
-    "no such file; run 'python datasets.py download'": None,
+    "no such file; 'python datasets.py download' fetches": None,
     "no tab in it": b"id,sentence,sentiment\n1,good,3\n",
     "line 1 has no column named sentiment; its columns are id, sentence": b"id\tsentence\n1\tgood\n",
     r"not one usable row with a label \(line 2: no label\)": b"id\tsentence\tsentiment\n1\tgood\t\n",

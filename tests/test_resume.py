@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluation
 import multitask_classifier as mc
+import optimizer
 from checkpoint import read_state
 from tasks import TASKS
 from training import Training
@@ -39,6 +40,10 @@ OPTIMIZERS = {
     "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--unfreeze_interval", "1"],
 }
 OFTEN = ["--save_interval", "1e-9"]  # after each step
+
+
+def test_every_optimizer_is_resumed_here():
+    assert set(OPTIMIZERS) == set(optimizer.OPTIMIZERS)
 
 
 class Killed(BaseException):
