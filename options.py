@@ -149,8 +149,8 @@ def add_training_flags(flag: FlagAdder) -> None:
         "--batch_size",
         type=positive_int,
         default=64,
-        help="rows of each task that go through the model at once (in an evaluation: of the longest; "
-        "later as many as have no more tokens); default: 64",
+        help="rows of each task that go through the model at once; an evaluation starts with so many of "
+        "the longest rows, and later takes as many as have the same number of tokens; default: 64",
     )
     flag.decides(
         "--grad_accumulation",
@@ -228,8 +228,8 @@ def add_schedule_flags(flag: FlagAdder) -> None:
         type=probability,
         default=0.0,
         metavar="DECAY",
-        help="evaluate and keep an exponential moving average of the weights, of which each step "
-        "keeps this share; default: 0, the weights themselves",
+        help="evaluate and keep an exponential moving average of the weights with this decay; default: "
+        "0, the weights themselves",
     )
 
 
@@ -262,7 +262,7 @@ def add_loss_flags(flag: FlagAdder) -> None:
         default=dict.fromkeys(TASKS, 0.0),
         metavar=by_task,
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
-        "makes is a loss, with these weights (alpha in the paper); default: 0, once",
+        "makes is an added loss with these weights (alpha in the paper); default: 0, no second pass",
     )
     flag.decides(
         "--batch_shares",
@@ -279,15 +279,15 @@ def add_run_flags(flag: FlagAdder) -> None:
     flag.free(
         "--config",
         metavar="JSON",
-        help="take flags from this file, such as a search's best_config.json; those given on the "
-        "command line win",
+        help="take flags from this file, such as a search's best_config.json; flags on the command line "
+        "have priority",
     )
     flag.decides("--use_gpu", action="store_true", help="train on the GPU")
     flag.decides(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of matrix products, by autocast; bfloat16 is fast on CPUs that have instructions for it "
+        help="precision of matrix products; bfloat16 is fast on CPUs that have instructions for it "
         "(avx512_bf16, amx_bf16), slow on others; auto: bfloat16 with CUDA, else float32; default: "
         "auto",
     )
@@ -392,7 +392,7 @@ def add_variant_flags(flag: FlagAdder) -> None:
 
 def add_data_flags(flag: FlagAdder) -> None:
     for name, task in TASKS.items():
-        only = f"only {task.title} (more may be given)"
+        only = f"train only {task.title}, or only the tasks whose flags are given"
         flag.decides(f"--{name}", action="store_true", help=only)
     flag.decides("--data_dir", default="data", help="folder of the CSVs; default: data")
     for name, task in TASKS.items():
@@ -482,8 +482,8 @@ def add_search_flags(flag: FlagAdder) -> None:
         "--hpo_objective",
         choices=["dev", "dev_minus_gap"],
         default="dev",
-        help="what is to be large: the mean dev score, or this less what the mean train score is "
-        "above it, for settings that overfit little; default: dev",
+        help="the score of a trial: the mean dev score, or the mean dev score minus the gap to the mean "
+        "train score, for settings that overfit little; default: dev",
     )
     flag.free(
         "--hpo_cpus",

@@ -6,6 +6,7 @@ All sentences are made here, from a fixed seed; none comes from SST, Quora or ST
 data show that the program works and compare with nothing else.
 """
 
+import argparse
 import csv
 import hashlib
 import random
@@ -189,6 +190,7 @@ def distinct_rows(prefix: str, count: int) -> list[tuple[tuple[str, ...], float]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Write the sample files again, the same ones.").parse_args()
     for prefix, (_, sentence_columns, label_column) in FILES.items():
         rows = iter(distinct_rows(prefix, sum(ROWS.values())))
         for split, count in ROWS.items():
