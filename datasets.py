@@ -297,7 +297,7 @@ class TaskDataset:
         if limit is not None:
             usable = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
             self.examples = usable[:limit]
-        sentences = [text for column in zip(*self._sentences()) for text in column]
+        sentences = [text for column in zip(*self._sentences(), strict=True) for text in column]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
