@@ -171,7 +171,7 @@ def kill_often(flags, times, longest):
 
 
 def test_kill_9(flags, tmp_path, uninterrupted):
-    """Once; tests/slow kills 20 times."""
+    """Once; tests/endurance kills 20 times."""
     assert len(kill_often(flags, 1, 0.5)) == 1
     assert_same(outcome(tmp_path), uninterrupted())
     assert not list((tmp_path / "models_dir").glob(".*.tmp"))

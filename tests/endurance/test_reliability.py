@@ -1,4 +1,4 @@
-"""The long half of the tests of reliability; `./run_tests.sh --slow` runs it."""
+"""Tests of reliability that take many minutes; `./run_tests.sh --endurance` runs them."""
 
 import json
 import signal
