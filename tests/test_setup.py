@@ -30,6 +30,7 @@ case "$*" in
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   *"-m pip install"*) exit "${{PIP_EXIT:-0}}" ;;
   *"-m pip"* | *datasets.py*) ;;
+  *"-m spacy download"*) exit "${{SPACY_EXIT:-0}}" ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -160,6 +161,16 @@ def test_data_is_downloaded_on_demand(pip):
     assert not pip.called("datasets.py")
     pip.run("--data")
     assert pip.called("datasets.py download --data_dir data")
+
+
+def test_the_spacy_pipeline_is_downloaded_on_demand(pip):
+    pip.run()
+    assert not pip.called("-m spacy download")
+    assert pip.run("--tags").returncode == 0
+    assert pip.called("-m spacy download en_core_web_sm")
+    done = pip.run("--tags", SPACY_EXIT="1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "en_core_web_sm cannot be downloaded here" in done.stderr and "--spacy_model" in done.stderr
 
 
 def test_no_python_and_unknown_options_are_one_clear_line(pip):
