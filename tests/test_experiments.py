@@ -23,7 +23,7 @@ from options import parse_options
 from result_tables import BUDGETS, COLUMNS, RESULTS, Budget
 from utils import check_writable
 
-BUDGET = Budget(3, 64)  # in place of the full one
+BUDGET = Budget(3, 640)  # in place of the full one
 RECIPE = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 16}
 TOO_LONG = {"max_length": 4000}  # more than the tiny model's positions, which only the run finds
 
@@ -78,7 +78,7 @@ def test_a_row_is_what_the_run_gave(trained, small_data):
     """Its prediction files are scored again."""
     folder, _, output = trained
     (row,) = rows_of(folder / "results/results.csv")
-    run = folder / "models/experiments" / f"baseline-3x64-seed11711-{row['run']}"
+    run = folder / "models/experiments" / f"baseline-3x640-seed11711-{row['run']}"
     labels, predictions = {}, {}
     files = {
         "sst": ("ids-sst-dev.csv", "sentiment"),
@@ -97,7 +97,7 @@ def test_a_row_is_what_the_run_gave(trained, small_data):
         assert float(row[f"{task}_macro_f1"]) == pytest.approx(macro, abs=1e-6)
     correlation = np.corrcoef(labels["sts"], predictions["sts"])[0, 1]
     assert float(row["sts_pearson"]) == pytest.approx(correlation, abs=1e-5)
-    assert (row["budget"], row["rows"]) == ("3x64", "64/64/64")
+    assert (row["budget"], row["rows"]) == ("3x640", "64/64/64")
     assert (row["threads"], row["jobs"]) == ("1", "2")
     assert json.loads(row["flags"]) == RECIPE and not re.search("/", row["encoder"])
     assert float(row["peak_memory_mb"]) > 100 and float(row["seconds"]) > 0
@@ -123,7 +123,7 @@ def test_test_predictions_are_kept(trained):
 def test_a_failed_run_stops_no_other(trained):
     folder, status, output = trained
     assert status == 1
-    assert re.search(r"^bad-3x64-\S+: failed, exit status 1 .*ends with:$", output, re.M)
+    assert re.search(r"^bad-3x640-\S+: failed, exit status 1 .*ends with:$", output, re.M)
     assert re.search(r"^error: --max_length 4000 is more", output, re.M)
     assert [row["recipe"] for row in rows_of(folder / "results/results.csv")] == ["baseline"]
 
@@ -173,7 +173,7 @@ class CtrlC(io.StringIO):
 
 def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, folder, monkeypatch, capsys):
     command = ["run", "baseline", "--seeds", "1", *flags]
-    command += ["--epochs", "3", "--samples_per_epoch", "64"]
+    command += ["--epochs", "3", "--samples_per_epoch", "640"]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", output := CtrlC())
         assert ex.main(command) == 130

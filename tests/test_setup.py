@@ -170,7 +170,9 @@ def test_the_spacy_pipeline_is_downloaded_on_demand(pip):
     assert pip.called("-m spacy download en_core_web_sm")
     done = pip.run("--tags", SPACY_EXIT="1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "en_core_web_sm cannot be downloaded here" in done.stderr and "--spacy_model" in done.stderr
+    assert (
+        "en_core_web_sm cannot be downloaded here" in done.stderr and "--spacy_model" in done.stderr
+    )
 
 
 def test_no_python_and_unknown_options_are_one_clear_line(pip):
