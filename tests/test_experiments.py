@@ -174,9 +174,12 @@ class CtrlC(io.StringIO):
 def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, folder, monkeypatch, capsys):
     command = ["run", "baseline", "--seeds", "1", *flags]
     command += ["--epochs", "3", "--samples_per_epoch", "640"]
+    # A job in the background of a shell ignores SIGINT, and so would the tests in it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", output := CtrlC())
         assert ex.main(command) == 130
+    signal.signal(signal.SIGINT, before)
     assert "epoch 1: " in output.getvalue() and "epoch 3: " not in output.getvalue()
     assert "interrupted" in capsys.readouterr().err
     assert not Path("results/results.csv").exists()
