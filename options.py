@@ -118,6 +118,7 @@ def build_parser(exit_on_error: bool = True) -> OptionParser:
     )
     training = parser.flags("training")
     add_training_flags(training)
+    add_optimizer_flags(training)
     add_schedule_flags(training)
     add_loss_flags(training)
     add_run_flags(training)
@@ -158,6 +159,9 @@ def add_training_flags(flag: FlagAdder) -> None:
         default=1,
         help="batches whose gradients are added up for one optimizer step; default: 1",
     )
+
+
+def add_optimizer_flags(flag: FlagAdder) -> None:
     rates = ", ".join(f"{row.lr:g} for {name}" for name, row in OPTIMIZERS.items())
     pretrain = ", ".join(
         f"{row.pretrain_lr:g} for {name}"
