@@ -1,7 +1,9 @@
 """Rows to packed batches: which rows an epoch draws, which batches a step sees, and `collate`."""
 
+import argparse
 import dataclasses
 import heapq
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -11,8 +13,8 @@ from torch import Tensor, nn
 
 from attention import Sequences
 from bert import Tokens
-from datasets import TaskDataset, TokenColumn, joint_lengths
-from tasks import TASKS, Task
+from datasets import JointColumn, TaskDataset, TokenColumn, joint_lengths
+from tasks import Task
 from utils import seeded_generator
 
 # Larger than any position: the sequence has no second sentence.
@@ -23,7 +25,7 @@ class Rows(Protocol):
     """The part of a dataset that a batch needs."""
 
     task: Task
-    columns: list[TokenColumn]
+    columns: list[TokenColumn | JointColumn]
     labels: np.ndarray  # [n_rows]
     n_tokens: np.ndarray  # [n_rows]
 
@@ -136,28 +138,53 @@ class EpochSampler:
     def __init__(self, n_rows: int, seed: int | list[int]):
         self.n_rows = n_rows
         self.generator = np.random.default_rng(seed)
-        self.remaining = np.empty(0, np.int64)
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        self.before_shuffle = self.generator.bit_generator.state
+        self.rows = self.generator.permutation(self.n_rows)
+        self.n_drawn = 0
 
     def draw(self, samples: int) -> np.ndarray:
         """Return row numbers [samples]."""
-        drawn = []
+        drawn = [self.rows[:0]]
         while samples > 0:
-            if not len(self.remaining):
-                self.remaining = self.generator.permutation(self.n_rows)
-            drawn.append(self.remaining[:samples])
-            self.remaining = self.remaining[samples:]
+            if self.n_drawn == len(self.rows):
+                self._shuffle()
+            drawn.append(self.rows[self.n_drawn : self.n_drawn + samples])
+            self.n_drawn += len(drawn[-1])
             samples -= len(drawn[-1])
         return np.concatenate(drawn)
 
     def state_dict(self) -> dict:
-        """Return the state for `torch.save`."""
-        state = self.generator.bit_generator.state
-        return {"generator": state, "remaining": self.remaining.tolist()}
+        """Return the state for `torch.save`, from which the shuffled rows follow."""
+        return {"before_shuffle": self.before_shuffle, "n_drawn": self.n_drawn}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a saved state."""
-        self.generator.bit_generator.state = state["generator"]
-        self.remaining = np.array(state["remaining"], np.int64)
+        self.generator.bit_generator.state = state["before_shuffle"]
+        self._shuffle()
+        self.n_drawn = state["n_drawn"]
+
+
+def row_multiples(
+    n_rows: Mapping[str, int], options: argparse.Namespace, epoch: int
+) -> dict[str, float]:
+    """Return how many rows of each task an epoch (and a batch) has, as multiples of
+    `--samples_per_epoch` (and `--batch_size`).
+
+    Args:
+        n_rows: task -> rows of its training file.
+        epoch: from 0. With `--sampling annealed`, the power of `n_rows` falls from 1 to 0.2 over the
+            epochs (Stickland and Murray 2019, arXiv 1902.02671, section 3.1).
+    """
+    annealed = 1 - 0.8 * epoch / max(options.epochs - 1, 1)
+    power = {"equal": 0.0, "sqrt": 0.5, "proportional": 1.0, "annealed": annealed}[options.sampling]
+    fixed = {name: task.samples for name, task in options.tasks.items() if task.samples}
+    sizes = {name: n**power for name, n in n_rows.items() if name not in fixed}
+    multiples = {name: size * len(sizes) / sum(sizes.values()) for name, size in sizes.items()}
+    multiples |= {name: n / options.samples_per_epoch for name, n in fixed.items()}
+    return {name: multiples[name] * options.batch_shares[name] for name in n_rows}
 
 
 def training_windows(
@@ -256,13 +283,14 @@ def evaluation_batches(
         yield collate({dataset.task.name: (dataset, chunk)})
 
 
-def step_noise(batch: Batch, name: str, seed: tuple[int, int], head: int) -> Tensor:
+def step_noise(batch: Batch, task: Task, seed: tuple[int, int], head: int) -> Tensor:
     """Draw N(0, 1) noise for the batch's rows of a task and for one of its heads: [n_rows, width of the
     outputs]. It is cut from the noise for all rows of the step, and so does not depend on how the rows
-    are divided."""
-    generator = seeded_generator(torch.device("cpu"), *seed, list(TASKS).index(name), head)
-    noise = torch.randn(batch.step_rows[name], TASKS[name].num_classes or 1, generator=generator)
-    return noise[batch.picks[name]]
+    are divided, nor on the other tasks."""
+    key = zlib.crc32(task.name.encode())
+    generator = seeded_generator(torch.device("cpu"), *seed, key, head)
+    noise = torch.randn(batch.step_rows[task.name], task.num_classes or 1, generator=generator)
+    return noise[batch.picks[task.name]]
 
 
 class Padded(NamedTuple):
@@ -284,7 +312,8 @@ def join(first: Padded, second: Padded, longest: int) -> Padded:
             pieces = ids if padded.tags is None else torch.cat([ids, padded.tags])
             sentences.append(pieces[:, row, padded.attention_mask[row].bool()])  # [1 or 3, n]
         one, two = sentences[0], sentences[1][:, 1:]
-        n_one, n_two = joint_lengths(one.shape[1], two.shape[1], longest)
+        n_tokens = [np.array(sentence.shape[1]) for sentence in (one, two)]
+        n_one, n_two = map(int, joint_lengths(n_tokens[0], n_tokens[1], longest))
         cut = [one[:, : n_one - 1], one[:, -1:], two[:, : n_two - 1], two[:, -1:]]
         types = (torch.arange(n_one + n_two, device=one.device) >= n_one).long()
         rows.append(torch.cat([torch.cat(cut, dim=1), types[None], torch.ones_like(types)[None]]).T)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attention import Sequences, attend, draw_kept
 from base_bert import TAG_TABLES, BertConfig, BertPreTrainedModel
+from tasks import Task
 
 
 class Tokens(NamedTuple):
@@ -255,7 +256,7 @@ class EncoderWithHeads(nn.Module):
     """The type of the model, for files that multitask_classifier.py imports and that cannot import it."""
 
     bert: Any  # a BertModel, or a MixtureOfExperts, which has the same interface
-    encodings: dict[str, str]  # task -> one of PAIR_ENCODINGS
+    tasks: dict[str, Task]
 
     def head_outputs(self, batch: Any, second_derivative: bool = False) -> dict[str, list[Tensor]]:
         raise NotImplementedError

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import sys
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,10 +26,12 @@ from options import (
     build_parser,
     changed_options,
     deciding,
+    find_data,
+    named_files,
     parse_options,
 )
 from tagging import Pipeline, Tagger
-from tasks import SPLITS, TASKS
+from tasks import SPLITS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -43,7 +46,7 @@ from utils import (
     rank,
 )
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 STILL_RUNNING = "is the state of a run that is still running"
 
 
@@ -65,11 +68,16 @@ def checkpoint_content(
         "bert_config": dataclasses.asdict(model.bert.config),
         "tokenizer": tokenizer.to_json(),
         "tags": tagger.pipeline.to_dict() if tagger else None,
-        "options": vars(options),
+        "options": plain(options),
         "epoch": epoch,
         "dev_scores": scores,
         "versions": current_versions(),
     }
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """Return options as texts, numbers and tables of them."""
+    return vars(options) | {"tasks": plain_rows(options.tasks)}
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -97,6 +105,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: has checkpoint format {checkpoint['format']!r}, this version reads format "
             f"{CHECKPOINT_FORMAT}; use the version of this project that wrote it"
         )
+    try:
+        checkpoint["options"]["tasks"] = tasks_of_rows(checkpoint["options"]["tasks"])
+    except Exception as error:  # whatever a missing or damaged entry makes of this line
+        raise UserError(f"{path}: a damaged checkpoint ({one_line(error)})") from error
     return checkpoint
 
 
@@ -104,7 +116,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """Read the state of a run. Raises UserError with the reason if the file holds none."""
     state = read_checkpoint(path)
     training = state.get("training")
-    if not training or not isinstance(state.get("options"), dict):
+    if not training:
         raise UserError(f"{path}: holds no state of a run to continue; give a models/RUN.resume")
     if training != "finished" and not {"data", "threads", "processes", "log"} <= set(training):
         raise UserError(f"{path}: a damaged state of a run")
@@ -113,24 +125,14 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def check_tasks(content: Mapping[str, Any], path: str | Path) -> None:
-    """Raise UserError for a checkpoint that was written before a row was added to TASKS."""
-    known = content.get("options") or {}
-    if unknown := [name for name in TASKS if f"{name}_train" not in known]:
-        raise UserError(
-            f"{path}: knows no task {', '.join(unknown)}; take these rows out of TASKS in tasks.py to "
-            "use it, or train again"
-        )
-
-
 # ------------------------------------------------------------------------------------------- tags
 
 
 def check_entries(checkpoint: Mapping[str, Any], config: BertConfig) -> None:
     """Raise KeyError, TypeError or ValueError for a checkpoint that lacks entries, or whose pipeline has
     not as many labels as its model has embeddings."""
-    if missing := {"tasks", "max_length"} - set(checkpoint["options"]):
-        raise KeyError(*missing)
+    if "max_length" not in checkpoint["options"]:
+        raise KeyError("max_length")
     int(checkpoint["epoch"])  # must be a number
     tags, sizes = checkpoint.get("tags"), (config.num_pos_tags, config.num_ner_tags)
     if tags is None and sizes == (0, 0):
@@ -170,7 +172,7 @@ def find_tagger(
 
 
 def check_encoder(
-    bert: BertModel, source: str, tagger: Tagger | None, encodings: Mapping[str, str]
+    bert: BertModel, source: str, tagger: Tagger | None, tasks: Mapping[str, Task]
 ) -> None:
     """Raise UserError for an encoder that cannot do what is asked: it brings embeddings of tags of an
     unknown pipeline, or cannot read two sentences in one sequence."""
@@ -180,14 +182,43 @@ def check_encoder(
             f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "
             "start from one that has none, or continue from a checkpoint (--resume, --evaluate)"
         )
-    if set(encodings.values()) != {"bi"} and bert.config.type_vocab_size < 2:
+    joint = [name for name, task in tasks.items() if task.encoding != "bi"]
+    if joint and bert.config.type_vocab_size < 2:
         raise UserError(
             f"{source}: this encoder does not tell two sentences of a sequence apart "
-            "(type_vocab_size 1); leave --para_encoding and --sts_encoding at bi"
+            f"(type_vocab_size 1); leave --{'_encoding and --'.join(joint)}_encoding at bi"
         )
 
 
-# ----------------------------------------------------------------------------------------- resume
+# -------------------------------------------------------------------------- options of a checkpoint
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags. Those that are left open are as in the checkpoint that `--resume` or `--evaluate`
+    names."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = named_files(argv)
+    if not (options.evaluate or options.resume):
+        options = parse_options(argv)  # a --config may have them
+    if options.evaluate:
+        return options_to_evaluate(argv, options.evaluate)
+    if options.resume not in (None, "auto"):
+        return options_to_resume(argv, options.resume)
+    return parse_options(argv)
+
+
+def options_to_evaluate(argv: list[str], path: str) -> argparse.Namespace:
+    """Return the options of an evaluation: tasks and data are those of the checkpoint, unless `argv` has
+    others."""
+    saved = read_checkpoint(path)["options"]
+    defaults = {"evaluate": path, "data_dir": saved["data_dir"], "tasks": saved["tasks"]}
+    for name, task in saved["tasks"].items():
+        for split in SPLITS:
+            # Other files than those of the task's row, which follow --data_dir.
+            files = [find_data(saved["data_dir"], file) for file in getattr(task, split)]
+            if saved[f"{name}_{split}"] != files:
+                defaults[f"{name}_{split}"] = saved[f"{name}_{split}"]
+    return parse_options(argv, defaults, saved["tasks"])
 
 
 def find_state(options: argparse.Namespace) -> Path | None:
@@ -237,11 +268,12 @@ def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
         return key.endswith("_out") and os.path.dirname(saved[key]) == saved["predictions_dir"]
 
     defaults = {key: value for key, value in saved.items() if not follows_folder(key)}
-    options = parse_options(argv, defaults)
+    options = parse_options(argv, defaults, saved["tasks"])
     given, wanted = deciding(vars(options)), deciding(saved)
-    # The list of tasks follows from the flags of the tasks.
+    # The tasks follow from other flags, or from the file of tasks.
     differing = [key for key in wanted if key != "tasks" and given.get(key) != wanted[key]]
-    if differing:
+    if differing or given["tasks"] != wanted["tasks"]:
+        differing = differing or ["task_file"]
         raise UserError(
             f"{path}: this run has other values of --{', --'.join(differing)}; "
             "leave them out to continue it, or start a new run"
@@ -312,7 +344,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that cannot be written, or that are inputs, before hours of training."""
     check_writable(Path(options.models_dir) / "run.pt")
     inputs = [f"{name}_{split}" for name in options.tasks for split in SPLITS]
-    taken = {Path(getattr(options, flag)).resolve(): flag for flag in inputs}
+    taken = {Path(path).resolve(): flag for flag in inputs for path in getattr(options, flag)}
     for flag in prediction_flags(options):
         path = getattr(options, flag)
         check_writable(path)
@@ -323,4 +355,5 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def prediction_flags(options: argparse.Namespace) -> list[str]:
     """Return the names of the options that name the prediction files of the chosen tasks."""
-    return [f"{name}_{split}_out" for name in options.tasks for split in ("dev", "test")]
+    keys = [f"{name}_{split}" for name in options.tasks for split in ("dev", "test")]
+    return [f"{key}_out" for key in keys if getattr(options, key)]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from batches import Batch, step_noise
 from bert import EncoderWithHeads
 from optimizer import Sophia, SophiaG, SophiaH
-from tasks import TASKS
 from utils import autocast, seeded_generator, sum_gradients
 
 
@@ -53,10 +52,10 @@ def gauss_newton_gradients(
             answers = model.head_outputs(batch)
         total = torch.zeros((), device=device)
         for name, outputs in answers.items():
-            task, n_rows = TASKS[name], batch.step_rows[name]
+            task, n_rows = model.tasks[name], batch.step_rows[name]
             scale = (options.loss_weights[name] * n_rows / len(outputs)) ** 0.5
             for head, output in enumerate(map(Tensor.float, outputs)):
-                noise = step_noise(batch, name, (options.seed, step), head).to(device)
+                noise = step_noise(batch, task, (options.seed, step), head).to(device)
                 labels = task.draw(output.detach(), noise)
                 loss = task.loss(output, labels, 0.0) * (len(labels) / n_rows)
                 total = total + scale * loss

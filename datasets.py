@@ -1,12 +1,13 @@
-"""CSV rows to examples, examples to word-piece ids; and the download of the real CSVs.
+"""Rows of files to examples, examples to word-piece ids; and the download of the real CSVs.
 
 python datasets.py download            fetch the nine real CSVs into data/
 """
 
 import argparse
-import csv
+import copy
 import hashlib
 import http.client
+import itertools
 import math
 import string
 import sys
@@ -15,7 +16,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from base_bert import BertConfig
+from tables import check_cells, find_columns, open_table
 from tagging import Tagger
-from tasks import TASKS, Task
+from tasks import Task
 from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
@@ -41,31 +43,29 @@ class Example(NamedTuple):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
-    """Read a tab-separated CSV, quoted like pandas quotes it; columns are found by name.
+def read_examples(
+    path: str | Path, task: Task, split: str, numbers: Iterator[int] | None = None
+) -> list[Example]:
+    """Read a file of a task; columns are found by name. `numbers` are those of its rows, the ids of a
+    task that has no column of ids; by default from 1.
 
     Training rows need a label and sentences with text. Every dev and test row that has all its cells
     is predicted: dev rows without a label get the label nan, and empty sentences are kept. One
     warning names and counts the rows that cannot be used, and the dev rows that cannot be scored.
 
     Raises:
-        UserError: there is no such file, it is not tab-separated, a column is missing, or no row is
-            usable.
+        UserError: there is no such file, it cannot be read, a column is missing, or no row is usable.
     """
     examples, unusable, unscored, repeated = [], [], [], []
     ids = set()
-    needed = ["id", *task.sentence_columns]
-    if split != "test":
-        needed.append(task.label_column)
-    rows = csv_rows(Path(path))
-    header = next(rows, ("line 1", []))[1]
-    columns = find_columns(path, header, needed)
-    for place, cells in rows:
+    needed = [task.id] if task.id else []
+    needed += [*task.sentences] if split == "test" else [*task.sentences, task.label]
+    header, rows = open_table(path, [needed], task)
+    columns = find_columns(path, header, needed, task)
+    for (place, cells), number in zip(rows, numbers or itertools.count(1), strict=False):
         try:
-            check_quotes(cells)
-            if len(cells) != len(header):
-                raise ValueError(f"{len(cells)} cells instead of {len(header)}")
-            examples.append(_to_example(cells, columns, task, split))
+            check_cells(cells, header, task.columns)
+            examples.append(_to_example(cells, columns, task, split, number))
         except _Unscored as problem:
             examples.append(problem.example)
             unscored.append((place, str(problem)))
@@ -77,11 +77,8 @@ def read_examples(path: str | Path, task: Task, split: str) -> list[Example]:
         ids.add(id)
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
         what = "row to predict" if split == "test" else "row with a label"
-        reasons = "; ".join(f"{place}: {reason}" for place, reason in (unusable + unscored)[:3])
-        raise UserError(
-            f"{path}: not one usable {what}{' (' + reasons + ')' if reasons else ''}; "
-            f"expected tab-separated columns {', '.join(needed)}"
-        )
+        reasons = "; ".join(f"{place}: {reason}" for place, reason in (unusable + unscored)[:2])
+        raise UserError(f"{path}: not one usable {what}{' (' + reasons + ')' if reasons else ''}")
     kinds = {"unusable": unusable, "predicted but not scored": unscored}
     kinds["used although an earlier row has the same id"] = repeated
     if found := [_describe(kind, problems) for kind, problems in kinds.items() if problems]:
@@ -97,83 +94,17 @@ class _Unscored(ValueError):
         self.example = example
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows of a tab-separated file: (its line or lines, cells). Blank lines are skipped."""
-    csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
-            start = 1
-            for cells in reader:
-                end = reader.line_num
-                if cells:
-                    yield f"line {start}" if start == end else f"lines {start} to {end}", cells
-                start = end + 1
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; 'python datasets.py download' fetches the real data, --data_dir "
-            "data/sample is a sample, and --sst_train and the like name files of your own"
-        ) from None
-    except UnicodeDecodeError as error:
-        line = _first_line_not_utf8(path)
-        raise UserError(
-            f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise UserError(
-            f"{path}: the row that starts in line {start}: {error}; is a quote missing?"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _first_line_not_utf8(path: Path) -> int:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError("the file has changed since")
-
-
-def find_columns(path: str | Path, header: list[str], needed: list[str]) -> dict[str, int]:
-    """Find the numbers of these columns. Raises UserError if one is missing or there twice."""
-    try:
-        check_quotes(header)
-    except ValueError as problem:
-        raise UserError(f"{path}: in the header, line 1: {problem}") from None
-    missing = [name for name in needed if name not in header]
-    if missing and len(header) < 2:
-        raise UserError(
-            f"{path}: line 1 has no tab in it, so this is no tab-separated file; "
-            f"expected columns {', '.join(needed)}"
-        )
-    if missing:
-        raise UserError(
-            f"{path}: line 1 has no column named {', '.join(missing)}; "
-            f"its columns are {' '.join(', '.join(header).split())[:200]}"
-        )
-    if repeated := [name for name in needed if header.count(name) > 1]:
-        raise UserError(f"{path}: line 1 has more than one column named {', '.join(repeated)}")
-    return {name: header.index(name) for name in needed}
-
-
-def check_quotes(cells: list[str]) -> None:
-    """Raise ValueError for a cell that has swallowed whole rows, because a quote is missing."""
-    if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
-        raise ValueError("one cell over several lines, with tabs in it; is a quote missing?")
-
-
-def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: str) -> Example:
-    id = cells[columns["id"]].strip()
-    sentences = tuple(cells[columns[name]] for name in task.sentence_columns)
+def _to_example(
+    cells: list[str], columns: dict[str, int], task: Task, split: str, number: int
+) -> Example:
+    id = cells[columns[task.id]].strip() if task.id else str(number)
+    sentences = tuple(cells[columns[name]] for name in task.sentences)
     if not id:
         raise ValueError("no id")
     if split == "test":
         return Example(sentences, math.nan, id)
     try:
-        label = task.parse_label(cells[columns[task.label_column]])
+        label = task.parse_label(cells[columns[task.label]])
     except ValueError as problem:
         if split == "train":
             raise
@@ -186,7 +117,7 @@ def _to_example(cells: list[str], columns: dict[str, int], task: Task, split: st
 def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
     named = ", ".join(f"{place} ({reason})" for place, reason in problems[:NAMED_ROWS])
     rest = Counter(reason for _, reason in problems[NAMED_ROWS:])
-    others = "".join(f", and {count} more ({reason})" for reason, count in rest.items())
+    others = "".join(f", and {count} more ({reason})" for reason, count in rest.most_common(3))
     rows = "row" if len(problems) == 1 else "rows"
     return f"{len(problems)} {rows} {kind}: {named}{others}"
 
@@ -203,82 +134,113 @@ def normalised(sentences: tuple[str, ...]) -> tuple[str, ...]:
 
 def overlap(train: list[Example], *others: list[Example]) -> list[int]:
     """Count, in each of the others, the rows whose sentences are also those of a training row."""
-    known = {normalised(example.sentences) for example in train}
-    return [sum(normalised(example.sentences) in known for example in other) for other in others]
+    # The training rows, which can be millions, are not held a second time.
+    keys = [[normalised(example.sentences) for example in other] for other in others]
+    looked_for = set(itertools.chain(*keys))
+    known = {key for example in train if (key := normalised(example.sentences)) in looked_for}
+    return [sum(key in known for key in other) for other in keys]
 
 
 # ------------------------------------------------------------------------------------- tokenizing
 
 
 class TokenColumn(NamedTuple):
-    """The word pieces of one sentence column, one sentence after the other; or of a pair's two columns,
-    with both sentences of a row in one sequence."""
+    """The word pieces of one sentence column. Columns of a file share the array of pieces."""
 
     pieces: np.ndarray  # [1 or 3, n_tokens]: ids; with tags also part-of-speech and entity ids
-    offsets: np.ndarray  # [n_rows + 1] int64: row i is pieces[:, offsets[i]:offsets[i + 1]]
-    first_lengths: np.ndarray | None = None  # [n_rows] tokens before the second sentence
+    starts: np.ndarray  # [n_rows] where each row starts in `pieces`
+    lengths: np.ndarray  # [n_rows]
+
+    @property
+    def first_lengths(self) -> None:
+        """A row has no second sentence."""
+
+    def row(self, index: int) -> np.ndarray:
+        """Return the pieces of a row: [1 or 3, length]."""
+        start = self.starts[index]
+        return self.pieces[:, start : start + self.lengths[index]]
+
+    def take(self, rows: np.ndarray) -> "TokenColumn":
+        return TokenColumn(self.pieces, self.starts[rows], self.lengths[rows])
+
+    def followed_by(self, other: "TokenColumn") -> "TokenColumn":
+        """Return the rows of both, which share their pieces."""
+        both = [np.concatenate(arrays) for arrays in zip(self[1:], other[1:], strict=True)]
+        return TokenColumn(self.pieces, *both)
+
+
+class JointColumn(NamedTuple):
+    """Two columns, whose sentences are read as one sequence: [CLS] first [SEP] second [SEP]."""
+
+    first: TokenColumn
+    second: TokenColumn
+    first_lengths: np.ndarray  # [n_rows] tokens before the second sentence
+    second_lengths: np.ndarray  # [n_rows]
+
+    @classmethod
+    def of(cls, first: TokenColumn, second: TokenColumn, max_length: int) -> "JointColumn":
+        """Join two columns. If a row is too long, its longer sentence is cut first."""
+        return cls(first, second, *joint_lengths(first.lengths, second.lengths - 1, max_length))
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return self.first_lengths + self.second_lengths
 
     def row(self, index: int) -> np.ndarray:
-        """[1 or 3, n_tokens of the row]"""
-        return self.pieces[:, self.offsets[index] : self.offsets[index + 1]]
+        """Return the pieces of a row: [1 or 3, length]."""
+        first = cut(self.first.row(index), self.first_lengths[index])
+        second = cut(self.second.row(index)[:, 1:], self.second_lengths[index])
+        return np.concatenate([first, second], axis=1)
 
-    def followed_by(self, other: "TokenColumn") -> "TokenColumn":
-        """Return the rows of this column, then those of another."""
-        parts = [part.pieces[:, part.offsets[0] : part.offsets[-1]] for part in (self, other)]
-        lengths = np.concatenate([self.lengths, other.lengths])
-        return TokenColumn(np.concatenate(parts, axis=1), np.concatenate([[0], np.cumsum(lengths)]))
-
-    @classmethod
-    def joint(cls, first: "TokenColumn", second: "TokenColumn", max_length: int) -> "TokenColumn":
-        """Join two columns: [CLS] first [SEP] second [SEP] for each row. If a row is too long, its longer
-        sentence is cut first."""
-        rows, first_lengths = [], []
-        for index in range(len(first.offsets) - 1):
-            one, two = first.row(index), second.row(index)[:, 1:]
-            n_one, n_two = joint_lengths(one.shape[1], two.shape[1], max_length)
-            rows += [cut(one, n_one), cut(two, n_two)]
-            first_lengths.append(n_one)
-        lengths = np.array([part.shape[1] for part in rows]).reshape(-1, 2).sum(axis=1)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return cls(np.concatenate(rows, axis=1), offsets, np.array(first_lengths))
+    def take(self, rows: np.ndarray) -> "JointColumn":
+        columns = self.first.take(rows), self.second.take(rows)
+        return JointColumn(*columns, self.first_lengths[rows], self.second_lengths[rows])
 
 
-def joint_lengths(first: int, second: int, most: int) -> tuple[int, int]:
+def columns_of(pieces: np.ndarray, lengths: np.ndarray, n_columns: int) -> list[TokenColumn]:
+    """Divide the sentences of a file, column after column, into its columns."""
+    starts = np.cumsum(lengths) - lengths
+    halves = [np.split(array, n_columns) for array in (starts, lengths)]
+    return [TokenColumn(pieces, *column) for column in zip(*halves, strict=True)]
+
+
+def joint_lengths(
+    first: np.ndarray, second: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the lengths to which [CLS] first [SEP] and second [SEP] are cut so that both together have
     at most `most` tokens: the longer sentence is cut, and once both are equal, each in turn."""
-    sentences, room = (first - 2, second - 1), most - 3
-    short = min(*sentences, room // 2)
-    long = min(max(sentences), room - short)
-    return (short + 2, long + 1) if sentences[0] <= sentences[1] else (long + 2, short + 1)
+    one, two, room = first - 2, second - 1, most - 3
+    short = np.minimum(np.minimum(one, two), room // 2)
+    long = np.minimum(np.maximum(one, two), room - short)
+    in_order = one <= two
+    return np.where(in_order, short, long) + 2, np.where(in_order, long, short) + 1
 
 
 def cut(pieces: np.ndarray, length: int) -> np.ndarray:
     """Cut [1 or 3, n] to [1 or 3, length]; the last piece, [SEP], stays."""
+    if pieces.shape[1] == length:
+        return pieces
     return np.concatenate([pieces[:, : length - 1], pieces[:, -1:]], axis=1)
 
 
 class TaskDataset:
-    """One file of one task: its examples and their word-piece ids, which are made once and cached.
+    """The files of one split of one task: its examples and their word-piece ids, which are made once and
+    cached.
 
     Args:
-        path: the CSV.
+        paths: the files, which are joined.
         split: "train", "dev" or "test".
         max_length: sequences are cut after this many tokens, special tokens included.
         cache_dir: folder that keeps the ids for the next run; None: they are not kept.
         limit: keep at most this many examples.
         tagger: gives the word pieces their tags; None: they have none.
-        encoding: of a pair. "bi": each sentence is a sequence; "cross": both are one; "both".
-        both_orders: have each pair twice, the second time (after all others) with its sentences
-            exchanged.
+        both_orders: columns and labels have each pair twice, the second time (after all others) with
+            its sentences exchanged.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        paths: Sequence[str | Path],
         task: Task,
         split: str,
         tokenizer: BertTokenizer,
@@ -287,36 +249,30 @@ class TaskDataset:
         cache_dir: str | Path | None = None,
         limit: int | None = None,
         tagger: Tagger | None = None,
-        encoding: str = "bi",
         both_orders: bool = False,
     ):
-        self.path, self.task, self.split = Path(path), task, split
-        self.examples = read_examples(path, task, split)
-        with open(path, "rb") as file:
-            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.paths, self.task, self.split = [Path(path) for path in paths], task, split
+        numbers = itertools.count(1)
+        files = [read_examples(path, task, split, numbers) for path in self.paths]
+        self.examples = list(itertools.chain(*files))
+        self.digest = digest_files(self.paths)
         if limit is not None:
             usable = [e for e in self.examples if split == "test" or not math.isnan(e.label)]
             self.examples = usable[:limit]
-        sentences = [text for column in zip(*self._sentences(), strict=True) for text in column]
+        sentences = [e.sentences[i] for i in range(len(task.sentences)) for e in self.examples]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        rows = len(self.examples)
-        self.columns = [
-            TokenColumn(pieces, offsets[start : start + rows + 1])
-            for start in range(0, len(sentences), rows)
-        ]
+        columns = columns_of(pieces, lengths, len(task.sentences))
+        self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         self.both_orders = both_orders
         if both_orders:
-            first, second = self.columns
-            self.columns = [first.followed_by(second), second.followed_by(first)]
-            self.examples = self.examples + [
-                example._replace(sentences=example.sentences[::-1]) for example in self.examples
-            ]
-        self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
-        if encoding != "bi":
-            joint = TokenColumn.joint(self.columns[0], self.columns[1], max_length)
-            self.columns = [*self.columns, joint] if encoding == "both" else [joint]
+            first, second = columns
+            columns = [first.followed_by(second), second.followed_by(first)]
+            self.labels = np.tile(self.labels, 2)
+        self.columns: list[TokenColumn | JointColumn] = [*columns]
+        if task.encoding != "bi":
+            joint = JointColumn.of(columns[0], columns[1], max_length)
+            self.columns = [*columns, joint] if task.encoding == "both" else [joint]
         self.n_tokens = np.sum([column.lengths for column in self.columns], axis=0)  # [n_rows]
 
     def __len__(self) -> int:
@@ -326,8 +282,32 @@ class TaskDataset:
     def ids(self) -> list[str]:
         return [example.id for example in self.examples]
 
-    def _sentences(self) -> list[tuple[str, ...]]:
-        return [example.sentences for example in self.examples]
+    def sample(self, n_rows: int) -> "TaskDataset":
+        """Return at most so many of the rows with a label: the first ones by a hash of the id."""
+        digests = {
+            row: hashlib.sha256(example.id.encode("utf-8", "surrogatepass")).digest()
+            for row, example in enumerate(self.examples)
+            if not math.isnan(example.label)
+        }
+        rows = np.array(sorted(sorted(digests, key=digests.__getitem__)[:n_rows]), np.int64)
+        chosen = copy.copy(self)
+        chosen.examples = [self.examples[row] for row in rows]
+        chosen.columns = [column.take(rows) for column in self.columns]
+        chosen.labels, chosen.n_tokens = self.labels[rows], self.n_tokens[rows]
+        return chosen
+
+
+def digest_files(paths: Sequence[str | Path]) -> str:
+    """Return the SHA-256 of the contents, one after the other. Raises UserError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def tokenize_cached(
@@ -368,20 +348,25 @@ def tokenize_cached(
         pieces, lengths = tokenize()
     try:
         _write_token_cache(path, pieces, lengths)
+        return _read_token_cache(path, len(sentences))
     except UserError:
         warnings.warn(f"{cache_dir}: cannot be written, so word-piece ids are not cached")
     return pieces, lengths
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _read_token_cache(path: Path, n_sentences: int) -> tuple[np.ndarray, np.ndarray]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        pieces, lengths = file.get_tensor("pieces"), file.get_tensor("lengths")
+    # For PyTorch, the arrays are mapped into memory, not read.
+    with safe_open(path, framework="pt") as file:
+        pieces, lengths = (file.get_tensor(name).numpy() for name in ("pieces", "lengths"))
         digest = file.metadata()["digest"]
     if digest != _digest(pieces, lengths) or len(lengths) != n_sentences:
         raise ValueError("damaged")
@@ -389,13 +374,15 @@ def _read_token_cache(path: Path, n_sentences: int) -> tuple[np.ndarray, np.ndar
 
 
 def _write_token_cache(path: Path, pieces: np.ndarray, lengths: np.ndarray) -> None:
-    from safetensors.numpy import save
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
-    arrays = {"pieces": pieces, "lengths": lengths}
-    content = save(arrays, metadata={"digest": _digest(pieces, lengths)})
-    # Not save_file, which has its own error for a full disk.
+    arrays = {"pieces": np.ascontiguousarray(pieces), "lengths": lengths}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+        try:
+            save_file(arrays, temporary, metadata={"digest": _digest(pieces, lengths)})
+        except SafetensorError as error:  # a full disk
+            raise UserError(f"cannot write {path}: {one_line(error)}") from error
 
 
 def checked_max_length(
@@ -422,31 +409,25 @@ def load_data(
     max_length: int,
     splits: Sequence[str],
     tagger: Tagger | None = None,
-    encodings: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, TaskDataset]]:
-    """Read the files of the chosen tasks: split -> task -> dataset.
-
-    `encodings` says of pair tasks how the encoder reads them; "bi" where it says nothing.
-    """
-    encodings = {name: "bi" for name in options.tasks} | dict(encodings or {})
-    data = {
-        split: {
-            name: TaskDataset(
-                getattr(options, f"{name}_{split}"),
-                TASKS[name],
-                split,
-                tokenizer,
-                max_length,
-                cache_dir=options.cache_dir,
-                limit=SMOKETEST_ROWS if options.smoketest else None,
-                tagger=tagger,
-                encoding=encodings[name],
-                both_orders=split == "train" and options.both_orders and encodings[name] != "bi",
-            )
-            for name in options.tasks
-        }
-        for split in splits
-    }
+    """Read the files of the chosen tasks: split -> task -> dataset. A task that has no file for a split
+    is left out there."""
+    data: dict[str, dict[str, TaskDataset]] = {split: {} for split in splits}
+    for split in splits:
+        for name, task in options.tasks.items():
+            if paths := getattr(options, f"{name}_{split}"):
+                in_one_sequence = task.encoding != "bi" and task.symmetric
+                data[split][name] = TaskDataset(
+                    paths,
+                    task,
+                    split,
+                    tokenizer,
+                    max_length,
+                    cache_dir=options.cache_dir,
+                    limit=SMOKETEST_ROWS if options.smoketest else None,
+                    tagger=tagger,
+                    both_orders=split == "train" and options.both_orders and in_one_sequence,
+                )
     if tagger:
         tagger.rest()
     return data

@@ -14,40 +14,93 @@ from tqdm import tqdm
 
 from batches import evaluation_batches
 from datasets import TaskDataset
-from tasks import TASKS, Task
+from tasks import Task
 from utils import atomic_write, autocast, gather, n_processes, rank
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
+NAMED_CLASSES = 20  # a confusion matrix of more classes has no names and numbers
 
 
-def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, predictions))
+# Metrics of labels and predictions [..., n_rows]: a value for all leading axes, such as resamples.
 
 
-def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+def accuracy(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    return (labels == predictions).mean(axis=-1)
+
+
+def counts_of(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Count for each class the rows that are both, that have the label, and that are predicted so:
+    three arrays [..., classes]."""
+    classes = np.arange(max(labels.max(), predictions.max()) + 1)
+    true, predicted = ([array == k for k in classes] for array in (labels, predictions))
+    both = [one & other for one, other in zip(true, predicted, strict=True)]
+    return tuple(
+        np.stack([np.count_nonzero(rows, axis=-1) for rows in kind], axis=-1)
+        for kind in (both, true, predicted)
+    )
+
+
+def f1_by_class(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the F1 of each class, and whether it occurs in labels or predictions: [..., classes]."""
+    both, true, predicted = counts_of(labels, predictions)
+    size = true + predicted
+    return 2 * both / np.maximum(size, 1), size > 0
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Average the F1 of the classes that occur in labels or predictions."""
-    from sklearn.metrics import f1_score
+    by_class, occurs = f1_by_class(labels, predictions)
+    return by_class.sum(axis=-1) / occurs.sum(axis=-1)
 
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
+
+def f1(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the F1 of the second class of two."""
+    by_class, _ = f1_by_class(labels, predictions)
+    return by_class[..., 1] if by_class.shape[-1] > 1 else np.zeros(by_class.shape[:-1])
 
 
-def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
+def matthews(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the Matthews correlation for several classes (Gorodkin 2004); 0 if one side is constant."""
+    both, true, predicted = (kind.astype(float) for kind in counts_of(labels, predictions))
+    n_rows = labels.shape[-1]
+    covariance = n_rows * both.sum(axis=-1) - (true * predicted).sum(axis=-1)
+    spread = [n_rows**2 - (kind**2).sum(axis=-1) for kind in (true, predicted)]
+    return correlation(covariance, *spread)
+
+
+def correlation(covariance: np.ndarray, spread: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Divide a covariance by the roots of both variances; 0 where one is 0, and it is undefined."""
+    product = np.sqrt(spread * other)
+    return np.where(product > 0, covariance / np.where(product > 0, product, 1), 0.0)
+
+
+def pearson(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation; 0 if one side is constant, where it is undefined."""
-    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return 0.0
-    return float(np.corrcoef(labels, predictions)[0, 1])
+    constant = (np.ptp(labels, axis=-1) == 0) | (np.ptp(predictions, axis=-1) == 0)
+    x = labels - labels.mean(axis=-1, keepdims=True)
+    y = predictions - predictions.mean(axis=-1, keepdims=True)
+    spreads = (x**2).sum(axis=-1), (y**2).sum(axis=-1)
+    return np.where(constant, 0.0, correlation((x * y).sum(axis=-1), *spreads))
 
 
-METRICS = {"accuracy": accuracy, "macro_f1": macro_f1, "pearson": pearson}
+def spearman(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation of the ranks; equal values share the mean of their ranks."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(labels, axis=-1), rankdata(predictions, axis=-1))
+
+
+# By the names in tasks.CLASS_METRICS and NUMBER_METRICS.
+METRICS = {
+    metric.__name__: metric for metric in (accuracy, macro_f1, f1, matthews, pearson, spearman)
+}
 
 
 def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Return the metrics of a task by name. Rows without a label (nan) do not count."""
     labelled = ~np.isnan(labels)
     return {
-        name: METRICS[name](labels[labelled], predictions[labelled].astype(labels.dtype))
+        name: float(METRICS[name](labels[labelled], predictions[labelled].astype(labels.dtype)))
         for name in task.metrics
     }
 
@@ -126,7 +179,7 @@ def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
         writer = csv.writer(out, delimiter="\t", lineterminator="\n")
         writer.writerow(("id", task.prediction_column))
         for id, value in zip(evaluation.dataset.ids, values.tolist(), strict=True):
-            writer.writerow((id, int(value) if task.classes else f"{value:.6f}"))
+            writer.writerow((id, task.show(value)))
 
 
 def confusion_counts(evaluation: Evaluation) -> np.ndarray:
@@ -145,8 +198,16 @@ def confusion_figure(evaluation: Evaluation):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     figure = Figure(figsize=(5, 4.5), layout="constrained")
-    display = ConfusionMatrixDisplay(confusion_counts(evaluation))
-    display.plot(ax=figure.subplots(), cmap="Blues", colorbar=False)
+    classes = evaluation.dataset.task.classes
+    shown = [name[:20] for name in classes] if len(classes) <= NAMED_CLASSES else None
+    display = ConfusionMatrixDisplay(confusion_counts(evaluation), display_labels=shown)
+    display.plot(
+        ax=figure.subplots(),
+        cmap="Blues",
+        colorbar=False,
+        include_values=len(classes) <= NAMED_CLASSES,
+        xticks_rotation=30,
+    )
     figure.suptitle(f"{evaluation.dataset.task.title}, {evaluation.dataset.split}")
     return figure
 
@@ -174,11 +235,11 @@ def evaluate_checkpoint(
             written.append(target)
             if split == "dev":
                 scores[name] = result.scores
-    print(f"\n{'task':<12}{'dev metric':<12}value")
+    print(f"\n{'task':<12} {'dev metric':<11} value")
     for name, metrics in scores.items():
         for metric, value in metrics.items():
-            print(f"{TASKS[name].title:<12}{metric:<12}{value:.4f}")
-    print(f"{'mean':<24}{mean_score(scores):.4f}\n")
+            print(f"{options.tasks[name].title:<12} {metric:<11} {value:.4f}")
+    print(f"{'mean':<24} {mean_score(scores):.4f}\n")
     print(f"checkpoint: {path} (epoch {epoch})")
     print(f"predictions: {', '.join(written)}")
     return scores

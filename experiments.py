@@ -35,6 +35,7 @@ from typing import IO, TextIO, cast
 import torch
 from filelock import FileLock
 
+from datasets import digest_files
 from options import DEFAULT_SPACY_MODEL, config_arguments, given_flags, parse_options
 from result_tables import (
     BUDGETS,
@@ -43,12 +44,11 @@ from result_tables import (
     CURVES,
     FIGURE,
     IDENTITY,
-    MAIN_SCORES,
     RECIPES,
     RESULTS,
-    SCORES,
     Budget,
     block_of,
+    main_scores,
     read_table,
     recipe_path,
     recorded_flags,
@@ -56,6 +56,7 @@ from result_tables import (
     write_tables,
 )
 from tagging import Pipeline
+from tasks import TASKS, plain_rows
 from utils import (
     ROOT,
     UserError,
@@ -102,14 +103,6 @@ class Run:
         return self.folder / "log.txt"
 
 
-def digest_file(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
     """Plan a run. Raises UserError, or argparse's exit, if the flags cannot work."""
     own = [name for name in given_flags(flags) if name in OWN_FLAGS or name.endswith("_out")]
@@ -127,8 +120,14 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
     if options.additional_input:
         pipeline = str(Pipeline.find(options.spacy_model or DEFAULT_SPACY_MODEL))
     files = [
-        getattr(options, f"{name}_{split}") for name in options.tasks for split in ("train", "dev")
+        path
+        for name in options.tasks
+        for split in ("train", "dev")
+        for path in getattr(options, f"{name}_{split}")
     ]
+    data = " ".join(digest_files([path]) for path in files)
+    if tasks := {name: task for name, task in options.tasks.items() if name not in TASKS}:
+        data += json.dumps(plain_rows(tasks))
     identity = {
         "recipe": recipe,
         "budget": str(Budget(options.epochs, options.samples_per_epoch)),
@@ -136,7 +135,7 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
         "encoder": Path(options.bert_model).name,
         "precision": precision,
         "flags": json.dumps(recorded_flags(config_arguments(path) + flags), sort_keys=True),
-        "data": hashlib.sha256(" ".join(map(digest_file, files)).encode()).hexdigest()[:8],
+        "data": hashlib.sha256(data.encode()).hexdigest()[:8],
         "pipeline": pipeline,
         "device": describe_device(device),
     }
@@ -249,9 +248,9 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
         **run.identity,
         "rows": "/".join(dict(re.findall(r"^(\w+): (\d+) training rows", text, re.M)).values()),
         **{
-            score: f"{events.Scalars(f'best/{score}')[-1].value:.6f}"
-            for score in SCORES
-            if f"best/{score}" in tags
+            tag.removeprefix("best/"): f"{events.Scalars(tag)[-1].value:.6f}"
+            for tag in tags
+            if tag.startswith("best/")
         },
         "best_epoch": epoch,
         "seconds_per_epoch": f"{sum(epochs.values()) / len(epochs):.1f}",
@@ -293,8 +292,10 @@ def add_rows(path: Path, rows: list[dict[str, str]], columns: list[str], key: li
 
     RUNS.mkdir(parents=True, exist_ok=True)
     with FileLock(RUNS / f".{path.name}.lock"):
-        added = pd.DataFrame([{name: row.get(name, "") for name in columns} for row in rows])
-        table = pd.concat([read_table(path, columns), added]).drop_duplicates(key, keep="last")
+        # Scores of tasks from a file have no column yet.
+        added = pd.DataFrame([dict.fromkeys(columns, "") | row for row in rows])
+        table = pd.concat([read_table(path, columns), added]).fillna("")
+        table = table.drop_duplicates(key, keep="last")
         in_order = [name for name in (*IDENTITY, *CURVE_COLUMNS) if name in columns]
         with atomic_write(path) as temporary:
             table.sort_values(in_order).to_csv(temporary, index=False, lineterminator="\n")
@@ -321,7 +322,7 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
                     print(*[line for line in lines if line][-6:-1], sep="\n", flush=True)
                     continue
                 row = record(run)
-                scores = ", ".join(f"{row[name]} {name}" for name in SCORES if name in row)
+                scores = ", ".join(f"{row[name]} {name}" for name in main_scores(row))
                 print(f"{run.name}: {scores} ({place})", flush=True)
         except BaseException:  # most often an interrupt
             pool.shutdown(wait=False, cancel_futures=True)
@@ -340,28 +341,35 @@ def plot_curves(names: list[str], budget: str) -> None:
     from matplotlib.figure import Figure
 
     curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
-    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=100)
-    panels = figure.subplots(1, len(MAIN_SCORES))
-    for summary in summarize(read_table(RESULTS, COLUMNS)):
-        named = any(fnmatch(summary.recipe, name) for name in names)
-        if not named and (names or block_of(summary.recipe) != "main"):
-            continue
-        own = curves[curves["run"].isin(summary.runs) & (curves["split"] == "dev")]
-        if summary.cells["budget"] != BUDGETS[budget].title or own.empty:
-            continue
+    shown = [
+        summary
+        for summary in summarize(read_table(RESULTS, COLUMNS))
+        if summary.cells["budget"] == BUDGETS[budget].title
+        and (
+            any(fnmatch(summary.recipe, name) for name in names)
+            or (not names and block_of(summary.recipe) == "main")
+        )
+    ]
+    runs = set().union(*(summary.runs for summary in shown))
+    curves = curves[curves["run"].isin(runs) & (curves["split"] == "dev")]
+    scores = main_scores(curves["metric"].unique())
+    if not scores:
+        raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
+    figure = Figure(figsize=(3.7 * len(scores), 3.6), layout="constrained", dpi=100)
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for summary in shown:
         name = f"{summary.recipe} {summary.remark}".strip()
         label = f"{name} ({', '.join(summary.setting[:3])}, seeds: {summary.cells['seeds']})"
-        for panel, score in zip(panels, MAIN_SCORES, strict=True):
+        own = curves[curves["run"].isin(summary.runs)]
+        for panel, score in zip(panels, scores, strict=True):
             values = own[own["metric"] == score].groupby("epoch")["value"]
             (line,) = panel.plot(values.mean(), label=label, marker=".")
             low, high = values.min(), values.max()
             panel.fill_between(low.index, low, high, alpha=0.15, color=line.get_color())
-    for panel, (score, title) in zip(panels, MAIN_SCORES.items(), strict=True):
-        panel.set(title=title, xlabel="epoch", ylabel=f"dev {SCORES[score].metrics[0]}")
+    for panel, (score, title) in zip(panels, scores.items(), strict=True):
+        panel.set(title=title, xlabel="epoch", ylabel=score)
         panel.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = panels[0].get_legend_handles_labels()
-    if not labels:
-        raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     with atomic_write(FIGURE) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

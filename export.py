@@ -16,7 +16,7 @@ from torch import Tensor
 from datasets import checked_max_length
 from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
-from tasks import TASKS
+from tasks import TASKS, Task, plain_rows
 from utils import MINILM, ROOT, UserError
 
 POOLING_FOLDER = "1_AttentionPooling"
@@ -65,23 +65,34 @@ python multitask_classifier.py --evaluate {checkpoint} --data_dir {data_dir}{smo
 
 - It was trained on English only. Text is cut after {max_length} word pieces.
 - The epoch was chosen by its scores on the same dev files, so they are a little too high.
-- In the real data, sentiment is about film reviews, paraphrase about questions, and similarity about
-  captions, headlines and forum posts. Scores on other text, and bias, have not been measured.
+- Scores on other text than that of the dev files, and bias, have not been measured.{about}
 
 ## Licence
 
 Apache 2.0, for weights and code. The training data have their own terms.
 """
+ABOUT_REAL_DATA = """ In the
+  real data, sentiment is about film reviews, paraphrase about questions, and similarity about captions,
+  headlines and forum posts."""
 SCORED_BY_COSINE = """\
-The similarity that was scored below is the cosine of two vectors, times 5."""
+The {title} that was scored below is the cosine of two vectors, on the scale of its labels ({scale})."""
 NOT_BY_COSINE = """\
-**The cosine of two vectors is not the similarity for which the scores below were measured**: {why}"""
+**The cosine of two vectors is not the {title} for which the scores below were measured**: {why}"""
+UNTRAINED = """\
+**The cosine of two vectors was not trained**: this model has no task of how similar two sentences are."""
 WHY_NOT = {
-    "cross": "that comes from a head on both sentences in one sequence (`joint_heads.sts`).",
-    "both": "that is the mean of 5 times the cosine and the output of a head on both sentences in one "
-    "sequence (`joint_heads.sts`).",
-    "untrained": "this model was not trained on similarity.",
+    "cross": "that comes from a head on both sentences in one sequence (`joint_heads.{name}`).",
+    "both": "that is the mean of the cosine, on the scale of the labels, and the output of a head on both "
+    "sentences in one sequence (`joint_heads.{name}`).",
 }
+
+
+def about_cosine(task: Task) -> str:
+    """Return what the cosine of two vectors says about a task whose label is a number for a pair."""
+    if task.encoding == "bi":
+        return SCORED_BY_COSINE.format(title=task.title, scale=task.scale)
+    why = WHY_NOT[task.encoding].format(name=task.name)
+    return NOT_BY_COSINE.format(title=task.title, why=why)
 
 
 def export(checkpoint_path: str, directory: str) -> None:
@@ -133,7 +144,8 @@ def write_heads(model: MultitaskBERT, folder: Path) -> None:
     `sentence-transformers`."""
     weights = model.state_dict()
     heads = {name: weight for name, weight in weights.items() if not name.startswith("bert.")}
-    write_weights(folder / "heads.safetensors", heads, model.encodings)
+    tasks = {name: json.dumps(row) for name, row in plain_rows(model.tasks).items()}
+    write_weights(folder / "heads.safetensors", heads, tasks)
     (folder / POOLING_FOLDER).mkdir()
     pooling = folder / POOLING_FOLDER / "model.safetensors"
     write_weights(pooling, model.attention_layer.state_dict(), {"format": "pt"})
@@ -175,7 +187,7 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     options = checkpoint["options"]
-    titles = [TASKS[task].title for task in options["tasks"]]
+    titles = [task.title for task in model.tasks.values()]
     tasks = ", ".join([*titles[:-2], " and ".join(titles[-2:])])
     base = hub_id(options["bert_model"])
     front = ModelCardData(
@@ -186,15 +198,14 @@ def model_card(
         tags=["sentence-transformers", "feature-extraction", "bert", *titles],
         base_model=base,
     )
-    encoding = model.encodings["sts"] if "sts" in options["tasks"] else "untrained"
+    by_cosine = [t for t in model.tasks.values() if t.is_pair and not t.classes]
     card = CARD.format(
         title=f"BERT for {tasks}",
         tasks=tasks,
         origin=f", from `{base}`" if base else "",
         heads="`heads.*`, `joint_heads.*`" if model.joint_heads else "`heads.*`",
-        similarity=(
-            SCORED_BY_COSINE if encoding == "bi" else NOT_BY_COSINE.format(why=WHY_NOT[encoding])
-        ),
+        similarity="\n".join(map(about_cosine, by_cosine)) or UNTRAINED,
+        about=ABOUT_REAL_DATA if set(model.tasks) <= set(TASKS) else "",
         scores="\n".join(score_rows(checkpoint)),
         epoch=checkpoint["epoch"],
         smoketest=" --smoketest  # 32 rows of each file" if options["smoketest"] else "",
@@ -207,10 +218,11 @@ def model_card(
 
 def score_rows(checkpoint: Mapping[str, Any]) -> Iterator[str]:
     for name, metrics in checkpoint["dev_scores"].items():
-        path = Path(checkpoint["options"][f"{name}_train"])
-        file = path.name if path.is_absolute() else path
+        paths = map(Path, checkpoint["options"][f"{name}_train"])
+        files = ", ".join(f"`{path.name if path.is_absolute() else path}`" for path in paths)
+        title = checkpoint["options"]["tasks"][name].title
         for metric, value in metrics.items():
-            yield f"| {TASKS[name].title} | `{file}` | {metric} | {value:.4f} |"
+            yield f"| {title} | {files} | {metric} | {value:.4f} |"
 
 
 def hub_id(bert_model: str) -> str | None:

@@ -44,12 +44,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 import evaluation
-from checkpoint import checkpoint_content, new_run, read_state
+from checkpoint import checkpoint_content, new_run, plain, read_state
 from datasets import TaskDataset
 from multitask_classifier import fit, load_all, model_from_checkpoint
 from options import SEARCH_SPACE, build_parser, changed_options, deciding, parse_options
 from run_log import RunLog
 from tagging import Pipeline, Tagger
+from tasks import TASKS, tasks_of_rows
 from training import Parts, Training, restored_training
 from utils import (
     Terminated,
@@ -213,7 +214,7 @@ def new_search(options: argparse.Namespace) -> Path:
     """Make the folder of a new search and return it."""
     path, logs = new_run(options, "hpo")
     directory = path.with_suffix("").absolute()
-    write_json(directory / "search.json", {"options": vars(options), "logs": str(logs.absolute())})
+    write_json(directory / "search.json", {"options": plain(options), "logs": str(logs.absolute())})
     return directory
 
 
@@ -223,6 +224,7 @@ def read_search(directory: Path) -> SavedSearch:
         saved = json.loads(path.read_text(encoding="utf-8"))
         # A search of an older version lacks the flags that are new since then.
         values = vars(build_parser().parse_args([])) | saved["options"]
+        values["tasks"] = tasks_of_rows(values["tasks"])
         return SavedSearch(argparse.Namespace(**values), Path(saved["logs"]).absolute())
     except OSError as error:
         raise UserError(
@@ -262,7 +264,7 @@ def comparable(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide the course of a search, as JSON gives them back."""
     values = vars(options)
     own = {name: values[name] for name in ("hpo_trials", "hpo_objective", "searched")}
-    return json.loads(json.dumps(deciding(values) | own))
+    return json.loads(json.dumps(deciding(plain(options)) | own))
 
 
 def connect_to_ray(address: str | None) -> list[dict[str, float]]:
@@ -453,9 +455,14 @@ def print_table(searched: list[str], trials: list[Trial], best: Trial | None) ->
 
 def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that give these options, but none of outputs and of the search itself."""
-    wanted = deciding(vars(options)) | {"spacy_model": options.spacy_model}
-    defaults = vars(parse_options(["--data_dir", options.data_dir])) | {"data_dir": "data"}
-    del wanted["tasks"]
+    free = {"spacy_model": options.spacy_model, "task_file": options.task_file}
+    wanted = deciding(vars(options)) | free
+    own = ["--task_file", options.task_file] if options.task_file else []
+    defaults = vars(parse_options(["--data_dir", options.data_dir, *own])) | {"data_dir": "data"}
+    defaults |= {"task_file": None, "tasks": list(defaults["tasks"])}
+    wanted["tasks"] = list(options.tasks)
+    if any(getattr(options, name) for name in TASKS):
+        del wanted["tasks"]  # the flags of single tasks say it
     return {name: value for name, value in wanted.items() if value != defaults[name]}
 
 

@@ -19,7 +19,6 @@ from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch
 from bert import BertModel, EncoderWithHeads, Tokens
-from tasks import sequences_per_row
 from utils import without_weights
 
 N_EXPERTS = 3
@@ -157,7 +156,7 @@ def add_routing(
     """Add to `losses` how the gate spread the sentences of the batch. Return the weighted loss for an
     uneven spread."""
     n_sequences = {
-        name: rows * sequences_per_row(name, model.encodings, options.rdrop)
+        name: rows * model.tasks[name].sequences_per_row(twice=options.rdrop[name] > 0)
         for name, rows in batch.step_rows.items()
     }
     choice = F.one_hot(model.bert.choice, N_EXPERTS).float()[batch.places]

@@ -40,7 +40,7 @@ from curvature import backward_with_graph, prepare_estimate
 from datasets import checked_max_length, load_data
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
-from options import changed_options, encodings_of, parse_options
+from options import changed_options
 from run_log import RunLog, describe_run
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, TASKS, Task, combine, task_loss
@@ -108,88 +108,78 @@ def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
     return linear
 
 
-class SentenceHead(nn.Module):
-    """Logits of the classes of one sentence."""
+class SequenceHead(nn.Module):
+    """Logits of classes, or a number, for one sequence: a sentence, or both sentences of a pair. A number
+    starts in the middle of its range."""
 
-    def __init__(self, hidden_size: int, num_classes: int):
+    def __init__(self, hidden_size: int, task: Task, n_hidden: int):
         super().__init__()
-        self.hidden = nn.ModuleList(linear_before_relu(hidden_size, hidden_size) for _ in range(3))
-        self.out = nn.Linear(hidden_size, num_classes)
+        sizes = [hidden_size] * n_hidden
+        self.hidden = nn.ModuleList(linear_before_relu(hidden_size, size) for size in sizes)
+        self.out = nn.Linear(hidden_size, task.num_classes or 1)
+        if not task.classes:
+            nn.init.constant_(self.out.bias, sum(task.range) / 2)
 
     def forward(self, vector: Tensor) -> Tensor:
         for linear in self.hidden:
             vector = F.relu(linear(vector))
-        return self.out(vector)  # [B, num_classes]
+        output = self.out(vector)
+        return output if output.shape[1] > 1 else output.squeeze(1)  # [B, num_classes] or [B]
 
 
 class PairHead(nn.Module):
-    """Logits of the classes of a pair, from |u - v| and |u + v| of the projected sentences. Swapping
-    the sentences changes nothing."""
+    """Logits of the classes of a pair, from its projected sentences u and v.
 
-    def __init__(self, hidden_size: int, num_classes: int):
+    If their order does not count, it reads |u - v| and |u + v|, and swapping them changes nothing;
+    else u, v, |u - v| and u * v (Reimers and Gurevych 2019, arXiv 1908.10084, with the product of
+    Conneau et al. 2017, arXiv 1705.02364).
+    """
+
+    def __init__(self, hidden_size: int, task: Task):
         super().__init__()
+        self.symmetric = task.symmetric
         self.project = nn.Linear(hidden_size, hidden_size)
+        n_features = 2 if task.symmetric else 4
         self.hidden = nn.ModuleList(
-            linear_before_relu(size, hidden_size) for size in (2 * hidden_size, hidden_size)
+            linear_before_relu(size, hidden_size)
+            for size in (n_features * hidden_size, hidden_size)
         )
-        self.out = nn.Linear(hidden_size, num_classes)
+        self.out = nn.Linear(hidden_size, len(task.classes))
 
     def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
         u, v = self.project(vector_1), self.project(vector_2)  # [B, D]
-        features = torch.cat([(u - v).abs(), (u + v).abs()], dim=-1)  # [B, 2 D]
+        parts = [(u - v).abs(), (u + v).abs()] if self.symmetric else [u, v, (u - v).abs(), u * v]
+        features = torch.cat(parts, dim=-1)  # [B, 2 D] or [B, 4 D]
         for linear in self.hidden:
             features = F.relu(linear(features))
         return self.out(features)  # [B, num_classes]
 
 
 class SimilarityHead(nn.Module):
-    """A number for a pair: the highest label times the cosine. It has no weights. Its output is not
-    clamped: a clamp would stop the gradient."""
+    """A number for a pair: the cosine, on the scale of the labels (1 is the highest, 0 the lowest). It
+    has no weights. Its output is not clamped: a clamp would stop the gradient."""
 
-    def __init__(self, highest: float):
+    def __init__(self, task: Task):
         super().__init__()
-        self.highest = highest
+        self.low, self.high = task.range
 
     def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
-        return self.highest * F.cosine_similarity(vector_1.float(), vector_2.float())  # [B]
-
-
-class JointHead(nn.Module):
-    """Logits or a number for a pair that the encoder has read as one sequence. A number starts in the
-    middle of its range."""
-
-    def __init__(self, hidden_size: int, task: Task):
-        super().__init__()
-        self.hidden = linear_before_relu(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, task.num_classes or 1)
-        if not task.classes:
-            nn.init.constant_(self.out.bias, sum(task.range) / 2)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        output = self.out(F.relu(self.hidden(vector)))
-        return output if output.shape[1] > 1 else output.squeeze(1)  # [B, num_classes] or [B]
+        cosine = F.cosine_similarity(vector_1.float(), vector_2.float())
+        return self.low + (self.high - self.low) * cosine  # [B]
 
 
 def new_head(task: Task, hidden_size: int) -> nn.Module:
     """Make the head of a task for sentences that the encoder reads one by one."""
     if not task.is_pair:
-        return SentenceHead(hidden_size, len(task.classes))
-    if task.classes:
-        return PairHead(hidden_size, len(task.classes))
-    return SimilarityHead(task.range[1])
+        return SequenceHead(hidden_size, task, n_hidden=3)
+    return PairHead(hidden_size, task) if task.classes else SimilarityHead(task)
 
 
 class MultitaskBERT(EncoderWithHeads):
-    """One BERT, attention pooling, and the heads of all tasks.
+    """One BERT, attention pooling, and the heads of all tasks. A task with the encoding "both" has two
+    heads, whose answers are averaged."""
 
-    Args:
-        encodings: pair task -> one of PAIR_ENCODINGS; "bi" for tasks it does not name. "both" has two
-            heads, whose answers are averaged.
-    """
-
-    def __init__(
-        self, bert: BertModel | MixtureOfExperts, encodings: Mapping[str, str] | None = None
-    ):
+    def __init__(self, bert: BertModel | MixtureOfExperts, tasks: Mapping[str, Task] = TASKS):
         super().__init__()
         size = bert.config.hidden_size
         self.bert = bert
@@ -197,24 +187,20 @@ class MultitaskBERT(EncoderWithHeads):
         for stack in bert.stacks:
             stack.pooler.requires_grad_(False)
         self.attention_layer = AttentionLayer(size)
-        self.encodings = dict.fromkeys(TASKS, "bi") | dict(encodings or {})
+        self.tasks = dict(tasks)
         # All heads are made, so that the random weights of one do not depend on the others' encoding.
-        heads = {name: new_head(task, size) for name, task in TASKS.items()}
-        self.heads = nn.ModuleDict(
-            {name: head for name, head in heads.items() if self.encodings[name] != "cross"}
-        )
+        heads = {name: new_head(task, size) for name, task in tasks.items()}
+        joint = [name for name, task in tasks.items() if task.encoding != "bi"]
+        separate = [name for name, task in tasks.items() if task.encoding != "cross"]
+        self.heads = nn.ModuleDict({name: heads[name] for name in separate})
         self.joint_heads = nn.ModuleDict(
-            {
-                name: JointHead(size, TASKS[name])
-                for name, encoding in self.encodings.items()
-                if encoding != "bi"
-            }
+            {name: SequenceHead(size, tasks[name], n_hidden=1) for name in joint}
         )
 
     def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
         """Return the outputs of each task for its rows: logits [B, classes] or numbers [B]."""
         answers = self.head_outputs(batch, second_derivative)
-        return {name: combine(TASKS[name], outputs) for name, outputs in answers.items()}
+        return {name: combine(self.tasks[name], outputs) for name, outputs in answers.items()}
 
     def head_outputs(
         self, batch: Batch, second_derivative: bool = False
@@ -238,7 +224,7 @@ class MultitaskBERT(EncoderWithHeads):
     def _outputs(self, name: str, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs of a task's heads. `vectors` has one [B, D] for each column that they read;
         for encoding "both" and two passes: first, second, both, first, second, both."""
-        n_separate = len(TASKS[name].sentence_columns) if name in self.heads else 0
+        n_separate = len(self.tasks[name].sentences) if name in self.heads else 0
         n_joint = 1 if name in self.joint_heads else 0
         outputs = []
         for start in range(0, len(vectors), n_separate + n_joint):
@@ -285,7 +271,7 @@ class MultitaskBERT(EncoderWithHeads):
         if name in self.joint_heads:
             longest = self.bert.config.max_position_embeddings
             vectors.append(self.embed(*join(first, second, longest)))
-        return combine(TASKS[name], self._outputs(name, vectors))
+        return combine(self.tasks[name], self._outputs(name, vectors))
 
     # Logits [B, 2]: no paraphrase, paraphrase.
     predict_paraphrase = functools.partialmethod(_predict_pair, "para")
@@ -311,6 +297,8 @@ def training_step(
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
     with_graph = prepare_estimate(model, window, optimizer, options)
+    # A task can have no row in a step.
+    here = [name for name in options.tasks if not window or window[0].step_rows[name]]
     names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
     losses = {name: torch.zeros((), device=device) for name in names}
     answers = []
@@ -319,7 +307,7 @@ def training_step(
             outputs = model.head_outputs(batch, second_derivative=with_graph)
         total = torch.zeros((), device=device)
         for name, task_outputs in outputs.items():
-            task, labels = TASKS[name], batch.labels[name]
+            task, labels = model.tasks[name], batch.labels[name]
             task_outputs = [output.float() for output in task_outputs]
             # The batch's share of the rows of the step: all batches and processes add up to the mean.
             share = len(labels) / batch.step_rows[name]
@@ -336,6 +324,8 @@ def training_step(
         else:
             total.backward()
     sum_gradients(model, list(losses.values()))
+    for name in set(options.tasks) - set(here):
+        del losses[name]
     return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
@@ -365,7 +355,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
                 training.record(step, window)  # moving average, learning rate, log
             training.save_or_stop()
         dev = evaluation.evaluate(
-            training.evaluated_model, training.data["dev"], options.batch_size, options.precision
+            training.evaluated_model, training.dev, options.batch_size, options.precision
         )
         with uninterrupted():
             training.end_epoch(dev)  # log, learning rate, keep the best
@@ -458,12 +448,11 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
 
 def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCheckpoint:
     """Build the model that a checkpoint holds. Raises UserError if it is not complete."""
-    checkpoint.check_tasks(content, path)
     try:
         config = BertConfig(**content["bert_config"])
         with without_weights():
             encoder = new_encoder(config, content["options"].get("moe"))
-            model = MultitaskBERT(encoder, encodings_of(content["options"]))
+            model = MultitaskBERT(encoder, content["options"]["tasks"])
         model.load_state_dict(content["model"], assign=True)
         tokenizer = BertTokenizer.from_json(content["tokenizer"])
         checkpoint.check_entries(content, config)
@@ -485,7 +474,7 @@ def load_all(
         model, tokenizer, tagger = load_pretrained(options)
         source = options.bert_model
     max_length = checked_max_length(options, source, model.bert.config, tokenizer)
-    data = load_data(options, tokenizer, max_length, SPLITS, tagger, model.encodings)
+    data = load_data(options, tokenizer, max_length, SPLITS, tagger)
     return Parts(model, tokenizer, tagger, data, options)
 
 
@@ -503,11 +492,10 @@ def load_pretrained(
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
-    encodings = encodings_of(vars(options))
-    checkpoint.check_encoder(bert, source, tagger, encodings)
+    checkpoint.check_encoder(bert, source, tagger, options.tasks)
     encoder = MixtureOfExperts.of(bert, options.moe) if options.moe else bert
     tokenizer = BertTokenizer.from_pretrained(source, local)
-    return MultitaskBERT(encoder, encodings), tokenizer, tagger
+    return MultitaskBERT(encoder, options.tasks), tokenizer, tagger
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -531,13 +519,12 @@ def load_trained(options: argparse.Namespace) -> Trained:
     if content.get("tags") is not None and options.spacy_model is None:
         options = changed_options(options, spacy_model=trained["spacy_model"])
     tagger = checkpoint.find_tagger(content.get("tags"), path, options)
-    asked = [name for name in TASKS if getattr(options, name)]
-    if untrained := [name for name in asked if name not in trained["tasks"]]:
+    if untrained := [name for name in options.tasks if name not in trained["tasks"]]:
         known = ", ".join(trained["tasks"])
         raise UserError(f"{path}: was not trained on {', '.join(untrained)}, only on {known}")
     options = changed_options(
         options,
-        tasks=[name for name in options.tasks if name in trained["tasks"]],
+        tasks={name: trained["tasks"][name] for name in options.tasks},
         max_length=options.max_length or trained["max_length"],
         precision=(
             trained.get("precision", "auto") if options.precision == "auto" else options.precision
@@ -553,7 +540,7 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
     model, tokenizer, tagger, content, options = load_trained(options)
     checkpoint.check_outputs(options)
     splits, length = ("dev", "test"), options.max_length
-    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)
+    data = load_data(options, tokenizer, length, splits, tagger)
     with checkpoint.lock_predictions(options):
         path, epoch = options.evaluate, content["epoch"]
         return evaluation.evaluate_checkpoint(path, model.to(device), epoch, data, options)
@@ -566,9 +553,7 @@ def run(argv: list[str] | None) -> None:
     """Do what the flags ask for."""
     join_processes()
     with one_first_on_each_node():
-        options = parse_options(argv)
-        if options.resume not in (None, "auto"):
-            options = checkpoint.options_to_resume(argv, options.resume)
+        options = checkpoint.options_of(argv)
     if options.evaluate:
         evaluate_only(options)
     elif options.hpo:

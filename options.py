@@ -2,12 +2,13 @@
 numbers."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from optimizer import (
     STEP_SCHEDULES,
     OwnFlag,
 )
-from tasks import ADDED_LOSSES, PAIR_ENCODINGS, PAIR_TASKS, SPLITS, TASKS
+from tasks import CLASS_LOSSES, PAIR_ENCODINGS, SPLITS, TASKS, Task, read_task_file
 from utils import (
     ROOT,
     UserError,
+    did_you_mean,
     max_length,
     non_negative_float,
     one_line,
@@ -37,6 +39,7 @@ from utils import (
 
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
+SAMPLING = ("equal", "proportional", "sqrt", "annealed")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
 # Flags of single optimizers, and the optimizers that have them.
@@ -109,10 +112,11 @@ class FlagAdder(NamedTuple):
         self.group.add_argument(name, **settings)
 
 
-def build_parser(exit_on_error: bool = True) -> OptionParser:
+def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) -> OptionParser:
+    """Make the parser of a program that knows these tasks."""
     parser = OptionParser(
         description="Fine-tune one BERT on several sentence tasks at once: "
-        + ", ".join(task.title for task in TASKS.values())
+        + ", ".join(task.title for task in tasks.values())
         + ".",
         exit_on_error=exit_on_error,
     )
@@ -120,15 +124,21 @@ def build_parser(exit_on_error: bool = True) -> OptionParser:
     add_training_flags(training)
     add_optimizer_flags(training)
     add_schedule_flags(training)
-    add_loss_flags(training)
+    add_loss_flags(training, tasks)
     add_run_flags(training)
     model = parser.flags("model")
     add_model_flags(model)
     add_variant_flags(model)
-    add_data_flags(parser.flags("data"))
-    add_output_flags(parser.flags("outputs"))
+    data, outputs = parser.flags("data"), parser.flags("outputs")
+    add_data_flags(data, tasks)
+    add_output_flags(outputs)
     add_resume_flags(parser.flags("long runs"))
     add_search_flags(parser.flags("search of hyper-parameters, with Ray Tune"))
+    for name, task in tasks.items():
+        try:
+            add_task_flags(model, data, outputs, name, task)
+        except argparse.ArgumentError as error:
+            raise UserError(f"task {name}: {one_line(error)[:150]}; rename the task") from error
     return parser
 
 
@@ -237,21 +247,15 @@ def add_schedule_flags(flag: FlagAdder) -> None:
     )
 
 
-def add_loss_flags(flag: FlagAdder) -> None:
-    by_task = ",".join(f"{name}=X" for name in TASKS)
+def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
+    by_task = ",".join(f"{name}=X" for name in tasks)
+    weights = {name: task.weight for name, task in tasks.items()}
     flag.decides(
         "--loss_weights",
-        type=NumberByTask(1.0, non_negative_float),
-        default=dict.fromkeys(TASKS, 1.0),
+        type=NumberByTask(weights, non_negative_float),
+        default=weights,
         metavar=by_task,
         help="weights of the tasks' losses in their sum; default: 1 for each task that is not named",
-    )
-    flag.decides(
-        "--sst_loss",
-        choices=["cross_entropy", *ADDED_LOSSES],
-        default="cross_entropy",
-        help="one_vs_all adds a binary cross entropy for each class, ordinal one for each border "
-        "between classes; default: cross_entropy",
     )
     flag.decides(
         "--label_smoothing",
@@ -262,19 +266,27 @@ def add_loss_flags(flag: FlagAdder) -> None:
     )
     flag.decides(
         "--rdrop",
-        type=NumberByTask(0.0, non_negative_float),
-        default=dict.fromkeys(TASKS, 0.0),
+        type=NumberByTask(dict.fromkeys(tasks, 0.0), non_negative_float),
+        default=dict.fromkeys(tasks, 0.0),
         metavar=by_task,
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
         "makes is an added loss with these weights (alpha in the paper); default: 0, no second pass",
     )
     flag.decides(
+        "--sampling",
+        choices=SAMPLING,
+        default="equal",
+        help="how many rows of each task: equal: as many of each; proportional: as its file has; sqrt: "
+        "as the root of that; annealed: from proportional towards equal (Stickland and Murray 2019); "
+        "--samples_per_epoch and --batch_size are then means over the tasks; default: equal",
+    )
+    flag.decides(
         "--batch_shares",
-        type=NumberByTask(1.0, positive_float),
-        default=dict.fromkeys(TASKS, 1.0),
+        type=NumberByTask(dict.fromkeys(tasks, 1.0), positive_float),
+        default=dict.fromkeys(tasks, 1.0),
         metavar=by_task,
         help="rows of each task in a batch (and in an epoch) as multiples of --batch_size (and "
-        "--samples_per_epoch); default: 1; --sst, --para and --sts leave tasks out",
+        "--samples_per_epoch); default: 1; --tasks leaves tasks out",
     )
 
 
@@ -351,15 +363,6 @@ def add_model_flags(flag: FlagAdder) -> None:
 
 def add_variant_flags(flag: FlagAdder) -> None:
     """Add the flags for variants: reading pairs, experts, unfreezing, evaluation alone."""
-    for name in PAIR_TASKS:
-        flag.decides(
-            f"--{name}_encoding",
-            choices=PAIR_ENCODINGS,
-            default="bi",
-            help=f"how {TASKS[name].title} pairs are read; bi: the encoder reads each sentence by "
-            "itself; cross: both in one sequence; both: both ways, with a head each, whose answers are "
-            "averaged; default: bi",
-        )
     flag.decides(
         "--both_orders",
         action="store_true",
@@ -394,15 +397,29 @@ def add_variant_flags(flag: FlagAdder) -> None:
     )
 
 
-def add_data_flags(flag: FlagAdder) -> None:
+def add_data_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
+    flag.free(
+        "--task_file",
+        metavar="TOML",
+        help="tasks of your own, a table for each; docs/tasks.md has its keys",
+    )
+    flag.decides(
+        "--tasks",
+        type=functools.partial(task_names, known=tasks),
+        metavar="NAME,NAME",
+        help="train these; default: all of --task_file; without it " + ", ".join(TASKS),
+    )
     for name, task in TASKS.items():
         only = f"train only {task.title}, or only the tasks whose flags are given"
         flag.decides(f"--{name}", action="store_true", help=only)
-    flag.decides("--data_dir", default="data", help="folder of the CSVs; default: data")
-    for name, task in TASKS.items():
-        for split in SPLITS:
-            where = f"default: DATA_DIR/{task.filename(split)}"
-            flag.decides(f"--{name}_{split}", metavar="CSV", help=where)
+    flag.decides("--data_dir", default="data", help="folder of the data files; default: data")
+    flag.decides(
+        "--dev_rows",
+        type=positive_int,
+        metavar="N",
+        help="score only N dev rows of each task after an epoch, chosen by a hash of their ids; the end "
+        "scores all; default: all",
+    )
     flag.free(
         "--cache_dir",
         default=str(ROOT / ".cache"),
@@ -427,10 +444,36 @@ def add_output_flags(flag: FlagAdder) -> None:
         metavar="DIR",
         help="folder for predictions; default: predictions",
     )
-    for name in TASKS:
-        for split in ("dev", "test"):
-            target = f"PREDICTIONS_DIR/{name}-{split}-output.csv"
-            flag.free(f"--{name}_{split}_out", metavar="CSV", help=f"default: {target}")
+
+
+def add_task_flags(
+    model: FlagAdder, data: FlagAdder, outputs: FlagAdder, name: str, task: Task
+) -> None:
+    """Add the flags of one task."""
+    if task.is_pair:
+        model.decides(
+            f"--{name}_encoding",
+            choices=PAIR_ENCODINGS,
+            default=task.encoding,
+            help=f"how {task.title} pairs are read; bi: the encoder reads each sentence by itself; "
+            "cross: both in one sequence; both: both ways, with a head each, whose answers are "
+            f"averaged; default: {task.encoding}",
+        )
+    if len(task.classes) > 2:
+        model.decides(
+            f"--{name}_loss",
+            choices=CLASS_LOSSES,
+            default=task.loss_name,
+            help="one_vs_all adds a binary cross entropy for each class, ordinal one for each border "
+            f"between classes; default: {task.loss_name}",
+        )
+    for split in SPLITS:
+        names = " ".join(f"DATA_DIR/{file}" for file in getattr(task, split))
+        where = f"default: {names or 'none'}".replace("%", "%%")
+        data.decides(f"--{name}_{split}", metavar="FILE", nargs="+", help=where)
+    for split in ("dev", "test"):
+        target = f"default: PREDICTIONS_DIR/{name}-{split}-output.csv"
+        outputs.free(f"--{name}_{split}_out", metavar="CSV", help=target)
 
 
 def add_resume_flags(flag: FlagAdder) -> None:
@@ -515,66 +558,99 @@ def add_search_flags(flag: FlagAdder) -> None:
     )
 
 
-class NumberByTask(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class NumberByTask:
     """A type for argparse: `para=2,sts=0.5`, where tasks that are not named have the default; or one
     number for each task, `1,2,0.5`."""
 
-    default: float
+    defaults: Mapping[str, float]
     number: Callable[[str], float]
 
     def __call__(self, text: str) -> dict[str, float]:
         parts = text.split(",")
         if "=" not in text:
-            if len(parts) != len(TASKS):
-                form = ",".join(f"{name}=X" for name in TASKS)
+            if len(parts) != len(self.defaults):
+                form = ",".join(f"{name}=X" for name in self.defaults)
                 raise argparse.ArgumentTypeError(f"must be {form}, not {text!r}")
-            return dict(zip(TASKS, map(self.number, parts), strict=True))
+            return dict(zip(self.defaults, map(self.number, parts), strict=True))
         values: dict[str, float] = {}
         for part in parts:
             name, _, value = part.partition("=")
-            if name not in TASKS or name in values:
-                problem = "is named twice" if name in values else f"is none of {', '.join(TASKS)}"
-                raise argparse.ArgumentTypeError(f"task {name!r} {problem}, in {text!r}")
+            check_task(name, self.defaults, values)
             values[name] = self.number(value)
-        return dict.fromkeys(TASKS, self.default) | values
+        return dict(self.defaults) | values
+
+
+def check_task(name: str, known: Mapping[str, Any], earlier: Collection[str]) -> None:
+    """Raise argparse's error for a name that is no task's, or that was given before."""
+    if name in earlier:
+        raise argparse.ArgumentTypeError(f"task {name!r} is named twice")
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise argparse.ArgumentTypeError(f"there is no task {name[:40]!r}{hint}")
+
+
+def task_names(text: str, known: Mapping[str, Any]) -> list[str]:
+    """A type for argparse: `sst,nli`."""
+    names: list[str] = []
+    for name in text.split(","):
+        check_task(name, known, names)
+        names.append(name)
+    return names
 
 
 # --------------------------------------------------------------------------------- parsed options
 
 
 def parse_options(
-    argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+    argv: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Task] | None = None,
 ) -> argparse.Namespace:
     """Parse the flags, refuse what cannot work, and fill in the defaults that depend on other flags.
 
-    `defaults` replace those of the flags. The options are not changed after this.
+    `defaults` replace those of the flags, `tasks` (of a checkpoint) those of `--task_file`. The options
+    are not changed after this.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    if config := named_files(argv).config:
+        argv = config_arguments(config, tasks) + argv
+    if file := named_files(argv).task_file:
+        tasks = dict(tasks or {}) | read_task_file(file)
+    known = TASKS | dict(tasks or {})
+    parser = build_parser(known)
     options = parser.parse_args(argv)
-    if options.config:
-        argv = config_arguments(options.config) + argv
-        options = parser.parse_args(argv)
     parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | dict(defaults or {}))
     options = parser.parse_args(argv)
-    searched = searched_flags(argv, options) if options.hpo else []
-    if found := problems(options, searched):
+    searched = searched_flags(argv, options, known) if options.hpo else []
+    chosen = [known[name] for name in chosen_tasks(options) or tasks or TASKS]
+    if found := problems(options, searched, chosen):
         parser.error("; ".join(found))
-    return fill_defaults(options, searched)
+    return fill_defaults(options, searched, chosen)
 
 
-def problems(options: argparse.Namespace, searched: list[str]) -> list[str]:
+def named_files(argv: list[str]) -> argparse.Namespace:
+    """Return the files in the flags that decide which other flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--task_file", "--evaluate", "--resume"):
+        parser.add_argument(name, nargs="?")
+    return parser.parse_known_args(argv)[0]
+
+
+def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[Task]) -> list[str]:
     """Return why these options cannot work together; nothing if they can."""
-    tasks = chosen_tasks(options)
-    window = options.batch_size * options.grad_accumulation
-    encodings = {getattr(options, f"{name}_encoding") for name in PAIR_TASKS}
-    encoding_flags = " or ".join(f"--{name}_encoding" for name in PAIR_TASKS)
+    ordered = [task.name for task in tasks if task.is_pair and task.symmetric]
+    encodings = {getattr(options, f"{name}_encoding") for name in ordered}
+    encoding_flags = " or ".join(f"--{name}_encoding" for name in ordered)
     empty = [f"--{name}" for name, value in vars(options).items() if value == ""]
     pretrain = options.option == "pretrain"
     checks = {
         f"{', '.join(empty)} must not be empty": empty,
         "--resume continues training, --evaluate does not train": (
             options.resume and options.evaluate
+        ),
+        "--task_file: a checkpoint has its own tasks, leave it out with --evaluate": (
+            options.task_file and options.evaluate
         ),
         "--hpo_resume: only with --hpo": options.hpo_resume and not options.hpo,
         "--hpo is neither --resume (but --hpo_resume) nor --evaluate": (
@@ -592,8 +668,14 @@ def problems(options: argparse.Namespace, searched: list[str]) -> list[str]:
             options.moe and pretrain
         ),
         "--moe_balance: only with --moe": options.moe_balance is not None and not options.moe,
-        f"--both_orders: only with {encoding_flags} cross or both": (
-            options.both_orders and encodings == {"bi"}
+        f"--both_orders: only with {encoding_flags or '--NAME_encoding'} cross or both": (
+            options.both_orders and encodings <= {"bi"}
+        ),
+        "give --tasks or the flags of single tasks, not both": (
+            isinstance(options.tasks, list) and any(getattr(options, name) for name in TASKS)
+        ),
+        "no task has a dev file, so no epoch can be chosen": not any(
+            task.dev or getattr(options, f"{task.name}_dev") for task in tasks
         ),
         f"--warmup: only with --scheduler {' or '.join(STEP_SCHEDULES)}": (
             options.warmup and options.scheduler not in STEP_SCHEDULES
@@ -602,11 +684,6 @@ def problems(options: argparse.Namespace, searched: list[str]) -> list[str]:
             options.spacy_model and not (options.additional_input or options.evaluate)
         ),
     }
-    for name, multiple in options.batch_shares.items():
-        text = (
-            f"--batch_shares: {multiple:g} of {window} rows is less than one row of {name} a step"
-        )
-        checks[text] = multiple * window < 1 and name in tasks
     for flag, owners in OWNERS.items():
         given = getattr(options, flag) is not None
         only = f"--{flag}: only for --optimizer {' and '.join(owners)}"
@@ -615,14 +692,17 @@ def problems(options: argparse.Namespace, searched: list[str]) -> list[str]:
 
 
 def chosen_tasks(options: argparse.Namespace) -> list[str]:
-    """Return the tasks that are chosen by their flags; all tasks if none is."""
-    return [name for name in TASKS if getattr(options, name)] or list(TASKS)
+    """Return the names of the tasks that flags choose."""
+    return [name for name in TASKS if getattr(options, name)] or list(options.tasks or [])
 
 
-def fill_defaults(options: argparse.Namespace, searched: list[str]) -> argparse.Namespace:
-    """Return the options with the defaults that depend on other flags."""
+def fill_defaults(
+    options: argparse.Namespace, searched: list[str], tasks: Sequence[Task]
+) -> argparse.Namespace:
+    """Return the options with the defaults that depend on other flags, and with `tasks` a mapping from
+    names to tasks."""
     filled = argparse.Namespace(**vars(options))
-    filled.tasks, filled.searched = chosen_tasks(options), searched
+    filled.searched = searched
     row = OPTIMIZERS[options.optimizer]
     if filled.lr is None:
         filled.lr = row.pretrain_lr if options.option == "pretrain" else row.lr
@@ -638,15 +718,31 @@ def fill_defaults(options: argparse.Namespace, searched: list[str]) -> argparse.
         filled.spacy_model = DEFAULT_SPACY_MODEL
     if filled.predictions_dir is None:
         filled.predictions_dir = "predictions/smoketest" if filled.smoketest else "predictions"
-    for name, task in TASKS.items():
+    filled.tasks = {}
+    for task in tasks:
+        name = task.name
         for split in SPLITS:
             key = f"{name}_{split}"
             if getattr(filled, key) is None:
-                setattr(filled, key, os.path.join(filled.data_dir, task.filename(split)))
+                files = [find_data(filled.data_dir, file) for file in getattr(task, split)]
+                setattr(filled, key, files)
             if split != "train" and getattr(filled, f"{key}_out") is None:
                 target = os.path.join(filled.predictions_dir, f"{name}-{split}-output.csv")
                 setattr(filled, f"{key}_out", target)
+        filled.tasks[name] = dataclasses.replace(
+            task,
+            encoding=getattr(filled, f"{name}_encoding", "bi"),
+            loss_name=getattr(filled, f"{name}_loss", "cross_entropy"),
+        )
+    for by_task in ("loss_weights", "rdrop", "batch_shares"):
+        setattr(filled, by_task, {name: getattr(filled, by_task)[name] for name in filled.tasks})
     return filled
+
+
+def find_data(data_dir: str, file: str) -> str:
+    """Return the path of a file that a task names: in `data_dir`, or as it is if only that is there."""
+    path = os.path.join(data_dir, file)
+    return file if os.path.exists(file) and not os.path.exists(path) else path
 
 
 def changed_options(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -654,9 +750,11 @@ def changed_options(options: argparse.Namespace, **changes: Any) -> argparse.Nam
     return argparse.Namespace(**vars(options) | changes)
 
 
-def searched_flags(argv: list[str], options: argparse.Namespace) -> list[str]:
+def searched_flags(
+    argv: list[str], options: argparse.Namespace, tasks: Mapping[str, Task]
+) -> list[str]:
     """Return the flags of SEARCH_SPACE that this optimizer has and that are not given."""
-    given = given_flags(argv)
+    given = given_flags(argv, tasks)
     own = OPTIMIZERS[options.optimizer].flags
     return [
         name
@@ -665,31 +763,34 @@ def searched_flags(argv: list[str], options: argparse.Namespace) -> list[str]:
     ]
 
 
-def given_flags(argv: list[str]) -> dict[str, Any]:
-    """Return the values of the flags that are given in `argv`."""
-    parser = build_parser()
+def given_flags(argv: list[str], tasks: Mapping[str, Task] | None = None) -> dict[str, Any]:
+    """Return the values of the flags that are given in `argv`, by default with those tasks that it
+    names a file of."""
+    file = named_files(argv).task_file
+    parser = build_parser(tasks or TASKS | (read_task_file(file) if file else {}))
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = vars(parser.parse_args(argv))
     return {name: value for name, value in given.items() if value is not None}
 
 
 @functools.cache
-def names_of_deciding_options() -> frozenset[str]:
-    return frozenset(build_parser().deciding | {"tasks"})
+def names_of_free_options() -> frozenset[str]:
+    parser = build_parser()
+    names = {action.dest for action in parser._actions} | {"searched"}
+    return frozenset(names - parser.deciding)
 
 
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that decide the numbers of a run."""
-    names = names_of_deciding_options()
-    return {name: value for name, value in options.items() if name in names}
+    return {
+        name: value
+        for name, value in options.items()
+        # Flags of tasks from a file are in no parser made without it.
+        if name not in names_of_free_options() and not name.endswith("_out")
+    }
 
 
-def encodings_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return how a run with these options reads its pairs: task -> encoding."""
-    return {name: options.get(f"{name}_encoding", "bi") for name in PAIR_TASKS}
-
-
-def config_arguments(path: str) -> list[str]:
+def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list[str]:
     """Return the flags of a JSON file, a table of flags, as they would be on a command line.
 
     Raises UserError if it is no such file, or if a value does not fit its flag.
@@ -702,11 +803,16 @@ def config_arguments(path: str) -> list[str]:
         raise UserError(f"--config {path}: not JSON ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds no table of flags")
-    parser, arguments = build_parser(exit_on_error=False), []
+    own = read_task_file(values["task_file"]) if isinstance(values.get("task_file"), str) else {}
+    parser, arguments = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False), []
     defaults = vars(parser.parse_args([]))
+    files = {action.dest for action in parser._actions if action.nargs == "+"}
     for name, value in values.items():
         if name not in defaults or name == "config":
             raise UserError(f"--config {path}: there is no flag {name!r}")
+        if name in files and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            arguments += [f"--{name}", *value]
+            continue
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if isinstance(value, dict):

@@ -1,10 +1,10 @@
 """Answer new sentences with a trained model, or export the model for other libraries.
 
     python predict.py --checkpoint models/RUN.pt                   ask at a prompt
-    python predict.py --checkpoint models/RUN.pt FILE              a file's lines, or a CSV's rows
+    python predict.py --checkpoint models/RUN.pt FILE              a file's lines, or a table's rows
     python predict.py --checkpoint models/RUN.pt --export DIR      for transformers
 
-A line holds one sentence (sentiment) or two separated by a tab (paraphrase, similarity).
+A line holds one sentence, or two separated by a tab; the tasks for as many sentences answer it.
 """
 
 import os
@@ -18,6 +18,7 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -26,8 +27,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -36,11 +36,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batches import Batch, evaluation_batches
-from datasets import TokenColumn, check_quotes, csv_rows, find_columns, tokenize_cached
+from checkpoint import options_to_evaluate
+from datasets import JointColumn, TokenColumn, columns_of, tokenize_cached
 from export import export
 from multitask_classifier import load_trained
-from options import PRECISIONS, changed_options, parse_options
-from tasks import TASKS, Task
+from options import PRECISIONS, changed_options
+from tables import check_cells, find_columns, open_table
+from tasks import Task
 from utils import (
     ROOT,
     UserError,
@@ -61,6 +63,7 @@ WAIT = 0.1  # seconds that a line waits for others
 LONGEST = 100_000  # bytes of a line: more than any encoder has positions for
 DIGITS = 6
 ANSWER_WIDTH = 56
+SHOWN_CLASSES = 10  # for people; JSON has all probabilities
 
 Texts = list[tuple[str, ...]]  # sentences and pairs
 Answer = dict[str, Any]  # name -> value; {"error": reason} where there is no answer
@@ -97,17 +100,20 @@ def parse_line(number: int, line: bytes) -> Query:
     return Query(place, key, sentences, problem)
 
 
-def parse_row(place: str, cells: list[str], n_cells: int, columns: dict[str, int]) -> Query:
-    """Read a row of a CSV. `columns` gives the numbers of the id and of the sentences, in this order."""
-    if len(cells) != n_cells:
-        return Query(place, {"id": None}, (), f"{len(cells)} cells instead of {n_cells}")
-    id, *sentences = [cells[column] for column in columns.values()]
-    key = {"id": id.strip()}
+def parse_row(
+    place: str, cells: list[str], header: list[str], columns: dict[str, int], id: str
+) -> Query:
+    """Read a row of a table. `columns` gives the numbers of the sentences' columns; `id` names the column
+    of ids, or is empty."""
+    kind, number, *_ = place.split()
+    key: dict[str, Any] = {kind.removesuffix("s"): int(number)}
     try:
-        check_quotes(cells)
+        check_cells(cells, header)
     except ValueError as problem:
         return Query(place, key, (), str(problem))
-    return Query(place, key, tuple(sentences))
+    if id:
+        key = {"id": cells[header.index(id)].strip()}
+    return Query(place, key, tuple(cells[column] for column in columns.values()))
 
 
 def chunk_sizes() -> Iterator[int]:
@@ -153,23 +159,34 @@ def read_queries(descriptor: int, name: str) -> Iterator[list[Query]]:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
 
 
-def read_csv_queries(path: str) -> Iterator[list[Query]]:
-    """Yield the rows of a CSV in chunks. Raises UserError if it is not tab-separated, has no column of
-    sentences, or is not UTF-8."""
-    rows = csv_rows(Path(path))
-    _, header = next(rows, ("line 1", []))
-    # Tasks with the same columns count once.
-    layouts = dict.fromkeys(("id", *task.sentence_columns) for task in TASKS.values())
-    layout = next((names for names in layouts if set(names[1:]) <= set(header)), None)
+def read_table_queries(path: str, tasks: list[Task]) -> Iterator[list[Query]] | None:
+    """Return the rows of a table in chunks; None for a file whose first line does not name the columns
+    of a task. Raises UserError if the file cannot be read."""
+    layouts = list(dict.fromkeys(task.sentences for task in tasks))
+    # How a file without a header is read, only one task can say.
+    header, rows = open_table(path, layouts, tasks[0] if len(tasks) == 1 else None)
+    layout = next((names for names in layouts if set(names) <= set(header)), None)
     if layout is None:
         wanted = " or ".join(map(", ".join, layouts))
-        raise UserError(f"{path}: line 1 does not name tab-separated columns {wanted}")
+        if not path.lower().endswith((".csv", ".tsv")):
+            return None
+        if path.lower().endswith(".csv"):
+            raise UserError(f"{path}: line 1 does not name the columns {wanted}")
+        warnings.warn(f"{path}: line 1 does not name the columns {wanted}, so it is answered too")
+        return None
     columns = find_columns(path, header, list(layout))
-    for size in chunk_sizes():
-        chunk = [parse_row(*row, len(header), columns) for row in itertools.islice(rows, size)]
-        if not chunk:
-            break
-        yield chunk
+    ids = [task.id for task in tasks if task.sentences == layout and task.id in header]
+    id = ids[0] if ids else ""
+
+    def chunks() -> Iterator[list[Query]]:
+        for size in chunk_sizes():
+            chunk = itertools.islice(rows, size)
+            queries = [parse_row(*row, header, columns, id) for row in chunk]
+            if not queries:
+                break
+            yield queries
+
+    return chunks()
 
 
 # -------------------------------------------------------------------------------------- answering
@@ -180,7 +197,7 @@ class TextRows:
     """Sentences or pairs in memory, as rows for `collate`."""
 
     task: Task
-    columns: list[TokenColumn]
+    columns: list[TokenColumn | JointColumn]
     cut: np.ndarray  # [n_rows] bool: whether a sentence was too long
 
     def __post_init__(self) -> None:
@@ -202,15 +219,18 @@ class Predictor:
 
     def __init__(self, path: str, options: argparse.Namespace):
         self.device = pick_device(options.use_gpu)
-        chosen = options.task or []
+        saved = options_to_evaluate([], path)
+        if untrained := [name for name in options.task or [] if name not in saved.tasks]:
+            known = ", ".join(saved.tasks)
+            raise UserError(f"{path}: was not trained on {untrained[0][:40]}, only on {known}")
         asked = changed_options(
-            parse_options([]),
-            evaluate=path,
-            tasks=[name for name in TASKS if name in (chosen or TASKS)],
+            saved,
+            tasks={
+                n: task for n, task in saved.tasks.items() if n in (options.task or saved.tasks)
+            },
             precision=options.precision,
             spacy_model=options.spacy_model,
             cache_dir=options.cache_dir,
-            **{name: name in chosen for name in TASKS},
         )
         self.model, self.tokenizer, self.tagger, _, trained = load_trained(asked)
         self.tasks, self.max_length = trained.tasks, trained.max_length
@@ -219,11 +239,11 @@ class Predictor:
 
     def tasks_for(self, n_sentences: int) -> list[str]:
         """Return the tasks that take one sentence, or two."""
-        return [name for name in self.tasks if len(TASKS[name].sentence_columns) == n_sentences]
+        return [name for name, task in self.tasks.items() if len(task.sentences) == n_sentences]
 
     @property
     def titles(self) -> str:
-        return " and ".join(TASKS[name].title for name in self.tasks)
+        return " and ".join(task.title for task in self.tasks.values())
 
     def refusal(self, sentences: tuple[str, ...]) -> str | None:
         """Return why no task takes so many sentences; None if one does."""
@@ -236,9 +256,9 @@ class Predictor:
         """Answer sentences and pairs with all tasks for them, in the same order.
 
         Returns:
-            for a sentence `sentiment` (0 to 4) and `sentiment_probabilities` (five); for a pair
-            `paraphrase` (a probability) and `similarity` (0 to 5). `cut` is true where a sentence was
-            too long.
+            by the titles of the tasks: the probability of the second class of two; of more classes the
+            label, and in TITLE_probabilities all probabilities; or the number. `cut` is true where a
+            sentence was too long.
         """
         answers: list[Answer] = [{} for _ in texts]
         for n_sentences in (1, 2):
@@ -260,7 +280,7 @@ class Predictor:
                 rows = batch.rows[dataset.task.name]
                 outputs = self.model(self._with_columns(batch, names).to(self.device))
                 for name, output in outputs.items():
-                    entries = read_outputs(TASKS[name], output.float().cpu())
+                    entries = read_outputs(self.tasks[name], output.float().cpu())
                     for row, entry in zip(rows, entries, strict=True):
                         answers[row] |= entry
                 progress(len(rows))
@@ -275,17 +295,16 @@ class Predictor:
         pieces, lengths = tokenize_cached(
             sentences, self.tokenizer, self.max_length, None, "", self.tagger
         )
-        offsets, n_rows = np.concatenate([[0], np.cumsum(lengths)]), len(texts)
-        starts = range(0, len(sentences), n_rows)
-        columns = [TokenColumn(pieces, offsets[start : start + n_rows + 1]) for start in starts]
-        cut = np.any(self._too_long(sentences, lengths).reshape(-1, n_rows), axis=0)
-        encodings = {self.model.encodings[name] for name in names}
+        separate = columns_of(pieces, lengths, len(texts[0]))
+        columns: list[TokenColumn | JointColumn] = [*separate]
+        cut = np.any(self._too_long(sentences, lengths).reshape(-1, len(texts)), axis=0)
+        encodings = {self.tasks[name].encoding for name in names}
         if encodings != {"bi"}:
-            first, second = columns
-            joint = TokenColumn.joint(first, second, self.max_length)
+            first, second = separate
+            joint = JointColumn.of(first, second, self.max_length)
             cut |= joint.lengths < first.lengths + second.lengths - 1
             columns = [joint] if encodings == {"cross"} else [first, second, joint]
-        return TextRows(TASKS[names[0]], columns, cut)
+        return TextRows(self.tasks[names[0]], columns, cut)
 
     def _too_long(self, sentences: list[str], lengths: np.ndarray) -> np.ndarray:
         """Return which sentences would have more word pieces without the limit, [n_sentences] bool."""
@@ -299,7 +318,7 @@ class Predictor:
         """Give each task its columns among those of the batch, which has them for one task only."""
         (slices,) = batch.columns.values()
         by_encoding = {"bi": slices[:2], "cross": slices[-1:], "both": slices}
-        columns = {name: by_encoding[self.model.encodings[name]] for name in names}
+        columns = {name: by_encoding[self.tasks[name].encoding] for name in names}
         return dataclasses.replace(batch, columns=columns)
 
 
@@ -312,7 +331,8 @@ def read_outputs(task: Task, outputs: Tensor) -> list[Answer]:
     rounded = [[round(share, DIGITS) for share in row] for row in probabilities]
     if len(task.classes) == 2:
         return [{task.title: yes} for _, yes in rounded]
-    key, labels = f"{task.title}_probabilities", task.decode(outputs).tolist()
+    key, texts = f"{task.title}_probabilities", map(task.show, task.decode(outputs).tolist())
+    labels = [int(text) if text.isdecimal() else text for text in texts]
     return [{task.title: label, key: row} for label, row in zip(labels, rounded, strict=True)]
 
 
@@ -360,30 +380,37 @@ def answer_queries(
 Render = Callable[[Query, Answer], str]  # a line of the output
 
 
-def to_text(answer: Answer) -> str:
+def to_text(tasks: Collection[Task], answer: Answer) -> str:
     """Write an answer for people: `sentiment 3 somewhat positive  0.01 ...`, or
     `paraphrase 0.97  similarity 4.42`."""
     if "error" in answer:
         return f"({answer['error']})"
     entries = []
-    for task in TASKS.values():
+    for task in tasks:
         value = answer.get(task.title)
-        if isinstance(value, int):
+        if value is None:
+            continue
+        entry = [task.title]
+        if shares := answer.get(f"{task.title}_probabilities"):
             # Names of one width, so that the numbers are below each other.
-            name = task.classes[value].ljust(max(map(len, task.classes)))
-            shares = " ".join(f"{share:.2f}" for share in answer[f"{task.title}_probabilities"])
-            entries.append(f"{task.title} {value} {name}  {shares}")
-        elif value is not None:
-            entries.append(f"{task.title} {value:.2f}")
+            width = max(map(len, task.classes))
+            name = task.classes[task.texts.index(str(value))]
+            entry += [name.ljust(width) if name == value else f"{value} {name:<{width}}", ""]
+            entry += [f"{share:.2f}" for share in shares[:SHOWN_CLASSES]]
+            entry += ["..."] if len(shares) > SHOWN_CLASSES else []
+        else:
+            entry += [name for name in task.classes[1:] if name != task.title]
+            entry.append(f"{value:.2f}")
+        entries.append(" ".join(entry))
     if "cut" in answer:
         entries.append("(cut)")
     return "  ".join(entries)
 
 
-def to_text_line(query: Query, answer: Answer) -> str:
+def to_text_line(tasks: Collection[Task], query: Query, answer: Answer) -> str:
     # A cell of a CSV may have line ends.
     sentences = [" ".join(sentence.split()) for sentence in query.sentences]
-    return f"{to_text(answer):<{ANSWER_WIDTH}} {' | '.join(sentences)}".rstrip()
+    return f"{to_text(tasks, answer):<{ANSWER_WIDTH}} {' | '.join(sentences)}".rstrip()
 
 
 def to_json_line(query: Query, answer: Answer) -> str:
@@ -462,12 +489,14 @@ def predict(args: argparse.Namespace) -> None:
         if args.output:
             check_writable(args.output)
         predictor = Predictor(args.checkpoint, args)
+        tasks = list(predictor.tasks.values())
         if from_stdin and not args.output and file.isatty() and sys.stdout.isatty():
-            converse(predictor, to_json_line if args.json else lambda _, answer: to_text(answer))
+            converse(predictor, to_json_line if args.json else lambda _, a: to_text(tasks, a))
             return
-        is_csv = not from_stdin and name.endswith(".csv")
-        chunks = read_csv_queries(name) if is_csv else read_queries(file.fileno(), name)
-        write_answers(predictor, chunks, to_json_line if args.json else to_text_line, args.output)
+        table = None if from_stdin else read_table_queries(name, tasks)
+        chunks = table or read_queries(file.fileno(), name)
+        to_line = to_json_line if args.json else functools.partial(to_text_line, tasks)
+        write_answers(predictor, chunks, to_line, args.output)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -475,22 +504,22 @@ def predict(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Answer new sentences with a trained model. A line holds one sentence (sentiment) "
-        "or two separated by a tab (whether they mean the same, and how similar they are, 0 to 5)."
+        description="Answer new sentences with a trained model. A line holds one sentence, or two "
+        "separated by a tab; all tasks of the model answer that take as many sentences."
     )
     flag = parser.add_argument
     flag(
         "input",
         nargs="?",
         metavar="INPUT",
-        help="a file of lines; or a tab-separated NAME.csv with columns id and sentence, or id, "
-        "sentence1 and sentence2; default, and -: standard input, at a terminal a prompt",
+        help="a file of lines; or a table (text, JSON lines, Parquet) with the columns of a task, such as "
+        "sentence, or sentence1 and sentence2; default, and -: standard input, at a terminal a prompt",
     )
     flag("--checkpoint", required=True, metavar="PT", help="models/RUN.pt of a training run")
     flag(
         "--task",
         action="append",
-        choices=TASKS,
+        metavar="NAME",
         help="answer only this (more may be given); default: all that the model was trained on",
     )
     flag("--json", action="store_true", help="one JSON object a line, for programs")

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,11 @@ from torch import Tensor
 
 import evaluation
 from batches import Batch, collate
+from checkpoint import options_of
 from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
 from multitask_classifier import MultitaskBERT, Trained, load_trained
-from options import parse_options
-from tasks import TASKS, Task
+from tasks import Task
 from tokenizer import BertTokenizer
 from utils import (
     ROOT,
@@ -41,7 +42,7 @@ from utils import (
 )
 
 TEMPLATE = "report.html.j2"
-SETTINGS = ("bert_model", "option", "optimizer", "epochs", "para_encoding", "sts_encoding", "moe")
+SETTINGS = ("bert_model", "option", "optimizer", "epochs", "moe")
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 LENGTH_BINS = 5
 # Rows that are shown for each task.
@@ -59,13 +60,13 @@ class Result:
     rows: np.ndarray  # [n] numbers of the labelled rows in the dataset
     labels: np.ndarray  # [n]
     predictions: np.ndarray  # [n], on the label's scale
-    probabilities: np.ndarray | None  # [n, classes]; None for similarities
+    probabilities: np.ndarray | None  # [n, classes]; None for numbers
 
     @classmethod
     def of(cls, dataset: TaskDataset, outputs: Tensor) -> "Result":
         """Read the model's outputs [n_rows, ...]. Raises UserError if one is not a finite number."""
         if not outputs.isfinite().all():
-            raise UserError(f"{dataset.path}: the model's answers are not finite numbers")
+            raise UserError(f"{dataset.paths[0]}: the model's answers are not finite numbers")
         task, rows = dataset.task, np.flatnonzero(~np.isnan(dataset.labels))
         predictions = task.decode(outputs).double().numpy()
         scores = evaluation.score(task, dataset.labels, predictions)
@@ -83,37 +84,10 @@ class Result:
 
     @property
     def certainty(self) -> np.ndarray:
-        """[n] The probability of the predicted class, or the distance of a similarity from its label."""
+        """[n] The probability of the predicted class, or the distance of a number from its label."""
         if self.probabilities is None:
             return np.abs(self.predictions - self.labels)
         return self.probabilities.max(axis=1)
-
-
-# The metrics of many resamples at once: labels and predictions [..., n_rows] to [...].
-
-
-def accuracies(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    return (labels == predictions).mean(axis=-1)
-
-
-def macro_f1s(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    classes = np.arange(max(labels.max(), predictions.max()) + 1)[:, None]
-    true, predicted = labels[..., None, :] == classes, predictions[..., None, :] == classes
-    size = true.sum(axis=-1) + predicted.sum(axis=-1)  # [..., classes]
-    f1 = 2 * (true & predicted).sum(axis=-1) / np.maximum(size, 1)
-    # A resample may lack a class.
-    return f1.sum(axis=-1) / (size > 0).sum(axis=-1)
-
-
-def pearsons(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    constant = (np.ptp(labels, axis=-1) == 0) | (np.ptp(predictions, axis=-1) == 0)
-    x = labels - labels.mean(axis=-1, keepdims=True)
-    y = predictions - predictions.mean(axis=-1, keepdims=True)
-    spread = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
-    return np.where(constant, 0.0, (x * y).sum(axis=-1) / np.where(constant, 1.0, spread))
-
-
-RESAMPLED = {"accuracy": accuracies, "macro_f1": macro_f1s, "pearson": pearsons}
 
 
 def resample(
@@ -121,13 +95,14 @@ def resample(
 ) -> dict[str, np.ndarray]:
     """Draw resamples of the rows with replacement. Return the metrics of the task on each of them:
     labels and predictions [n_rows] to name -> [n_resamples]."""
-    generator = np.random.default_rng([seed, list(TASKS).index(task.name)])
+    generator = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     at_a_time = max(1, RESAMPLED_ROWS // len(labels))
     metrics = []
     for start in range(0, n_resamples, at_a_time):
         size = min(at_a_time, n_resamples - start), len(labels)
         rows = generator.integers(len(labels), size=size)
-        metrics.append([RESAMPLED[name](labels[rows], predictions[rows]) for name in task.metrics])
+        resamples = labels[rows], predictions[rows]
+        metrics.append([evaluation.METRICS[name](*resamples) for name in task.metrics])
     return dict(zip(task.metrics, np.concatenate(metrics, axis=1), strict=True))
 
 
@@ -244,7 +219,7 @@ class ShownRow(NamedTuple):
 
 
 def worst_mistakes(result: Result) -> list[ShownRow]:
-    """Return rows with a wrong answer: the most certain wrong classes, or the similarities that are
+    """Return rows with a wrong answer: the most certain wrong classes, or the numbers that are
     farthest from their labels."""
     wrong = np.flatnonzero(result.predictions != result.labels)
     order = np.argsort(-result.certainty[wrong], kind="stable")[:N_MISTAKES]
@@ -338,8 +313,8 @@ def reliability_figure(calibration: Calibration):
     return figure
 
 
-def similarity_figure(result: Result):
-    """Draw predicted against true similarities."""
+def number_figure(result: Result):
+    """Draw predicted against true numbers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4.5), layout="constrained", dpi=150)
@@ -349,7 +324,7 @@ def similarity_figure(result: Result):
     axes.scatter(
         result.labels, result.predictions, 12, color=DOTS, alpha=0.5, linewidths=0, rasterized=True
     )
-    axes.set(xlabel="true similarity", ylabel="predicted similarity", aspect="equal")
+    axes.set(xlabel="true label", ylabel="predicted label", aspect="equal")
     return figure
 
 
@@ -368,7 +343,7 @@ def describe_task(
         examples=examples,
     )
     if not result.task.classes:
-        return content | dict(scatter=embed_figure(similarity_figure, result))
+        return content | dict(scatter=embed_figure(number_figure, result))
     calibration = Calibration.of(result)
     return content | dict(
         counts=confusion_counts(result.evaluation).tolist(),
@@ -387,7 +362,15 @@ def describe_model(trained: Trained, results: dict[str, Result]) -> dict[str, An
         "epoch": content["epoch"],
         **{name: content["options"].get(name) for name in SETTINGS},
         "tags": f"{tags['name']} {tags['version']}" if tags else None,
-        **{f"{result.task.title}, dev": result.dataset.path for result in results.values()},
+        **{
+            f"{name}_encoding": result.task.encoding
+            for name, result in results.items()
+            if result.task.is_pair
+        },
+        **{
+            f"{result.task.title}, dev": ", ".join(map(str, result.dataset.paths))
+            for result in results.values()
+        },
         "commit": content.get("versions", {}).get("commit"),
     }
     return {name: value for name, value in known.items() if value is not None}
@@ -413,7 +396,7 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
     model, tokenizer, tagger, _, options = trained
     model.to(device)
     splits, length = ("dev",), options.max_length
-    data = load_data(options, tokenizer, length, splits, tagger, model.encodings)["dev"]
+    data = load_data(options, tokenizer, length, splits, tagger)["dev"]
     results, sections = {}, []
     for name, dataset in data.items():
         outputs = evaluation.outputs(model, dataset, options.batch_size, options.precision)
@@ -450,7 +433,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
     resamples = "resamples of the rows for the intervals; default: 1000"
     flag("--resamples", type=positive_int, default=1000, metavar="N", help=resamples)
     own, others = parser.parse_known_args(argv)
-    return own, parse_options([*others, "--evaluate", own.checkpoint])
+    return own, options_of([*others, "--evaluate", own.checkpoint])
 
 
 def run(argv: list[str] | None) -> None:

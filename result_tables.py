@@ -4,12 +4,13 @@ import json
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from options import config_arguments, deciding, given_flags
-from tasks import TASKS
+from tasks import CLASS_METRICS, NUMBER_METRICS, TASKS
 from utils import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Budget(NamedTuple):
 BUDGETS = {"short": Budget(2, 4000), "full": Budget(4, 10000), "gpu": Budget(10, 10000)}
 SCORES = {f"{name}_{metric}": task for name, task in TASKS.items() for metric in task.metrics}
 MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.items()}
+METRIC_OF_SCORE = re.compile(rf"(\w+?)_({'|'.join((*CLASS_METRICS, *NUMBER_METRICS))})")
 IDENTITY = "recipe budget seed encoder precision flags data pipeline device".split()
 COLUMNS = ["run", *IDENTITY, "rows", *SCORES, "best_epoch", "seconds_per_epoch", "seconds"]
 COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
@@ -53,7 +55,13 @@ PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
 VARIANTS = ["best", "ablations", "sophia"]
-SETTING = ["encoder", "precision", "device", "budget"]  # rows that differ in these do not compare
+SETTING = [
+    "encoder",
+    "precision",
+    "device",
+    "budget",
+    "tasks",
+]  # rows that differ in these do not compare
 HEADINGS = MAIN_SCORES | {
     "sst_macro_f1": "sentiment, macro-F1",
     "para_macro_f1": "paraphrase, macro-F1",
@@ -64,7 +72,7 @@ HEADINGS = MAIN_SCORES | {
 }
 # Columns that are a line below the tables, since most rows have the same in them.
 CAPTIONS = {
-    "rows": f"Training rows of {', '.join(task.title for task in TASKS.values())}",
+    "rows": "Training rows of the tasks",
     "pipeline": "spaCy pipeline",
     "threads": "CPU threads × runs at once",
 }
@@ -91,11 +99,24 @@ def recipe_flags(name: str) -> dict[str, Any]:
 def recorded_flags(arguments: list[str]) -> dict[str, Any]:
     """Return the flags in `arguments` that scores depend on and that no other column has. A file is
     given by its name only, since folders differ from machine to machine."""
+    flags = deciding(given_flags(arguments))
+    texts = {name: [value] if isinstance(value, str) else value for name, value in flags.items()}
     return {
-        name: Path(value).name if isinstance(value, str) else value
-        for name, value in deciding(given_flags(arguments)).items()
+        name: " ".join(Path(v).name for v in value) if isinstance(value, list) else value
+        for name, value in texts.items()
         if name not in WITH_COLUMNS
     }
+
+
+def main_scores(columns: Iterable[str]) -> dict[str, str]:
+    """Return the scores among the columns that select models, with their headings: those of TASKS, and
+    the first one of each other task."""
+    found: dict[str, str] = {}
+    for column in columns:
+        if match := METRIC_OF_SCORE.fullmatch(column):
+            found.setdefault(match[1], column)
+    own = {score: name for name, score in found.items() if name not in TASKS}
+    return {score: title for score, title in MAIN_SCORES.items() if score in columns} | own
 
 
 def read_table(path: Path, columns: list[str]) -> "pd.DataFrame":
@@ -108,7 +129,8 @@ def read_table(path: Path, columns: list[str]) -> "pd.DataFrame":
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         # Rows from before a task was added lack its scores.
         table[[name for name in columns if name in SCORES and name not in table]] = ""
-        return table[columns]
+        own = [c for c in table if c not in columns and METRIC_OF_SCORE.fullmatch(c)]
+        return table[[*columns, *own]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a table that experiments.py wrote ({error})") from error
 
@@ -133,9 +155,9 @@ def summarize(results: "pd.DataFrame") -> list[Summary]:
     recipes = [name for name in set(results["recipe"]) if (RECIPES / f"{name}.json").is_file()]
     known = {name: recipe_flags(name) for name in recipes}
     results = results.copy()
-    for column in (*SCORES, "seconds_per_epoch", "peak_memory_mb"):
+    scores = filter(METRIC_OF_SCORE.fullmatch, results.columns)
+    for column in (*scores, "seconds_per_epoch", "peak_memory_mb"):
         results[column] = pd.to_numeric(results[column])  # nan where it is empty
-    results["mean"] = results[list(MAIN_SCORES)].mean(axis=1, skipna=False)
     groups = results.groupby([column for column in IDENTITY if column != "seed"])
     summaries = [summarize_group(group, known) for _, group in groups]
     return sorted(summaries, key=lambda s: (-s.n_rows, s.setting, s.recipe, s.remark))
@@ -159,9 +181,13 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
         "memory": format_spread(group["peak_memory_mb"], ".0f"),
         "clipped": f"{clipped[0]:.2f}, {clipped[-1]:.2f}" if clipped else "",
     }
-    cells |= {column: format_spread(group[column]) for column in (*SCORES, "mean")}
-    remark = describe_flags(flags, known.get(recipe))
-    runs, means = set(group["run"]), group.set_index("seed")["mean"]
+    scores = [c for c in group if METRIC_OF_SCORE.fullmatch(c) and group[c].notna().any()]
+    main, names = list(main_scores(scores)), {METRIC_OF_SCORE.sub(r"\1", c) for c in scores}
+    means = group.set_index("seed")[main].mean(axis=1, skipna=False)
+    cells |= {column: format_spread(group[column]) for column in scores}
+    cells |= {"mean": format_spread(means)}
+    cells["tasks"] = "" if names == set(TASKS) else ", ".join(sorted(names))
+    remark, runs = describe_flags(flags, known.get(recipe)), set(group["run"])
     n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
     return Summary(recipe, remark, runs, means, n_rows, seconds, setting, cells)
 
@@ -271,12 +297,12 @@ def setting_tables(group: list[Summary], columns: list[str]) -> str:
         }
         rows.append(summary.cells | own)
     tables = [
-        ["recipe", "seeds", *MAIN_SCORES, "mean"],
+        ["recipe", "seeds", *main_scores(first.cells), "mean"],
         ["recipe", "difference", "clipped", "seconds", "relative", "memory"],
     ]
-    if any(row[column] for row in rows for column in columns):
+    if any(row.get(column) for row in rows for column in columns):
         tables.append(["recipe", *columns])
-    parts = [f"### {', '.join(first.setting)}"]
+    parts = [f"### {', '.join(filter(None, first.setting))}"]
     parts += [format_paragraph(answer(summaries))] if len(group) > 1 else []
     parts += [format_table(rows, table) for table in tables]
     captions = [format_caption(summaries, column) for column in CAPTIONS]
@@ -304,7 +330,8 @@ def original_table(summaries: list[Summary]) -> str:
         theirs = {"recipe": format_name(recipe), "setting": "original report", "seeds": "1"}
         rows.append(theirs | scores)
         for ours in [s for s in summaries if s.recipe == recipe and not s.remark][:1]:
-            rows.append(ours.cells | {"setting": f"{ours.setting[0]}, {ours.setting[-1]}"})
+            setting = f"{ours.cells['encoder']}, {ours.cells['budget']}"
+            rows.append(ours.cells | {"setting": setting})
     return format_table(rows, ["recipe", "setting", "seeds", *MAIN_SCORES])
 
 
@@ -323,7 +350,7 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
     published = {"model": "best published single-task models", "encoder": "one each"}
     rows += [original | ORIGINAL["baseline"], published | PUBLISHED]
     seeds = " or ".join(sorted({summary.cells["seeds"] for summary in ours}))
-    precision, device, budget = ours[0].setting[1:] if ours else ("", "", "")
+    precision, device, budget = ours[0].setting[1:4] if ours else ("", "", "")
     budget = f"{budget.replace(' × ', ' epochs of ')} rows of each task"
     setting = f" over {seeds} seeds ({precision}, {device}, {budget})" if ours else ""
     page = f"{to_root}{DOCS}/results"

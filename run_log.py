@@ -115,8 +115,10 @@ class RunLog:
         train: Mapping[str, Mapping[str, float]],
         dev: Mapping[str, Evaluation],
         mean: float,
+        n_rows: Mapping[str, int],
     ) -> None:
-        """Log the scores of an epoch, and a confusion matrix for each task with classes."""
+        """Log the scores of an epoch, a confusion matrix for each task with classes, and how many rows
+        of each task were drawn."""
         dev_scores = {name: evaluation.scores for name, evaluation in dev.items()}
         with self._uncritical():
             for split, scores in {"train": train, "dev": dev_scores}.items():
@@ -124,6 +126,8 @@ class RunLog:
                     for metric, value in metrics.items():
                         self.writer.add_scalar(f"{split}/{name}_{metric}", value, epoch)
             self.writer.add_scalar("dev/mean", mean, epoch)
+            for name, n in n_rows.items():
+                self.writer.add_scalar(f"rows/{name}", n, epoch)
             for name, evaluation in dev.items():
                 if evaluation.dataset.task.classes:
                     figure = confusion_figure(evaluation)
@@ -153,7 +157,7 @@ class RunLog:
         simple = (bool, int, float, str)
         values = {
             key: value if isinstance(value, simple) else str(value)
-            for key, value in deciding(vars(options)).items()
+            for key, value in shown(deciding(vars(options))).items()
         }
         # Not add_hparams: it also writes which columns there are. With the columns of a single run,
         # TensorBoard could not put the flags first in which runs differ.
@@ -180,7 +184,8 @@ class RunLog:
         vectors = torch.cat(parts).double().cpu().numpy().round(3)
         examples = [dataset.examples[row] for row in rows]
         shown = [
-            (" ".join(example.sentences[0].split()), f"{example.label:g}") for example in examples
+            (" ".join(example.sentences[0].split()), dataset.task.name_of(example.label))
+            for example in examples
         ]
         tag = f"{dataset.split}/{dataset.task.name}"
         with self._uncritical():
@@ -209,6 +214,11 @@ class RunLog:
             self.broken = True
 
 
+def shown(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options for people: of the tasks their names."""
+    return dict(options) | {"tasks": ",".join(options["tasks"])}
+
+
 def describe_run(
     options: argparse.Namespace,
     run: str,
@@ -221,15 +231,15 @@ def describe_run(
     rows are also in the training set."""
     threads = torch.get_num_threads()
     print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
-    values = ", ".join(f"{key}={value}" for key, value in sorted(vars(options).items()))
+    values = ", ".join(f"{key}={value}" for key, value in sorted(shown(vars(options)).items()))
     wrapper = textwrap.TextWrapper(
         100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
     )
     print(wrapper.fill(f"options: {values}"))
     for name, train in data["train"].items():
         orders = " in both orders" if train.both_orders else ""
-        n_rows = len(train) // 2 if train.both_orders else len(train)
-        print(f"{name}: {n_rows} training rows{orders}; the first: label {train.labels[0]:g}")
+        label = train.task.name_of(train.labels[0])
+        print(f"{name}: {len(train)} training rows{orders}; the first: label {label}")
         for column in train.columns:
             ids, *tags = column.row(0)
             pieces = tokenizer.pieces_of(ids)
@@ -237,7 +247,7 @@ def describe_run(
                 rows = zip(pieces, *tags, strict=True)
                 pieces = [f"{piece}{tagger.describe(*ids)}" for piece, *ids in rows]
             print(f"    {' '.join(pieces)}")
-        others = {split: data[split][name].examples for split in SPLITS[1:]}
+        others = {s: data[s][name].examples for s in SPLITS[1:] if name in data[s]}
         known = zip(others, overlap(train.examples, *others.values()), strict=True)
         counts = [f"{n} of {len(others[split])} {split} rows" for split, n in known]
-        print(f"    known from training: {', '.join(counts)}")
+        print(f"    known from training: {', '.join(counts) or 'no other files'}")

@@ -414,10 +414,10 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.sst_train is None:
-        args.sst_train = os.path.join(args.data_dir, SST.filename("train"))
+        args.sst_train = os.path.join(args.data_dir, SST.train[0])
     for split in ("dev", "test"):
         if getattr(args, f"sst_{split}") is None:
-            beside = Path(args.sst_train).with_name(SST.filename(split))
+            beside = Path(args.sst_train).with_name(getattr(SST, split)[0])
             setattr(args, f"sst_{split}", str(beside) if beside.exists() else None)
     del args.data_dir
     return args

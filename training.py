@@ -16,9 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluation
-from batches import Batch, EpochSampler, training_windows
+from batches import Batch, EpochSampler, row_multiples, training_windows
 from bert import EncoderWithHeads
-from checkpoint import CHECKPOINT_FORMAT, checkpoint_content, data_digests, write_checkpoint
+from checkpoint import (
+    CHECKPOINT_FORMAT,
+    checkpoint_content,
+    data_digests,
+    plain,
+    write_checkpoint,
+)
 from datasets import TaskDataset
 from optimizer import (
     STEP_SCHEDULES,
@@ -30,7 +36,7 @@ from optimizer import (
 from profiler import StepProfiler
 from run_log import RunLog
 from tagging import Tagger
-from tasks import TASKS, sequences_per_row
+from tasks import Task
 from tokenizer import BertTokenizer
 from utils import (
     Terminated,
@@ -99,6 +105,9 @@ class Training:
         self.samplers = {
             name: EpochSampler(len(rows), options.seed) for name, rows in train.items()
         }
+        self.dev = self.data["dev"]  # what is scored after each epoch
+        if options.dev_rows:
+            self.dev = {name: rows.sample(options.dev_rows) for name, rows in self.dev.items()}
         self.best: float | None = None  # mean dev score of the saved model
         # Scores on dev after the last epoch, and on train during it (with dropout).
         self.scores: evaluation.Scores = {}
@@ -121,6 +130,8 @@ class Training:
         samplers = self.samplers.items()
         self.samplers_at_start = {name: sampler.state_dict() for name, sampler in samplers}
         self.began = time.perf_counter()
+        n_rows = {name: len(dataset) for name, dataset in self.data["train"].items()}
+        self.row_multiples = row_multiples(n_rows, self.options, self.epoch)
 
     # ------------------------------------------------------------------------ one epoch, step by step
 
@@ -141,13 +152,12 @@ class Training:
             options.grad_accumulation,
             rank=rank(),
             n_processes=n_processes(),
-            row_multiples=options.batch_shares,
+            row_multiples=self.row_multiples,
             twice=[name for name, weight in options.rdrop.items() if weight],
         )
         sequences = sum(
-            multiple * sequences_per_row(name, self.model.encodings, options.rdrop)
-            for name, multiple in options.batch_shares.items()
-            if name in train
+            multiple * options.tasks[name].sequences_per_row(twice=options.rdrop[name] > 0)
+            for name, multiple in self.row_multiples.items()
         )
         self.model.train()
         with tqdm(
@@ -207,11 +217,14 @@ class Training:
     def end_epoch(self, dev: Mapping[str, evaluation.Evaluation]) -> None:
         """Log and print the scores of an epoch, step the plateau schedule, and keep the model if it is
         the best so far."""
-        self.train_scores = scores_of(itertools.chain(*gather(merged(self.answers))))
+        answers = itertools.chain(*gather(merged(self.answers)))
+        self.train_scores = scores_of(answers, self.options.tasks)
         self.scores = {name: result.scores for name, result in dev.items()}
         mean = evaluation.mean_score(self.scores)
         self.epoch += 1
-        self.log.epoch(self.epoch, self.train_scores, dev, mean)
+        samples = self.options.samples_per_epoch
+        n_rows = {name: round(by * samples) for name, by in self.row_multiples.items()}
+        self.log.epoch(self.epoch, self.train_scores, dev, mean, n_rows)
         if self.options.scheduler == "plateau":
             self.scheduler.step(mean)
         kept = self._keep_if_best(mean)
@@ -220,9 +233,10 @@ class Training:
             print(f"  steps skipped so far, because they were not finite: {self.skipped_steps}")
         if isinstance(self.optimizer, Sophia):
             print(f"  {self.log.curvature(self.optimizer)}")
-        for name, scores in self.scores.items():
+        for name, n in n_rows.items():
             train_text = evaluation.format_scores(self.train_scores.get(name, {}))
-            print(f"  {name}: train {train_text}; dev {evaluation.format_scores(scores)}")
+            dev_text = evaluation.format_scores(self.scores.get(name, {})) or "none"
+            print(f"  {name}: {n} rows, train {train_text}; dev {dev_text}")
         self._start_epoch()
 
     def _keep_if_best(self, mean: float) -> str:
@@ -274,7 +288,7 @@ class Training:
 
     def save_finished(self) -> None:
         """Replace the state by a note that the run is finished and needs none."""
-        content = {"format": CHECKPOINT_FORMAT, "options": vars(self.options)}
+        content = {"format": CHECKPOINT_FORMAT, "options": plain(self.options)}
         tags = self.tagger.pipeline.to_dict() if self.tagger else None
         self._write(content | {"tags": tags, "training": "finished"})
 
@@ -359,10 +373,10 @@ def merged(answers: Iterable[Answers]) -> list[Answers]:
     ]
 
 
-def scores_of(answers: Iterable[Answers]) -> evaluation.Scores:
+def scores_of(answers: Iterable[Answers], tasks: Mapping[str, Task]) -> evaluation.Scores:
     """Return the scores of answers: task -> metric -> value."""
     return {
-        name: evaluation.score(TASKS[name], labels.double().numpy(), predictions.double().numpy())
+        name: evaluation.score(tasks[name], labels.double().numpy(), predictions.double().numpy())
         for name, labels, predictions in merged(answers)
     }
 

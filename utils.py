@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import difflib
 import functools
 import glob
 import hashlib
@@ -18,11 +19,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +64,14 @@ def terminate(*_) -> None:
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type if it has no text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest right one, or the first few."""
+    names = list(known)
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"; did you mean {near[0][:60]!r}?"
+    return f"; known: {textwrap.shorten(', '.join(names), 120, placeholder=' ...')}"
 
 
 @functools.cache
