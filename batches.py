@@ -132,17 +132,20 @@ def collate(
 class EpochSampler:
     """Draws the rows of a task without replacement until they are used up, then reshuffles them.
 
-    The rows that an epoch leaves over come first in the next one.
+    The rows that an epoch leaves over come first in the next one. With `both_orders`, each pair comes
+    once, in an order of its sentences that is drawn: as its row, or `n_rows` later.
     """
 
-    def __init__(self, n_rows: int, seed: int | list[int]):
-        self.n_rows = n_rows
+    def __init__(self, n_rows: int, seed: int | list[int], both_orders: bool = False):
+        self.n_rows, self.both_orders = n_rows, both_orders
         self.generator = np.random.default_rng(seed)
         self._shuffle()
 
     def _shuffle(self) -> None:
         self.before_shuffle = self.generator.bit_generator.state
         self.rows = self.generator.permutation(self.n_rows)
+        if self.both_orders:
+            self.rows += self.n_rows * self.generator.integers(2, size=self.n_rows)
         self.n_drawn = 0
 
     def draw(self, samples: int) -> np.ndarray:

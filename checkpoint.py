@@ -21,15 +21,8 @@ import torch
 from base_bert import BertConfig
 from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
-from options import (
-    DEFAULT_SPACY_MODEL,
-    build_parser,
-    changed_options,
-    deciding,
-    find_data,
-    named_files,
-    parse_options,
-)
+from flags import DEFAULT_SPACY_MODEL, build_parser
+from options import changed_options, deciding, find_data, named_files, parse_options
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer

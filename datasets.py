@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,14 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from base_bert import BertConfig
-from tables import check_cells, find_columns, open_table
+from tables import check_cells, find_columns, of_table, open_table
 from tagging import Tagger
 from tasks import Task
 from tokenizer import BertTokenizer
 from utils import UserError, atomic_write, one_line
 
 SMOKETEST_ROWS = 32  # read of each file with --smoketest
-NAMED_ROWS = 20  # a warning names this many unusable rows and counts the others
+NAMED_REASONS, NAMED_ROWS = 3, 4  # a warning about rows names so many, and counts the others
 
 
 class Example(NamedTuple):
@@ -64,8 +64,8 @@ def read_examples(
     columns = find_columns(path, header, needed, task)
     for (place, cells), number in zip(rows, numbers or itertools.count(1), strict=False):
         try:
-            check_cells(cells, header, task.columns)
-            examples.append(_to_example(cells, columns, task, split, number))
+            row = check_cells(cells, header)
+            examples.append(_to_example(row, columns, task, split, number))
         except _Unscored as problem:
             examples.append(problem.example)
             unscored.append((place, str(problem)))
@@ -73,16 +73,17 @@ def read_examples(
             unusable.append((place, str(problem)))
             continue
         if (id := examples[-1].id) in ids:
-            repeated.append((place, f"id {id[:20]!r}"))
+            repeated.append((place, "an earlier row has the same id"))
         ids.add(id)
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
         what = "row to predict" if split == "test" else "row with a label"
         reasons = "; ".join(f"{place}: {reason}" for place, reason in (unusable + unscored)[:2])
-        raise UserError(f"{path}: not one usable {what}{' (' + reasons + ')' if reasons else ''}")
+        reasons = f" ({reasons})" if reasons else ""
+        raise UserError(f"{path}: {of_table(task)}not one usable {what}{reasons}")
     kinds = {"unusable": unusable, "predicted but not scored": unscored}
-    kinds["used although an earlier row has the same id"] = repeated
+    kinds["used nevertheless"] = repeated
     if found := [_describe(kind, problems) for kind, problems in kinds.items() if problems]:
-        warnings.warn(f"{path}: {'; '.join(found)}", stacklevel=2)
+        warnings.warn(f"{path}: {of_table(task)}{'; '.join(found)}", stacklevel=2)
     return examples
 
 
@@ -115,11 +116,19 @@ def _to_example(
 
 
 def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
-    named = ", ".join(f"{place} ({reason})" for place, reason in problems[:NAMED_ROWS])
-    rest = Counter(reason for _, reason in problems[NAMED_ROWS:])
-    others = "".join(f", and {count} more ({reason})" for reason, count in rest.most_common(3))
+    """Return how many rows have a problem; of the most frequent reasons the first places."""
+    places = defaultdict(list)
+    for place, reason in problems:
+        places[reason].append(place)
+    texts = []
+    for reason in sorted(places, key=lambda reason: -len(places[reason]))[:NAMED_REASONS]:
+        first = ", ".join(places[reason][:NAMED_ROWS])
+        more = len(places[reason]) - NAMED_ROWS
+        texts.append(f"{reason} ({first}{f' and {more} more' if more > 0 else ''})")
+    if others := len(places) - len(texts):
+        texts.append(f"other reasons: {others}")
     rows = "row" if len(problems) == 1 else "rows"
-    return f"{len(problems)} {rows} {kind}: {named}{others}"
+    return f"{len(problems)} {rows} {kind}: {', '.join(texts)}"
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -132,13 +141,13 @@ def normalised(sentences: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(map(" ".join, words)))
 
 
-def overlap(train: list[Example], *others: list[Example]) -> list[int]:
-    """Count, in each of the others, the rows whose sentences are also those of a training row."""
+def rows_in_train(rows: list[Example], train: list[Example]) -> np.ndarray:
+    """Return which rows have the sentences of a training row: [n_rows] bool."""
     # The training rows, which can be millions, are not held a second time.
-    keys = [[normalised(example.sentences) for example in other] for other in others]
-    looked_for = set(itertools.chain(*keys))
+    keys = [normalised(example.sentences) for example in rows]
+    looked_for = set(keys)
     known = {key for example in train if (key := normalised(example.sentences)) in looked_for}
-    return [sum(key in known for key in other) for other in keys]
+    return np.array([key in known for key in keys], bool)
 
 
 # ------------------------------------------------------------------------------------- tokenizing

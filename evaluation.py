@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from batches import evaluation_batches
-from datasets import TaskDataset
+from datasets import TaskDataset, rows_in_train
 from tasks import Task
 from utils import atomic_write, autocast, gather, n_processes, rank
 
@@ -223,9 +223,12 @@ def evaluate_checkpoint(
     epoch: int,
     data: Mapping[str, Mapping[str, TaskDataset]],
     options: argparse.Namespace,
-) -> Scores:
-    """Write the dev and test predictions of a checkpoint's model, print its dev scores and return them."""
-    written, scores = [], {}
+) -> tuple[Scores, Scores]:
+    """Write the dev and test predictions of a checkpoint's model and print its dev scores. Return them,
+    and for tasks with dev rows that are in the training file too the scores without these rows."""
+    written: list[str] = []
+    scores: Scores = {}
+    unseen: Scores = {}
     for split in ("dev", "test"):
         results = evaluate(model, data[split], options.batch_size, options.precision)
         for name, result in results.items():
@@ -235,11 +238,27 @@ def evaluate_checkpoint(
             written.append(target)
             if split == "dev":
                 scores[name] = result.scores
+                if "train" in data:
+                    unseen |= unseen_scores(result, data["train"][name])
     print(f"\n{'task':<12} {'dev metric':<11} value")
     for name, metrics in scores.items():
         for metric, value in metrics.items():
             print(f"{options.tasks[name].title:<12} {metric:<11} {value:.4f}")
     print(f"{'mean':<24} {mean_score(scores):.4f}\n")
+    for name, metrics in unseen.items():
+        print(
+            f"{name} without the dev rows that are in its training file: {format_scores(metrics)}"
+        )
     print(f"checkpoint: {path} (epoch {epoch})")
     print(f"predictions: {', '.join(written)}")
-    return scores
+    return scores, unseen
+
+
+def unseen_scores(dev: Evaluation, train: TaskDataset) -> Scores:
+    """Return the scores of a task without the rows that are in its training file; empty if there are no
+    such rows, or no others."""
+    known = rows_in_train(dev.dataset.examples, train.examples)
+    labels = dev.dataset.labels[~known]
+    if not known.any() or np.isnan(labels).all():
+        return {}
+    return {train.task.name: score(train.task, labels, dev.predictions[~known])}

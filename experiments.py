@@ -36,7 +36,8 @@ import torch
 from filelock import FileLock
 
 from datasets import digest_files
-from options import DEFAULT_SPACY_MODEL, config_arguments, given_flags, parse_options
+from flags import DEFAULT_SPACY_MODEL
+from options import config_arguments, given_flags, parse_options
 from result_tables import (
     BUDGETS,
     COLUMNS,
@@ -62,6 +63,7 @@ from utils import (
     UserError,
     atomic_write,
     check_writable,
+    cpu_features,
     exit_status,
     pick_device,
     positive_int,
@@ -143,7 +145,7 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the name of a GPU, or for the CPU a text like `2 cores of AMD EPYC`."""
+    """Return the name of a GPU, or for the CPU a text like `2 cores of AMD EPYC, avx512_bf16`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -152,7 +154,8 @@ def describe_device(device: torch.device) -> str:
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         model = re.search(r"^model name\s*: (.*)$", text, re.M)
-    return f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    name = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    return ", ".join([name, *cpu_features()])
 
 
 class Children:

@@ -46,8 +46,9 @@ from ray.tune.search.optuna import OptunaSearch
 import evaluation
 from checkpoint import checkpoint_content, new_run, plain, read_state
 from datasets import TaskDataset
+from flags import SEARCH_SPACE, build_parser
 from multitask_classifier import fit, load_all, model_from_checkpoint
-from options import SEARCH_SPACE, build_parser, changed_options, deciding, parse_options
+from options import changed_options, deciding, parse_options
 from run_log import RunLog
 from tagging import Pipeline, Tagger
 from tasks import TASKS, tasks_of_rows

@@ -423,8 +423,8 @@ def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores
         raise UserError(f"{path} could not be written; saved: {training.describe_saved()}")
     model, _, content = load_checkpoint(path)
     model, epoch = model.to(device), content["epoch"]
-    scores = evaluation.evaluate_checkpoint(path, model, epoch, training.data, options)
-    log.best(model, training.data["dev"], options, scores)
+    scores, unseen = evaluation.evaluate_checkpoint(path, model, epoch, training.data, options)
+    log.best(model, training.data["dev"], options, scores, unseen)
     return scores
 
 
@@ -543,7 +543,7 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
     data = load_data(options, tokenizer, length, splits, tagger)
     with checkpoint.lock_predictions(options):
         path, epoch = options.evaluate, content["epoch"]
-        return evaluation.evaluate_checkpoint(path, model.to(device), epoch, data, options)
+        return evaluation.evaluate_checkpoint(path, model.to(device), epoch, data, options)[0]
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -307,19 +307,23 @@ class SophiaG(Sophia):
         hess_interval=10,
     ):
         super().__init__(params, lr, betas, rho, weight_decay, eps, hess_interval)
+        self.estimates: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def update_hessian(self, bs: int = 1) -> None:
-        """Average in `bs` times the square of `.grad`, which must hold the gradients of a loss with drawn
-        labels, averaged over `bs` rows and not clipped."""
-        self._average_in(
-            {
-                param: bs * param.grad.square()
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            }
-        )
+        """Let the coming step average in `bs` times the square of `.grad`, which must hold the gradients
+        of a loss with drawn labels, averaged over `bs` rows and not clipped. If that step is not taken,
+        the next call replaces the estimate."""
+        self.estimates = {
+            param: bs * param.grad.square()
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        }
+
+    def _before_update(self) -> None:
+        self._average_in(self.estimates)
+        self.estimates = {}
 
 
 def sophia_update(
@@ -398,7 +402,8 @@ class OptimizerRow(NamedTuple):
     new: Callable[..., torch.optim.Optimizer]
     lr: float  # default of --lr
     pretrain_lr: float  # default of --lr with --option pretrain
-    betas: tuple[float, float]
+    betas: tuple[float, float]  # default of --betas
+    why_betas: str
     help: str
     flags: dict[str, OwnFlag] = {}
     weight_decay: float = (
@@ -420,6 +425,7 @@ OPTIMIZERS = {
         lr=8e-5,
         pretrain_lr=1e-3,
         betas=(0.9, 0.999),
+        why_betas="of Adam's paper",
         help="Adam with decoupled weight decay",
     ),
     "sophiah": OptimizerRow(
@@ -427,6 +433,7 @@ OPTIMIZERS = {
         lr=4e-4,
         pretrain_lr=4e-4,
         betas=(0.985, 0.99),
+        why_betas="of the original project",
         help="steps scaled by Hutchinson's estimate of the curvature",
         flags=SOPHIA_FLAGS,
     ),
@@ -435,6 +442,7 @@ OPTIMIZERS = {
         lr=1.2e-3,
         pretrain_lr=1.2e-3,
         betas=(0.965, 0.99),
+        why_betas="of Sophia's paper",
         help="steps scaled by the Gauss-Newton-Bartlett estimate of the curvature",
         flags=SOPHIA_FLAGS,
     ),
@@ -483,7 +491,7 @@ def build_optimizer(model: EncoderWithHeads, options: argparse.Namespace) -> tor
         )
     row = OPTIMIZERS[options.optimizer]
     own = {name: getattr(options, name) for name in row.flags}
-    return row.new(groups, lr=options.lr, betas=row.betas, **own)
+    return row.new(groups, lr=options.lr, betas=options.betas, **own)
 
 
 def parameter_groups(model: EncoderWithHeads, options: argparse.Namespace) -> list[dict[str, Any]]:

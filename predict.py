@@ -39,8 +39,9 @@ from batches import Batch, evaluation_batches
 from checkpoint import options_to_evaluate
 from datasets import JointColumn, TokenColumn, columns_of, tokenize_cached
 from export import export
+from flags import PRECISIONS
 from multitask_classifier import load_trained
-from options import PRECISIONS, changed_options
+from options import changed_options
 from tables import check_cells, find_columns, open_table
 from tasks import Task
 from utils import (
@@ -101,19 +102,19 @@ def parse_line(number: int, line: bytes) -> Query:
 
 
 def parse_row(
-    place: str, cells: list[str], header: list[str], columns: dict[str, int], id: str
+    place: str, cells: list[str] | str, header: list[str], columns: dict[str, int], id: str
 ) -> Query:
     """Read a row of a table. `columns` gives the numbers of the sentences' columns; `id` names the column
     of ids, or is empty."""
     kind, number, *_ = place.split()
     key: dict[str, Any] = {kind.removesuffix("s"): int(number)}
     try:
-        check_cells(cells, header)
+        row = check_cells(cells, header)
     except ValueError as problem:
         return Query(place, key, (), str(problem))
     if id:
-        key = {"id": cells[header.index(id)].strip()}
-    return Query(place, key, tuple(cells[column] for column in columns.values()))
+        key = {"id": row[header.index(id)].strip()}
+    return Query(place, key, tuple(row[column] for column in columns.values()))
 
 
 def chunk_sizes() -> Iterator[int]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from batches import collate
 from bert import EncoderWithHeads
-from datasets import TaskDataset, overlap
+from datasets import TaskDataset, rows_in_train
 from evaluation import Evaluation, confusion_figure
 from optimizer import Sophia
 from options import deciding
@@ -141,12 +141,18 @@ class RunLog:
         dev: Mapping[str, TaskDataset],
         options: argparse.Namespace,
         scores: Mapping[str, Mapping[str, float]],
+        unseen: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Log the best model: the vectors of sentences, the options and the scores."""
+        """Log the best model: the vectors of sentences, the options and the scores, also those without
+        the dev rows that are in the training file."""
         for dataset in dev.values():
             if not dataset.task.is_pair:
                 self.sentences(model, dataset, options.batch_size, options.precision)
         self.hyper_parameters(options, scores)
+        with self._uncritical():
+            for name, metrics in unseen.items():
+                for metric, value in metrics.items():
+                    self.writer.add_scalar(f"unseen/{name}_{metric}", value)
 
     def hyper_parameters(
         self, options: argparse.Namespace, scores: Mapping[str, Mapping[str, float]]
@@ -248,6 +254,6 @@ def describe_run(
                 pieces = [f"{piece}{tagger.describe(*ids)}" for piece, *ids in rows]
             print(f"    {' '.join(pieces)}")
         others = {s: data[s][name].examples for s in SPLITS[1:] if name in data[s]}
-        known = zip(others, overlap(train.examples, *others.values()), strict=True)
-        counts = [f"{n} of {len(others[split])} {split} rows" for split, n in known]
+        known = {split: rows_in_train(rows, train.examples) for split, rows in others.items()}
+        counts = [f"{rows.sum()} of {len(rows)} {split} rows" for split, rows in known.items()]
         print(f"    known from training: {', '.join(counts) or 'no other files'}")

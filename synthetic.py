@@ -28,9 +28,9 @@ import torch
 from tqdm import tqdm
 
 from datasets import Example, read_examples
+from flags import PRECISIONS
 from generators import GENERATORS, LABELS, SST, Generator, LimitReached, Sentence
 from multitask_classifier import load_checkpoint
-from options import PRECISIONS
 from utils import (
     UserError,
     atomic_write,

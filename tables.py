@@ -1,6 +1,5 @@
 """Tables as people have them: text with a separator, JSON lines or Parquet, to rows of texts."""
 
-import codecs
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,8 @@ from typing import Any
 from tasks import TASKS, Task
 from utils import UserError, did_you_mean, one_line
 
-# Place for people, cells; no cell where a line is not JSON.
-TableRows = Iterator[tuple[str, list[str]]]
+# Place for people, and cells, or the reason why there are none.
+TableRows = Iterator[tuple[str, list[str] | str]]
 
 
 def open_table(
@@ -20,54 +19,66 @@ def open_table(
     """Open a table: Parquet, JSON lines, or text with a separator; return its header and its rows.
 
     The content decides, not the name. Of text, the first separator counts with which the header names
-    all columns of one of the layouts. `task` says what is special about its files.
+    all columns of one of the layouts. `task` says what is special about its files. Its `columns` are
+    for those whose first line does not name the columns; these may have more columns than are named.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            first = next((line for line in file if line.strip()), b"")
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = next((line for line in file if line.strip("\n")), "").lstrip(" ")
     except FileNotFoundError:
+        if table := of_table(task):
+            hint = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
+            raise UserError(f"{path}: {table}no such file{hint}") from None
         raise UserError(
             f"{path}: no such file; 'python datasets.py download' fetches the real data, --data_dir "
             "data/sample is a sample, and --sst_train and the like name files of your own"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    first = first.removeprefix(codecs.BOM_UTF8).lstrip(b" ")
-    if first.startswith(b"PAR1"):
+    if not first:
+        return [], iter(())
+    if first.startswith("PAR1"):
         return parquet_table(path)
-    if first.startswith(b"{"):
+    if first.startswith("{"):
         return json_table(path)
-    if first.startswith(b"[") and path.suffix.lower() == ".json":
+    if first.strip() == "[" or first.replace(" ", "").startswith("[{"):
         raise UserError(f"{path}: is one JSON list; write an object a line instead (JSON lines)")
     quoting, fixed = (task.quoting, list(task.columns)) if task else (True, [])
     headers = {
-        separator: split_line(first.decode(errors="replace"), separator, quoting)
-        for separator in (task.separator if task and task.separator else "\t,;")
+        separator: split_line(first, separator, quoting)
+        for separator in (task.separator if task and task.separator else "\t;,")
     }
+    named = [s for s in headers if any(set(names) <= set(headers[s]) for names in layouts)]
+    wide = [s for s in headers if len(headers[s]) >= len(fixed) > 0]
+    separator = (named + wide or [max(headers, key=lambda separator: len(headers[separator]))])[0]
+    rows = text_rows(path, separator, quoting, None if named or not fixed else len(fixed))
+    if not named:
+        return fixed or headers[separator], rows
+    _, header = next(rows)
+    if isinstance(header, str):
+        raise UserError(f"{path}: in the header, line 1: {header}")
+    return [cell.strip() for cell in header], rows
 
-    def fits(header: list[str]) -> bool:
-        named = any(set(names) <= set(header) for names in layouts)
-        return len(header) >= len(fixed) if fixed else named
 
-    widest = max(headers, key=lambda separator: len(headers[separator]))
-    separator = next((name for name, header in headers.items() if fits(header)), widest)
-    rows = text_rows(path, separator, quoting)
-    if not fixed:
-        next(rows, None)
-    return fixed or headers[separator], rows
+def of_table(task: Task | None) -> str:
+    """Return which table of a --task_file a message is about; nothing for a built-in task."""
+    return f"[{task.name}]: " if task and task.name not in TASKS else ""
 
 
 def split_line(line: str, separator: str, quoting: bool) -> list[str]:
     """Return the cells of a header."""
+    csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
     style: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     cells = next(csv.reader([line], delimiter=separator, quoting=style), [])
     return [cell.strip() for cell in cells]
 
 
-def text_rows(path: Path, separator: str, quoting: bool) -> TableRows:
-    """Yield the rows of a text file, the header as well. Blank lines are skipped."""
-    csv.field_size_limit(2**31 - 1)  # the largest that every platform takes
+def text_rows(path: Path, separator: str, quoting: bool, n_columns: int | None) -> TableRows:
+    """Yield the rows of a text file, the header as well, cut to `n_columns`. Blank lines are skipped. A
+    cell over several lines with tabs in it, in a file that has tabs between the cells, has swallowed
+    other rows."""
+    swallowed = "one cell over several lines, with tabs in it; is a quote missing?"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             style: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
@@ -75,8 +86,11 @@ def text_rows(path: Path, separator: str, quoting: bool) -> TableRows:
             start = 1
             for cells in reader:
                 end = reader.line_num
-                if cells:
-                    yield f"line {start}" if start == end else f"lines {start} to {end}", cells
+                place = f"line {start}" if start == end else f"lines {start} to {end}"
+                if start < end and any("\t" in c and ("\n" in c or "\r" in c) for c in cells):
+                    yield place, swallowed if separator == "\t" else cells[:n_columns]
+                elif cells:
+                    yield place, cells[:n_columns]
                 start = end + 1
     except UnicodeDecodeError as error:
         line = _first_line_not_utf8(path)
@@ -99,7 +113,7 @@ def json_table(path: Path) -> tuple[list[str], TableRows]:
     def rows() -> TableRows:
         for place, row in json_rows(path):
             known = isinstance(row, dict)
-            yield place, [as_text(row.get(name)) for name in header] if known else []
+            yield place, [as_text(row.get(name)) for name in header] if known else "no JSON object"
 
     return header, rows()
 
@@ -121,19 +135,21 @@ def as_text(value: Any) -> str:
     """Write a cell of JSON or Parquet like one of a text file."""
     if value is None or value != value:  # nan
         return ""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters
 
 
 def parquet_table(path: Path) -> tuple[list[str], TableRows]:
-    import pandas as pd
-
     try:
-        frame = pd.read_parquet(path)
+        # Not pandas, which makes 1.0 of the whole number 1 in a column with gaps.
+        from pyarrow import parquet
+
+        table = parquet.read_table(path)
     except (OSError, ValueError, ImportError) as error:  # those of pyarrow are such
         raise UserError(f"{path}: cannot be read as Parquet: {one_line(error)[:150]}") from error
-    columns = [map(as_text, frame[name].tolist()) for name in frame.columns]
+    columns = [map(as_text, column.to_pylist()) for column in table.columns]
     rows = enumerate(zip(*columns, strict=True), start=1)
-    return list(map(str, frame.columns)), ((f"row {number}", list(row)) for number, row in rows)
+    return table.column_names, ((f"row {number}", list(row)) for number, row in rows)
 
 
 def _first_line_not_utf8(path: Path) -> int:
@@ -150,27 +166,25 @@ def find_columns(
     path: str | Path, header: list[str], needed: list[str], task: Task | None = None
 ) -> dict[str, int]:
     """Find the numbers of these columns. Raises UserError if one is missing or there twice."""
-    try:
-        check_cells(header, header)
-    except ValueError as problem:
-        raise UserError(f"{path}: in the header, line 1: {problem}") from None
-    where = f"[{task.name}]: " if task and task.name not in TASKS else ""
+    if not header:
+        raise UserError(f"{path}: has no header and no JSON object; is it empty?")
+    where = of_table(task)
     if missing := [name for name in needed if name not in header]:
         what = f"line 1 has no column {missing[0][:60]!r}{did_you_mean(missing[0], header)}"
         if len(header) < 2:
             what = f"no columns are found in line 1; expected {', '.join(needed)[:100]}"
+        if "\ufffd" in "".join(header):
+            what = "line 1 is not UTF-8 text; save the file as UTF-8"
         raise UserError(f"{path}: {where}{what}")
     if repeated := [name for name in needed if header.count(name) > 1]:
         raise UserError(f"{path}: {where}more than one column is named {repeated[0][:60]!r}")
     return {name: header.index(name) for name in needed}
 
 
-def check_cells(cells: list[str], header: list[str], fixed: Sequence[str] = ()) -> None:
-    """Raise ValueError for a row that is not like the header, or one that has swallowed others because a
-    quote is missing. Files without a header (`fixed`) may have more columns than are named."""
-    if not cells:
-        raise ValueError("no JSON object")
-    if any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
-        raise ValueError("one cell over several lines, with tabs in it; is a quote missing?")
-    if len(cells) < len(header) or (len(cells) > len(header) and not fixed):
+def check_cells(cells: list[str] | str, header: list[str]) -> list[str]:
+    """Return the cells. Raises ValueError with the reason for a row that is not like the header."""
+    if isinstance(cells, str):
+        raise ValueError(cells)
+    if len(cells) != len(header):
         raise ValueError(f"{len(cells)} cells instead of {len(header)}")
+    return cells

@@ -320,7 +320,7 @@ def read_task_file(path: str) -> dict[str, Task]:
         try:
             tasks[name] = _task_of_table(name, table)
         except (ValueError, TypeError) as error:
-            raise UserError(f"--task_file {path}: [{name[:40]}]: {error}") from error
+            raise UserError(f"--task_file {path}: [{repr(name[:40])[1:-1]}]: {error}") from error
     titles = [task.title for task in (TASKS | tasks).values()]
     if repeated := [title for title in titles if titles.count(title) > 1]:
         raise UserError(f"--task_file {path}: two tasks have the title {repeated[0][:40]!r}")

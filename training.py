@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ from utils import (
     UserError,
     agree,
     copy_from_first,
+    cpu_features,
     gather,
     keep_freed_memory,
     n_processes,
@@ -103,7 +105,8 @@ class Training:
         self.optimizer = build_optimizer(self.model, options)
         self.scheduler = build_scheduler(self.optimizer, options)
         self.samplers = {
-            name: EpochSampler(len(rows), options.seed) for name, rows in train.items()
+            name: EpochSampler(len(rows), options.seed, rows.both_orders)
+            for name, rows in train.items()
         }
         self.dev = self.data["dev"]  # what is scored after each epoch
         if options.dev_rows:
@@ -206,7 +209,8 @@ class Training:
         rows = [(name, row) for batch in window for name in batch.rows for row in batch.rows[name]]
         ids = defaultdict(list)
         for name, row in itertools.chain(*gather(rows)):
-            ids[name].append(self.data["train"][name].examples[row].id)
+            examples = self.data["train"][name].examples
+            ids[name].append(examples[row % len(examples)].id)
         named = "; ".join(f"{name} {', '.join(of_task)}" for name, of_task in ids.items())
         tqdm.write(f"rows of the last step, by id: {named}", file=sys.stderr)
         raise UserError(
@@ -405,6 +409,8 @@ def prepare_device(
     """Move the model to the device, with the same weights and another dropout in each process."""
     if options.optimizer == "sophiah":
         keep_freed_memory()
+    if device.type == "cpu" and options.precision == "bfloat16" and not cpu_features():
+        warnings.warn("this CPU has no bfloat16 instructions; --precision float32 is faster here")
     copy_from_first([*model.to(device).state_dict().values()])
     if rank():  # a seed of its own for each process
         torch.manual_seed(seeded_generator(device, options.seed, rank()).initial_seed())

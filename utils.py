@@ -71,7 +71,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if near := difflib.get_close_matches(name, names, n=1):
         return f"; did you mean {near[0][:60]!r}?"
-    return f"; known: {textwrap.shorten(', '.join(names), 120, placeholder=' ...')}"
+    known = textwrap.shorten(", ".join(names), 120, placeholder=" ...")
+    return f"; known: {known}" if names else ""
 
 
 @functools.cache
@@ -126,6 +127,14 @@ share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 
 
 probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def decay_rates(text: str) -> tuple[float, ...]:
+    """A type for argparse: two numbers from 0 to below 1, as in `0.9,0.99`."""
+    rates = tuple(map(probability, text.split(",")))
+    if len(rates) != 2:
+        raise argparse.ArgumentTypeError(f"must be two numbers such as 0.9,0.99, not {text!r}")
+    return rates
 
 
 def seed_everything(seed: int) -> None:
@@ -409,6 +418,15 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def cpu_features() -> list[str]:
+    """Return the instructions for bfloat16 that this CPU has."""
+    supported = {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+    return [name for name, is_there in supported.items() if is_there]
 
 
 def autocast(device: torch.device, precision: str = "auto"):

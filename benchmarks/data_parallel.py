@@ -39,8 +39,8 @@ def main() -> None:
     tokenizer = BertTokenizer.from_pretrained("minilm")
     data, samplers = {}, {}
     for name, task in TASKS.items():
-        path = Path(args.data_dir, task.filename("train"))
-        data[name] = TaskDataset(path, task, "train", tokenizer, 512)
+        paths = [Path(args.data_dir, file) for file in task.train]
+        data[name] = TaskDataset(paths, task, "train", tokenizer, 512)
         samplers[name] = EpochSampler(len(data[name]), 11711)
     steps = [
         {name: data[name].n_tokens[samplers[name].draw(args.batch_size)] for name in data}

@@ -45,11 +45,12 @@ def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
     for task in TASKS.values():
         rows: list[dict[str, str]] = []
         for split in ("dev", "test"):
-            with open(Path(data_dir, task.filename(split)), newline="", encoding="utf-8") as file:
-                rows += csv.DictReader(file, delimiter="\t")
+            for name in getattr(task, split):
+                with open(Path(data_dir, name), newline="", encoding="utf-8") as file:
+                    rows += csv.DictReader(file, delimiter="\t")
         random.shuffle(rows)
         for row in rows[: n_lines // len(TASKS) + 1]:
-            lines.append("\t".join(row[name].replace("\n", " ") for name in task.sentence_columns))
+            lines.append("\t".join(row[name].replace("\n", " ") for name in task.sentences))
     random.shuffle(lines)
     return (lines * (n_lines // len(lines) + 1))[:n_lines]
 

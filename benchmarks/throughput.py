@@ -43,8 +43,9 @@ from batches import Batch, EpochSampler, evaluation_batches, training_windows
 from bert import BertModel
 from datasets import TaskDataset, load_data
 from evaluation import predict
+from flags import PRECISIONS
 from optimizer import build_optimizer
-from options import PRECISIONS, parse_options
+from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
 from utils import autocast, pick_device, seed_everything

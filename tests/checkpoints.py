@@ -9,7 +9,6 @@ from batches import collate
 from checkpoint import checkpoint_content, write_checkpoint
 from datasets import load_data
 from options import parse_options
-from tasks import TASKS
 
 KINDS = {
     "plain": [],
@@ -33,7 +32,7 @@ def scatter(model, data):
     rows = {name: (dataset, np.arange(len(dataset))) for name, dataset in data.items()}
     outputs = model.eval()(collate(rows))
     for name, output in outputs.items():
-        if TASKS[name].num_classes:
+        if model.tasks[name].classes:
             head = (model.joint_heads if name in model.joint_heads else model.heads)[name]
             head.out.bias.sub_(output.mean(dim=0))
 
@@ -53,9 +52,10 @@ def make_checkpoint_fixture(tmp_path_factory, tiny_directory, small_data, reques
             torch.manual_seed(4)
             model, tokenizer, tagger = mc.load_pretrained(options)
             length = options.max_length or model.bert.config.max_position_embeddings
-            data = load_data(options, tokenizer, length, ("dev",), tagger, model.encodings)
+            data = load_data(options, tokenizer, length, ("dev",), tagger)
             scatter(model, data["dev"])
             scores = {"sst": {"accuracy": 0.4321}, "sts": {"pearson": 0.8765}}
+            scores = {name: scores[name] for name in options.tasks if name in scores}
             content = checkpoint_content(model, tokenizer, options, 3, scores, tagger)
             made[kind] = folder / f"{kind.replace(' ', '-')}.pt"
             write_checkpoint(made[kind], content)

@@ -2,6 +2,7 @@
 transformers is imported, and decides that the package is not there, before our root is on the path.
 """
 
+import csv
 import os
 import random
 import sys
@@ -17,13 +18,14 @@ TRANSFORMERS_SEES_DATASETS = is_datasets_available()  # it remembers the answer
 
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
-from tasks import TASKS  # noqa: E402
+from tasks import TASKS, read_task_file  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import minilm_directory, seed_everything  # noqa: E402
 
@@ -140,7 +142,7 @@ def small_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for task in TASKS.values():
         for split, n_rows in {"train": 64, "dev": 40, "test": 40}.items():
-            name = task.filename(split)
+            (name,) = getattr(task, split)
             lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines(keepends=True)
             (folder / name).write_text("".join(lines[: n_rows + 1]), encoding="utf-8")
     return folder
@@ -156,6 +158,55 @@ def flags(tiny_directory, small_data, tmp_path):
         for split in ("dev", "test"):
             flags += [f"--{name}_{split}_out", str(tmp_path / f"{name}-{split}.csv")]
     return flags + ["--epochs", "2", "--samples_per_epoch", "64", "--batch_size", "16"]
+
+
+OWN_TASKS = """
+[emotion]
+train = "emotion.csv"
+sentences = "text"
+label = "emotion"
+classes = ["anger", "disgust", "fear", "joy"]
+weight = 2
+
+[nli]
+title = "entailment"
+train = "nli.csv"
+dev = "nli.csv"
+test = "nli.csv"
+sentences = ["premise", "hypothesis"]
+label = "relation"
+classes = ["entailment", "neutral", "contradiction"]
+metrics = ["matthews", "accuracy"]
+
+[rating]
+train = "rating.csv"
+dev = "rating.csv"
+test = "rating.csv"
+sentences = "text"
+label = "stars"
+range = [1, 5]
+samples = 24
+"""
+OWN_ROWS = {"emotion": 40, "nli": 24, "rating": 32}
+
+
+@pytest.fixture
+def own_tasks(tmp_path):
+    """Flags of a run with tasks of a file: one without dev rows, a pair whose order counts, and a number
+    for a sentence."""
+    folder, path = tmp_path / "own", tmp_path / "my.toml"
+    folder.mkdir()
+    path.write_text(OWN_TASKS)
+    rng = np.random.default_rng(3)
+    for name, task in read_task_file(str(path)).items():
+        rows = [[*task.sentences, task.label]]
+        for _ in range(OWN_ROWS[name]):
+            sizes = rng.integers(1, 9, len(task.sentences))
+            label = rng.choice(task.classes) if task.classes else f"{rng.uniform(1, 5):.2f}"
+            rows.append([*(" ".join(rng.choice(list("abcdefgh"), n)) for n in sizes), label])
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return ["--task_file", str(path), "--data_dir", str(folder)]
 
 
 @pytest.fixture

@@ -49,6 +49,10 @@ SETTINGS = {
     ],
     # the last step of an epoch has one row of each task, so that a process may have none of some
     "adamw, steps of one row": ["--batch_size", "1", "--samples_per_epoch", "20"],
+    "sophiah, steps that lack tasks": [
+        *("--optimizer", "sophiah", "--hess_interval", "3", "--batch_size", "2"),
+        *("--samples_per_epoch", "40", "--batch_shares", "para=0.1,sts=0.3"),
+    ],
     "sophiah, fewer rows than processes": [
         *("--optimizer", "sophiah", "--hess_interval", "2", "--lr", "1e-3", "--sst"),
         *("--batch_size", "1", "--samples_per_epoch", "20"),
@@ -68,10 +72,11 @@ RUN_ALL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import multitask_classifier as mc
+from options import parse_options
 
 mc.join_processes()
 for flags in json.loads(sys.argv[1]):
-    mc.train_multitask(mc.parse_options(flags))
+    mc.train_multitask(parse_options(flags))
 mc.leave_processes()
 """
 

@@ -28,7 +28,7 @@ SST = TASKS["sst"]
 def train_csv(tmp_path_factory):
     """The first 119 training sentences, without dev and test sets."""
     path = tmp_path_factory.mktemp("data") / "train.csv"
-    lines = (SAMPLE / SST.filename("train")).read_text().splitlines(keepends=True)
+    lines = (SAMPLE / SST.train[0]).read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:120]))
     return str(path)
 

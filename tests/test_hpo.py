@@ -13,7 +13,8 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
-from options import SEARCH_SPACE, parse_options
+from flags import SEARCH_SPACE
+from options import parse_options
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -111,7 +112,7 @@ def test_an_interrupted_search_continues(flags, search_flags, hpo, tmp_path, cap
 SEARCH_WITHOUT_FILES = f"""
 import shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
-import hpo, options
+import flags, hpo
 
 load_shared = hpo.load_shared
 
@@ -121,7 +122,7 @@ def load_and_remove(options, directory):
         shutil.rmtree(folder)
     return shared
 
-options.SEARCH_SPACE["lr"] = options.Search("choice", (1e-3, 1e30))
+flags.SEARCH_SPACE["lr"] = flags.Search("choice", (1e-3, 1e30))
 hpo.load_shared = load_and_remove
 sys.exit(hpo.main())
 """

@@ -20,22 +20,22 @@ from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-import curvature
 import datasets
 import multitask_classifier as mc
 import run_log
 from attention import ATTENTION, FusedAttention, jagged_attention, plain_attention
 from batches import EpochSampler, Padded, collate, join, step_noise, training_windows
 from bert import BertModel, Dropout
-from checkpoint import checkpoint_content, new_run, write_checkpoint
+from checkpoint import checkpoint_content, new_run, options_to_evaluate, write_checkpoint
 from curvature import gauss_newton_gradients
 from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
+from flags import SMOKETEST
 from multitask_classifier import MultitaskBERT
 from optimizer import build_optimizer, build_scheduler, freeze_and_unfreeze
-from options import SMOKETEST, encodings_of, parse_options
+from options import parse_options
 from run_log import RunLog
-from tasks import SPLITS, TASKS, task_loss
+from tasks import SPLITS, TASKS, Task, read_task_file, task_loss
 from tokenizer import BertTokenizer
 from utils import UserError, seeded_generator
 
@@ -50,7 +50,7 @@ def data(tiny_directory):
     """task -> the sample's training rows"""
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     return {
-        name: TaskDataset(SAMPLE / task.filename("train"), task, "train", tokenizer, 128)
+        name: TaskDataset([SAMPLE / file for file in task.train], task, "train", tokenizer, 128)
         for name, task in TASKS.items()
     }
 
@@ -110,7 +110,7 @@ def test_the_heads_keep_the_size_of_their_signal():
     """Through three ReLU layers the mean square stays within a factor of 2."""
     vectors = torch.randn(500, 384)
     hidden = vectors
-    for linear in mc.SentenceHead(384, 5).hidden:
+    for linear in mc.SequenceHead(384, TASKS["sst"], n_hidden=3).hidden:
         hidden = F.relu(linear(hidden))
     assert 0.5 < hidden.square().mean().item() / vectors.square().mean().item() < 2
 
@@ -125,7 +125,7 @@ def test_one_packed_pass_equals_the_three_padded_methods(model, data, tiny_direc
     assert len(calls) == 1
     methods = (model.predict_sentiment, model.predict_paraphrase, model.predict_similarity)
     for (name, task), method in zip(TASKS.items(), methods):
-        columns = range(len(task.sentence_columns))
+        columns = range(len(task.sentences))
         inputs = [x for c in columns for x in padded(tokenizer, data, rows, name, c)]
         torch.testing.assert_close(outputs[name], method(*inputs), rtol=1e-4, atol=1e-5)
 
@@ -154,10 +154,9 @@ def test_swapping_the_sentences_changes_nothing(model, data, tiny_directory):
 def test_pairs_in_one_sequence_equal_their_formula(tiny_directory, encoding, name):
     """Packed and padded, against the heads on vectors of transformers' pairs."""
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
-    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), {name: encoding}).eval()
-    task, rows = TASKS[name], [1, 2, 5]
-    path = SAMPLE / task.filename("train")
-    dataset = TaskDataset(path, task, "train", tokenizer, 128, encoding=encoding)
+    task, rows = dataclasses.replace(TASKS[name], encoding=encoding), [1, 2, 5]
+    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), {name: task}).eval()
+    dataset = TaskDataset([SAMPLE / task.train[0]], task, "train", tokenizer, 128)
     peer = transformers.AutoTokenizer.from_pretrained(tiny_directory)
     pairs = list(zip(*(dataset.examples[row].sentences for row in rows)))
     joint = peer(*map(list, pairs), padding=True, return_tensors="pt")
@@ -189,8 +188,11 @@ def test_pairs_that_are_too_long_are_cut_alike_packed_and_padded():
     joint, mask, types, tags = join(first, second, 40)
     assert joint.shape == mask.shape == types.shape == (2, 40) and mask.all()
     assert tags.shape == (2, 2, 40) and tags.equal(joint[None].expand(2, 2, 40))
-    columns = [datasets.TokenColumn(each[:1].numpy(), np.array([0, each.shape[1]])) for each in ids]
-    column = datasets.TokenColumn.joint(*columns, 40)
+    columns = [
+        datasets.TokenColumn(each[:1].numpy(), np.array([0]), np.array([each.shape[1]]))
+        for each in ids
+    ]
+    column = datasets.JointColumn.of(*columns, 40)
     assert column.row(0)[0].tolist() == joint[0].tolist()
     assert types[0].tolist() == [0] * column.first_lengths[0] + [1] * (40 - column.first_lengths[0])
 
@@ -377,7 +379,8 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     model.double().eval()
     window = windows({name: data[name] for name in ("sst", "sts")}, 4, 3)
-    chosen = options("--optimizer", "sophiah", "--clip", "1e-4", "--lr", "0")
+    tasks = ["--tasks", "sst,sts"]
+    chosen = options("--optimizer", "sophiah", "--clip", "1e-4", "--lr", "0", *tasks)
     optimizer = build_optimizer(model, chosen)
     for group in optimizer.param_groups:
         group["betas"] = (0.9, 0.0)  # the average is the estimate
@@ -390,7 +393,9 @@ def test_sophiah_sees_the_curvature_of_the_whole_model(model, data, monkeypatch)
         with torch.no_grad():
             for param, u in zip(params, noise):
                 param += distance * u
-        mc.training_step(model, window, recorder := Recorder(params), options("--clip", "0"))
+        mc.training_step(
+            model, window, recorder := Recorder(params), options("--clip", "0", *tasks)
+        )
         with torch.no_grad():
             for param, u in zip(params, noise):
                 param -= distance * u
@@ -436,17 +441,18 @@ def test_gauss_newton_gradients_over_a_window(model, data, monkeypatch):
     """The root of rows and of weight times the gradient of the mean loss over all 10 rows; the
     labels are "drawn" in a way that repeats itself."""
     model.double().eval()
-    draws = {name: lambda outputs, _: outputs.argmin(-1) for name in ("sst", "para")}
-    draws["sts"] = lambda outputs, _: outputs + 1
-    tasks = {name: dataclasses.replace(TASKS[name], draw=draw) for name, draw in draws.items()}
-    monkeypatch.setattr(curvature, "TASKS", tasks)
+
+    def draw(task, outputs, noise):
+        return outputs.argmin(-1) if task.classes else outputs + 1
+
+    monkeypatch.setattr(Task, "draw", draw)
     chosen = options("--loss_weights", "0.5,2,1.5")
     weights = chosen.loss_weights
     outputs = model(windows(data, 10, 1)[0])
     total = sum(
         (10 * weights[name]) ** 0.5
         * task.loss(outputs[name], task.draw(outputs[name].detach(), None), 0.0)
-        for name, task in tasks.items()
+        for name, task in TASKS.items()
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total, trained)
@@ -464,7 +470,7 @@ def test_drawn_labels_do_not_depend_on_how_rows_are_divided(data):
         for rank in range(n_processes):
             share = dict(rank=rank, n_processes=n_processes)
             for batch in windows(data, batch_size, 10 // batch_size, **share):
-                noise[batch.picks["sst"]] = step_noise(batch, "sst", (7, step), head=0)
+                noise[batch.picks["sst"]] = step_noise(batch, TASKS["sst"], (7, step), head=0)
         return noise
 
     alone = drawn(1, 10, 0)
@@ -593,8 +599,8 @@ def numpy_ordinal():
     ],
 )
 def test_losses_of_classes_equal_their_formulas(flags, expected):
-    outputs = [torch.tensor(LOGITS)]
-    loss = task_loss(TASKS["sst"], outputs, torch.tensor(LABELS), options(*flags))
+    outputs, chosen = [torch.tensor(LOGITS)], options(*flags)
+    loss = task_loss(chosen.tasks["sst"], outputs, torch.tensor(LABELS), chosen)
     assert loss.item() == pytest.approx(expected)
 
 
@@ -634,7 +640,7 @@ def test_a_run_end_to_end(flags, small_data, tmp_path, capsys):
     for name, task in TASKS.items():
         for split in ("dev", "test"):
             rows = list(csv.reader(open(tmp_path / f"{name}-{split}.csv"), delimiter="\t"))
-            given = list(csv.reader(open(small_data / task.filename(split)), delimiter="\t"))
+            given = list(csv.reader(open(small_data / getattr(task, split)[0]), delimiter="\t"))
             assert rows[0] == ["id", task.prediction_column]
             assert [row[0] for row in rows[1:]] == [row[1] for row in given[1:]]
             limit = task.num_classes - 1 if task.num_classes else 5
@@ -674,13 +680,19 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     events = EventAccumulator(str(run))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
-    metrics = {"sst_accuracy", "sst_macro_f1", "para_accuracy", "para_macro_f1", "sts_pearson"}
+    metrics = {f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics}
+    assert metrics == {
+        *("sst_accuracy", "sst_macro_f1", "para_accuracy", "para_macro_f1", "para_f1"),
+        *("sts_pearson", "sts_spearman"),
+    }
     assert scalars == (
         {f"loss/{name}" for name in (*TASKS, "sum")}
         | {f"{split}/{metric}" for split in ("train", "dev") for metric in metrics}
         | {f"best/{metric}" for metric in metrics}
+        | {f"rows/{name}" for name in TASKS}
         | {"lr", "dev/mean"}
     )
+    assert [event.value for event in events.Scalars("rows/para")] == [64, 64]
     assert [event.step for event in events.Scalars("loss/sts")] == list(range(1, 9))  # 2 x 64 / 16
     assert [event.step for event in events.Scalars("dev/mean")] == [1, 2]
     total = sum(events.Scalars(f"loss/{name}")[3].value for name in TASKS)
@@ -690,6 +702,7 @@ def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flag
     hyper_parameters = parse_session_start_info_plugin_data(content).hparams
     assert hyper_parameters["lr"].number_value == 8e-5
     assert hyper_parameters["rho"].string_value == "None"
+    assert hyper_parameters["tasks"].string_value == "sst,para,sts"
     # what is elsewhere in each run would crowd out what differs, and so would a list of columns
     assert not {"models_dir", "cache_dir", "sst_dev_out"} & set(hyper_parameters)
     assert "_hparams_/experiment" not in events.summary_metadata
@@ -703,7 +716,7 @@ def test_tensorboards_projector_has_dev_sentences(model, tiny_directory, tmp_pat
         rows = [[f"i{n}", text, n % 5] for n, text in enumerate(texts)]
         csv.writer(file, delimiter="\t").writerows([["id", "sentence", "sentiment"], *rows])
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
-    dataset = TaskDataset(tmp_path / "dev.csv", TASKS["sst"], "dev", tokenizer, 128)
+    dataset = TaskDataset([tmp_path / "dev.csv"], TASKS["sst"], "dev", tokenizer, 128)
     log = RunLog(tmp_path / "log")
     log.sentences(model, dataset, batch_size=3, precision="float32")
     log.close()
@@ -715,7 +728,8 @@ def test_tensorboards_projector_has_dev_sentences(model, tiny_directory, tmp_pat
         for path in re.findall(r'_path: "(.*)"', config)
     )
     shown = ["a longer film", "a tab", "two lines", "good ."]
-    assert metadata == [["sentence", "label"], *([s, str(n)] for n, s in enumerate(shown))]
+    names = TASKS["sst"].classes
+    assert metadata == [["sentence", "label"], *(list(pair) for pair in zip(shown, names))]
     batch = tokenizer(texts[:4], padding=True, return_tensors="pt")
     expected = model.eval().embed(batch["input_ids"], batch["attention_mask"])
     found = torch.tensor([[float(value) for value in line] for line in tensors])
@@ -809,10 +823,10 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
 
 def test_both_orders_are_for_training_on_pairs_that_are_read_in_one_sequence(minilm_tokenizer):
     chosen = options("--data_dir", str(SAMPLE), "--both_orders", "--sts_encoding", "cross")
-    encodings = encodings_of(vars(chosen))
-    data = load_data(chosen, minilm_tokenizer, 64, SPLITS, None, encodings)
-    rows = {split: [len(dataset) for dataset in data[split].values()] for split in SPLITS}
+    data = load_data(chosen, minilm_tokenizer, 64, SPLITS)
+    rows = {split: [len(dataset.n_tokens) for dataset in data[split].values()] for split in SPLITS}
     assert rows == {"train": [1500, 1500, 3000], "dev": [300] * 3, "test": [300] * 3}
+    assert [len(dataset) for dataset in data["train"].values()] == [1500] * 3
 
 
 def test_a_run_with_all_levers(flags, tmp_path, capsys):
@@ -826,6 +840,32 @@ def test_a_run_with_all_levers(flags, tmp_path, capsys):
     assert mc.main([*flags[:2], *flags[2:], "--evaluate", str(checkpoint)]) == 0
     assert read_predictions(tmp_path) == before
     assert capsys.readouterr().out.strip().split("predictions:")[0] in shown
+
+
+def test_few_dev_rows_are_scored_after_an_epoch_and_all_at_the_end(
+    flags, tmp_path, monkeypatch, capsys
+):
+    seen, predict = [], mc.evaluation.predict
+
+    def note(model, dataset, *arguments):
+        seen.append((dataset.task.name, dataset.split, set(dataset.ids)))
+        return predict(model, dataset, *arguments)
+
+    monkeypatch.setattr(mc.evaluation, "predict", note)
+    assert mc.main(flags + ["--dev_rows", "10"]) == 0
+    sizes = [(name, split, len(ids)) for name, split, ids in seen]
+    few = [(name, "dev", 10) for name in TASKS]
+    assert sizes == 2 * few + [(name, split, 40) for split in ("dev", "test") for name in TASKS]
+    assert seen[:3] == seen[3:6]  # the same rows after each epoch
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    shown = capsys.readouterr().out
+    scores = mc.load_checkpoint(checkpoint).content["dev_scores"]
+    dev = csv.DictReader(open(Path(flags[3]) / "ids-sst-dev.csv"), delimiter="\t")
+    labels = {row["id"]: float(row["sentiment"]) for row in dev}
+    answers = csv.DictReader(open(tmp_path / "sst-dev.csv"), delimiter="\t")
+    right = {row["id"]: float(row["predicted_sentiment"]) == labels[row["id"]] for row in answers}
+    assert scores["sst"]["accuracy"] == pytest.approx(np.mean([right[id] for id in seen[0][2]]))
+    assert f"accuracy    {np.mean(list(right.values())):.4f}" in shown
 
 
 def test_precision_of_training_is_kept_for_evaluation(flags, tmp_path):
@@ -887,6 +927,34 @@ def test_checkpoint_holds_what_a_later_load_needs(checkpoint, model, tiny_direct
     assert tokenizer(["a b"]) == BertTokenizer.from_pretrained(tiny_directory)(["a b"])
     assert saved["options"]["lr"] == 8e-5 and saved["epoch"] == 3
     assert set(saved["versions"]) == {"python", "torch", "commit"}
+
+
+@pytest.mark.parametrize(
+    "flags, tasks, sts_dev, para_dev",
+    [
+        ("", "sts para", "a/sts-dev.csv", "x y"),
+        ("--data_dir b", "sts para", "b/sts-dev.csv", "x y"),
+        ("--para_dev z", "sts para", "a/sts-dev.csv", "z"),
+        ("--data_dir b --sts_dev c/d", "sts para", "c/d", "x y"),
+        ("--tasks para", "para", None, "x y"),
+        ("--sts --data_dir b", "sts", "b/sts-dev.csv", "x y"),
+    ],
+)
+def test_an_evaluation_takes_tasks_and_data_from_the_checkpoint(
+    model, tiny_directory, tmp_path, flags, tasks, sts_dev, para_dev
+):
+    """--data_dir moves the files that the task names, not those that were given by hand."""
+    trained = options(
+        *("--tasks", "sts,para", "--data_dir", "a", "--para_dev", "x", "y"),
+        *("--sts_encoding", "cross", "--batch_size", "7"),
+    )
+    tokenizer, path = BertTokenizer.from_pretrained(tiny_directory), tmp_path / "model.pt"
+    write_checkpoint(path, checkpoint_content(model, tokenizer, trained, 3, {}))
+    found = options_to_evaluate(["--evaluate", str(path), *flags.split()], str(path))
+    assert found.evaluate == str(path) and found.batch_size == 64
+    assert found.tasks == {name: trained.tasks[name] for name in tasks.split()}
+    assert found.sts_dev == (sts_dev and sts_dev.split())
+    assert found.para_dev == (para_dev and para_dev.split())
 
 
 def test_checkpoint_of_no_use_is_one_clear_line(checkpoint, tmp_path, capsys):
@@ -981,29 +1049,172 @@ except UserError as error:
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_fourth_task_is_a_row(tiny_directory, data, monkeypatch):
-    """Its head and flags follow from the row, and its loss is the one that trains."""
-
-    def loss(logits, labels, label_smoothing):
-        return F.multi_margin_loss(logits, labels)
-
-    emotions = ("anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral")
-    task = dataclasses.replace(TASKS["sst"], name="emotion", classes=emotions, loss=loss)
-    monkeypatch.setitem(TASKS, "emotion", task)
-    assert task.parse_label("6") == 6
-    with pytest.raises(ValueError, match="label 7 is not one of 0 to 6"):
-        task.parse_label("7")
-    chosen = options("--data_dir", str(SAMPLE), "--loss_weights", "emotion=2", "--clip", "0")
-    assert chosen.emotion_train == chosen.sst_train and chosen.tasks[-1] == "emotion"
-    assert chosen.loss_weights == {"sst": 1, "para": 1, "sts": 1, "emotion": 2}
-    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory)).eval()
-    data["emotion"] = data["sst"]
-    (batch,) = windows(data, 10, 1)
-    outputs, labels = model(batch)["emotion"], batch.labels["emotion"]
-    assert outputs.shape == (10, 7)
+def test_heads_and_losses_of_tasks_from_a_file_follow_from_their_rows(own_tasks, tiny_directory):
+    chosen = options(*own_tasks, "--clip", "0", "--nli_loss", "ordinal")
+    assert list(chosen.tasks) == ["emotion", "nli", "rating"]
+    assert chosen.loss_weights == {"emotion": 2, "nli": 1, "rating": 1}
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), chosen.tasks).eval()
+    assert {name: type(head) for name, head in model.heads.items()} == {
+        "emotion": mc.SequenceHead,
+        "nli": mc.PairHead,
+        "rating": mc.SequenceHead,
+    }
+    (batch,) = windows(load_data(chosen, tokenizer, 128, ["train"])["train"], 10, 1)
+    outputs, labels = model(batch), batch.labels
+    assert {name: tuple(output.shape) for name, output in outputs.items()} == {
+        "emotion": (10, 4),
+        "nli": (10, 3),
+        "rating": (10,),
+    }
     losses, _ = gradients(model, [batch], chosen)
-    assert set(losses) == {*TASKS, "sum"}
-    assert float(losses["emotion"]) == pytest.approx(loss(outputs, labels, 0).item(), rel=1e-5)
+    logs, border = outputs["nli"].log_softmax(1).detach().numpy(), 0
+    for row, label in zip(np.exp(logs), labels["nli"].tolist()):
+        for k in (1, 2):
+            border -= np.log(row[k:].sum() if label >= k else row[:k].sum()) / 10
+    expected = {
+        "emotion": F.cross_entropy(outputs["emotion"], labels["emotion"]).item(),
+        "nli": F.cross_entropy(outputs["nli"], labels["nli"]).item() + border,
+        "rating": ((outputs["rating"] - labels["rating"]) ** 2).mean().item(),
+    }
+    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(
+        expected | {"sum": 2 * expected["emotion"] + expected["nli"] + expected["rating"]}, rel=1e-5
+    )
+
+
+def test_a_run_with_tasks_from_a_file(flags, own_tasks, tmp_path, capsys):
+    """Its checkpoint knows tasks and data: --evaluate needs nothing else."""
+    run = ["--predictions_dir", str(tmp_path / "first")]
+    assert mc.main(flags + own_tasks + run) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"  emotion: 64 rows, train accuracy 0\.\d+, macro_f1 0\.\d+; dev none", shown)
+    assert re.search(r"  nli: 64 rows, train matthews .*; dev matthews -?\d\.\d+, accuracy", shown)
+    assert re.search(r"  rating: 24 rows, train pearson .*; dev pearson .*, spearman", shown)
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    content = mc.load_checkpoint(checkpoint).content
+    assert set(content["dev_scores"]) == {"nli", "rating"}
+    assert content["options"]["tasks"]["nli"] == read_task_file(own_tasks[1])["nli"]
+    first = read_predictions(tmp_path / "first")
+    assert set(first) == {f"{t}-{s}-output.csv" for t in ("nli", "rating") for s in ("dev", "test")}
+    header, *rows = csv.reader(first["nli-dev-output.csv"].splitlines(), delimiter="\t")
+    assert header == ["id", "predicted_relation"]
+    assert [id for id, _ in rows] == [str(n) for n in range(1, 25)]
+    assert {name for _, name in rows} <= {"entailment", "neutral", "contradiction"}
+    again = ["--predictions_dir", str(tmp_path / "again"), "--cache_dir", str(tmp_path / "cache")]
+    Path(own_tasks[1]).unlink()
+    assert mc.main(["--evaluate", str(checkpoint), *again]) == 0
+    assert read_predictions(tmp_path / "again") == first
+    assert capsys.readouterr().out.strip().split("predictions:")[0] in shown
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_swapping_a_pair_counts_only_where_its_order_does(symmetric):
+    """The formula of the head, and that the swapped pair has another answer, or the same."""
+    changes = dict(classes=("a", "b", "c"), texts=(), metrics=(), symmetric=symmetric)
+    task = dataclasses.replace(TASKS["para"], **changes)
+    head = mc.PairHead(24, task).double()
+    one, two = torch.randn(2, 7, 24, dtype=torch.double)
+    u, v = head.project(one), head.project(two)
+    kept = [(u - v).abs(), (u + v).abs()] if symmetric else [u, v, (u - v).abs(), u * v]
+    hidden = torch.cat(kept, dim=1)
+    for linear in head.hidden:
+        hidden = (hidden @ linear.weight.T + linear.bias).clamp(min=0)
+    expected = hidden @ head.out.weight.T + head.out.bias
+    torch.testing.assert_close(head(one, two), expected)
+    assert expected.shape == (7, 3)
+    assert torch.allclose(head(two, one), head(one, two)) == symmetric
+
+
+@pytest.mark.parametrize("n_hidden", [1, 3])
+def test_the_head_of_a_number_starts_in_the_middle_of_its_range(n_hidden):
+    task = dataclasses.replace(
+        TASKS["sst"], classes=(), texts=(), range=(1.0, 5.0), metrics=(), symmetric=None
+    )
+    head = mc.SequenceHead(24, task, n_hidden=n_hidden)
+    vectors = torch.randn(500, 24)
+    numbers = head(vectors)
+    assert numbers.shape == (500,) and len(head.hidden) == n_hidden
+    assert head(torch.zeros(3, 24)).tolist() == [3, 3, 3]
+    hidden = vectors
+    for linear in head.hidden:
+        hidden = (hidden @ linear.weight.T + linear.bias).clamp(min=0)
+    torch.testing.assert_close(numbers, hidden @ head.out.weight[0] + 3)
+
+
+# --------------------------------------------------------- tasks that have no row in a step
+
+
+@pytest.mark.parametrize("missing", TASKS)
+def test_a_step_without_rows_of_a_task_is_a_step_on_the_others(model, data, missing):
+    """Its loss is not there, and the weights of its head have no gradient."""
+    model.double().eval()
+    multiples = {name: 0.1 if name == missing else 1.0 for name in TASKS}
+    (batch,) = windows(data, 5, 1, row_multiples=multiples)  # round(0.5) is 0
+    assert batch.step_rows == {name: 0 if name == missing else 5 for name in TASKS}
+    chosen = options("--clip", "0", "--loss_weights", "2,0.5,3")
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    step = mc.training_step(model, [batch], optimizer, chosen)
+    others = [name for name in TASKS if name != missing]
+    assert set(step.losses) == {*others, "sum"}
+    outputs = model(batch)
+    total = sum(
+        chosen.loss_weights[name] * TASKS[name].loss(outputs[name], batch.labels[name])
+        for name in others
+    )
+    assert float(step.losses["sum"]) == pytest.approx(total.item(), rel=1e-5)
+    total.backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    for mine, other in zip(optimizer.seen, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    assert {answers.task for answers in step.answers} == set(others)
+    assert all(p.grad is None for p in model.heads[missing].parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sophiah", "sophiag"])
+def test_a_run_with_steps_that_lack_a_task(flags, tmp_path, name):
+    """8 steps, of 2 rows of sst and a quarter of that of the others."""
+    more = ["--optimizer", name, "--batch_size", "2", "--samples_per_epoch", "16", "--epochs", "1"]
+    assert mc.main([*flags, *more, "--batch_shares", "para=0.25,sts=0.25"]) == 0
+    (run,) = (tmp_path / "logdir").iterdir()
+    log = EventAccumulator(str(run)).Reload()
+    steps = {tag: [e.step for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    assert steps["loss/sum"] == steps["loss/sst"] == list(range(1, 9))
+    # round(n / 4) for n = 0, 2, 4, ...: 0, 0, 1, 2, 2, 2, 3, 4, 4
+    assert steps["loss/para"] == steps["loss/sts"] == [2, 3, 6, 7]
+    assert log.Scalars("rows/sts")[0].value == 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "sophiah", "sophiag"])
+def test_a_step_without_any_row_changes_nothing(model, name):
+    chosen = options("--optimizer", name)
+    optimizer = build_optimizer(model.train(), chosen)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert mc.training_step(model, [], optimizer, chosen).problem is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_both_orders_of_each_pair_are_trained_on(flags, monkeypatch, capsys):
+    """Each of 64 pairs once an epoch, in an order that is drawn. A run that gives up names their ids."""
+    seen, training_step = [], mc.training_step
+
+    def note(model, window, *arguments):
+        seen.extend(row for batch in window for row in batch.rows["sts"])
+        step = training_step(model, window, *arguments)
+        return step._replace(problem="none" if len(seen) == 128 else None)
+
+    monkeypatch.setattr(mc, "training_step", note)
+    more = ["--sts", "--sts_encoding", "cross", "--both_orders", "--max_bad_steps", "1"]
+    assert mc.main([*flags, *more]) == 1
+    for epoch in (seen[:64], seen[64:]):
+        assert sorted(row % 64 for row in epoch) == list(range(64))
+        assert 16 < sum(row >= 64 for row in epoch) < 48
+    assert {row for row in seen[:64] if row >= 64} != {row for row in seen[64:] if row >= 64}
+    shown = capsys.readouterr()
+    assert "64 training rows in both orders" in shown.out
+    named = re.search("rows of the last step, by id: sts (.*)", shown.err)[1].split(", ")
+    path = Path(flags[flags.index("--data_dir") + 1]) / TASKS["sts"].train[0]
+    ids = [row["id"] for row in csv.DictReader(open(path), delimiter="\t")]
+    assert named == [ids[row % 64] for row in seen[-16:]]
 
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from optimizer import CPU_BLOCK, AdamW, SophiaG, SophiaH
-from tasks import draw_class, draw_value
+from tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 
@@ -247,14 +247,20 @@ def test_hutchinson_estimate_of_a_network_is_unbiased(network):
     assert relative_l2(estimate, exact_diagonals(network)[0]) < 0.05
 
 
+def drawn_from(task, outputs):
+    """Draw labels from the outputs of a task."""
+    noise = torch.randn_like(outputs if task.classes else outputs[:, None])
+    return task.draw(outputs.detach(), noise)
+
+
 def test_gauss_newton_bartlett_estimate_of_two_tasks_is_unbiased(network):
     params = list(network.parameters())
     optimizer = SophiaG(params, lr=0.0, betas=(0.9, 0.0))
 
     def draw():
         logits, values = network(X1)[0], network(X2)[1]
-        first = F.cross_entropy(logits, draw_class(logits.detach(), torch.randn_like(logits)))
-        second = F.mse_loss(values, draw_value(values.detach(), torch.randn_like(values[:, None])))
+        first = F.cross_entropy(logits, drawn_from(TASKS["sst"], logits))
+        second = F.mse_loss(values, drawn_from(TASKS["sts"], values))
         (ROWS[0] ** 0.5 * first + ROWS[1] ** 0.5 * second).backward()
         optimizer.update_hessian()
 
@@ -270,9 +276,7 @@ def test_gauss_newton_bartlett_estimate_of_a_quadratic_is_unbiased():
 
     def draw():
         outputs = inputs @ w
-        F.mse_loss(
-            outputs, draw_value(outputs.detach(), torch.randn_like(outputs[:, None]))
-        ).backward()
+        F.mse_loss(outputs, drawn_from(TASKS["sts"], outputs)).backward()
         optimizer.update_hessian(bs=6)
 
     truth = 2 * inputs.square().sum(0) / 6

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from checkpoints import make_checkpoint_fixture  # noqa: F401
@@ -55,7 +56,7 @@ def test_answers_are_those_of_an_evaluation(ask, make_checkpoint, small_data, tm
         for split in ("dev", "test"):
             with open(tmp_path / f"{name}-{split}-output.csv", newline="") as file:
                 _, *expected = csv.reader(file, delimiter="\t")
-            answers, _ = ask(kind, small_data / task.filename(split))
+            answers, _ = ask(kind, small_data / getattr(task, split)[0])
             assert [answer["id"] for answer in answers] == [id for id, _ in expected]
             values = np.array([answer[task.title] for answer in answers])
             wanted = np.array([float(value) for _, value in expected])
@@ -202,8 +203,8 @@ def test_csv_rows_that_cannot_be_answered_keep_their_place(ask, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("sentence2\tid\tx\tsentence1\nb\t7\t\ta\nb\t8\n\t9\t\t\nb\t10\t\ta\n")
     answers, warnings = ask("plain", path)
-    assert [answer["id"] for answer in answers] == ["7", None, "9", "10"]
-    assert answers[1]["error"] == "2 cells instead of 4"
+    assert [answer.get("id") for answer in answers] == ["7", None, "9", "10"]
+    assert answers[1] == {"line": 3, "error": "2 cells instead of 4"}
     assert answers[0] | {"id": "10"} == answers[3] and "similarity" in answers[2]
     assert warnings == [
         "warning: 1 line not answered: 2 cells instead of 4 (first: line 3)",
@@ -214,11 +215,10 @@ def test_csv_rows_that_cannot_be_answered_keep_their_place(ask, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (
-            b"id\ttext\n1\ta\n",
-            "line 1 does not name tab-separated columns id, sentence or id, sent",
-        ),
-        (b"sentence\nabc\n", "line 1 has no tab in it"),
+        (b"id\ttext\n1\ta\n", "does not name the columns sentence or sentence1, sentence2"),
+        (b'{"id": 1, "text": "a"}\n', "does not name the columns sentence or sentence1, sentence2"),
+        (b"PAR1 and no more", "cannot be read as Parquet"),
+        (b'[{"sentence": "a"}]', "is one JSON list"),
         (b"id\tsentence\n1\t\xff\n", "line 2 is not UTF-8 text"),
         (b'id\tsentence\n1\t"a\n', "is a quote missing?"),
         (b"", "line 1 does not name"),
@@ -233,6 +233,45 @@ def test_a_csv_of_no_use_is_one_line(make_checkpoint, tmp_path, capsys, content,
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: ") and message in error and error.count("\n") == 1
     assert output.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows"])
+def test_a_table_is_known_by_its_content(ask, tmp_path, name):
+    """Without a column of ids, an answer has the line or the row."""
+    path, sentences = tmp_path / name, ["a b", "c, d", 'e "f"']
+    frame = pd.DataFrame({"sentence": sentences})
+    alone, _ = ask("plain", "\n".join(sentences).encode())
+    expected = [{key: value for key, value in answer.items() if key != "line"} for answer in alone]
+    assert len({str(answer) for answer in expected}) == 3
+    json_lines = frame.to_json(orient="records", lines=True).encode()
+    for separator in ("\t", ",", ";"):
+        path.write_bytes(frame.to_csv(sep=separator, index=False).encode())
+        assert_near(ask("plain", path)[0], expected, line=2)
+    for content, place in {json_lines: dict(line=1), frame.to_parquet(): dict(row=1)}.items():
+        path.write_bytes(content)
+        assert_near(ask("plain", path)[0], expected, **place)
+    frame["id"] = [7, None, 9]
+    path.write_bytes(frame.astype({"id": "Int64"}).to_parquet())
+    assert [answer["id"] for answer in ask("plain", path)[0]] == ["7", "", "9"]
+
+
+def assert_near(answers, expected, **first):
+    """Compare answers whose places are numbered from `first`."""
+    ((kind, start),) = first.items()
+    assert [answer.pop(kind) for answer in answers] == list(range(start, start + len(expected)))
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.keys() == wanted.keys()
+        for key, value in wanted.items():
+            np.testing.assert_allclose(answer[key], value, atol=2e-5)
+
+
+@pytest.mark.parametrize("first", ['"I said', "a,b;c", "[laughs] a", "{ a", "\ufeffa", "PAR", ""])
+def test_a_file_of_lines_is_no_table(ask, first):
+    """Whatever its first line looks like."""
+    answers, _ = ask("plain", f"{first}\nb c".encode())
+    assert [answer["line"] for answer in answers] == [1, 2]
+    assert [answer.get("error") for answer in answers] == [None if first else "empty", None]
+    assert ask("plain", b"") == ([], [])
 
 
 def test_what_cannot_be_used_is_one_line(make_checkpoint, tmp_path, capsys):

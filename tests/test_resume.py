@@ -1,7 +1,6 @@
 """Runs that are stopped, in all the ways they can be, and go on."""
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import random
@@ -21,7 +20,7 @@ import evaluation
 import multitask_classifier as mc
 import optimizer
 from checkpoint import read_state
-from tasks import TASKS
+from tasks import TASKS, Task
 from training import Training
 from utils import UserError, lock_files
 
@@ -131,6 +130,34 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     shown = capsys.readouterr().out
     assert shown.count("has no run with these options; this is a new one") == 1
     assert shown.count("resumed after") == len(PLACES)
+
+
+def test_a_killed_run_with_tasks_of_a_file_resumes_to_the_same_numbers(
+    flags, own_tasks, tmp_path, monkeypatch, capsys
+):
+    """Also without the file: the state has the tasks. Not with a file that says something else."""
+    more = [*own_tasks, "--sampling", "annealed", "--dev_rows", "10", "--nli_encoding", "both"]
+    models = [tmp_path / "whole" / "models", tmp_path / "models_dir"]
+    whole = ["--models_dir", models[0], "--predictions_dir", tmp_path / "whole"]
+    killed = ["--models_dir", models[1], "--predictions_dir", tmp_path / "killed", *OFTEN]
+    assert mc.main([*flags, *more, *map(str, whole)]) == 0
+    for call, resume in ((6, []), (1, ["--resume", "auto"])):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(mc, "training_step", nth_call(call, mc.training_step, False))
+            mc.main([*flags, *more, *map(str, killed), *resume])
+    (state,) = models[1].glob("*.resume")
+    toml = Path(own_tasks[1])
+    toml.write_text(toml.read_text().replace("samples = 24", "samples = 25"))
+    assert mc.main([*flags, *more, "--resume", str(state)]) == 1
+    assert f"{state}: this run has other values of --task_file" in capsys.readouterr().err
+    toml.unlink()
+    assert mc.main(["--resume", str(state)]) == 0
+    (one,), (other,) = ([torch.load(path) for path in folder.glob("*.pt")] for folder in models)
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert one["dev_scores"] == other["dev_scores"] and one["epoch"] == other["epoch"]
+    files = {path.name: path.read_text() for path in (tmp_path / "whole").glob("*.csv")}
+    assert files == {path.name: path.read_text() for path in (tmp_path / "killed").glob("*.csv")}
+    assert len(files) == 4
 
 
 def start(flags, *more):
@@ -364,7 +391,7 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, t
     calls = itertools.count(1)
     steps = []
 
-    def loss(outputs, labels, label_smoothing):
+    def loss(task, outputs, labels, label_smoothing):
         poison = torch.inf if next(calls) in (3, 4) else 1.0
         return torch.nn.functional.mse_loss(outputs, labels) * poison
 
@@ -379,8 +406,7 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, t
 
     training_step = mc.training_step
     monkeypatch.setattr(mc, "training_step", note)
-    task = dataclasses.replace(TASKS["sts"], loss=loss)
-    monkeypatch.setitem(TASKS, "sts", task)
+    monkeypatch.setattr(Task, "loss", loss)
     assert mc.main(flags + ["--sts"]) == 0
     assert steps == [True, True, False, False, True, True, True, True]
     assert "steps skipped so far, because they were not finite: 2" in capsys.readouterr().out
@@ -388,8 +414,12 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, t
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_too_many_of_them_end_the_run(flags, optimizer, monkeypatch, capsys, tmp_path):
-    task = dataclasses.replace(TASKS["sts"], loss=lambda outputs, *_: outputs.sum() * torch.nan)
-    monkeypatch.setitem(TASKS, "sts", task)
+    known = Task.loss
+
+    def loss(task, outputs, *arguments):
+        return known(task, outputs, *arguments) * (torch.nan if task.name == "sts" else 1)
+
+    monkeypatch.setattr(Task, "loss", loss)
     more = ["--max_bad_steps", "2", *OPTIMIZERS[optimizer]]
     assert mc.main(flags + more) == 1
     shown = capsys.readouterr().err
@@ -478,7 +508,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
 
 
 def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
-    done = run_with_limit(90_000, flags)
+    done = run_with_limit(105_000, [*flags, "--epochs", "1"])
     assert done.returncode == 1
     assert re.search(r"epoch 1: .*, not saved: cannot write .*\.pt", done.stdout)
     last = done.stderr.strip().splitlines()[-1]

@@ -24,7 +24,7 @@ from synthetic import NearDuplicates
 from tasks import SPLITS, TASKS
 
 SST = TASKS["sst"]
-SST_TRAIN = str(SAMPLE / SST.filename("train"))
+SST_TRAIN = str(SAMPLE / SST.train[0])
 
 # ------------------------------------------------------------------------------- near-duplicates
 
@@ -92,7 +92,7 @@ def test_small_for_real(learned):
     assert all(re.fullmatch(r"synthetic-small-\d{6}", row.id) for row in rows)
     texts = [row.sentences[0] for row in rows]
     for split in SPLITS:
-        for real in read(SAMPLE / SST.filename(split), split):
+        for real in read(SAMPLE / getattr(SST, split)[0], split):
             assert not any(similar(text, real.sentences[0]) for text in texts)
     for number, text in enumerate(texts):
         assert not any(similar(text, other) for other in texts[:number])
@@ -121,7 +121,7 @@ def test_small_learns_more_than_how_frequent_words_are(learned, tmp_path, monkey
     make_small(monkeypatch, SIZE=dict(hidden_size=64), _train=lambda *_: None)
     args = synthetic.parse(["--generator", "small", "--sst_train", SST_TRAIN, "--output", "x"])
     generator = SmallGenerator(args, torch.device("cpu"))
-    train, dev = (read(SAMPLE / SST.filename(split), split) for split in ("train", "dev"))
+    train, dev = (read(SAMPLE / getattr(SST, split)[0], split) for split in ("train", "dev"))
     generator.fit(train, dev, tmp_path)
     counts = Counter(piece for row in generator._encode(train) for piece in row.ids[1:])
     pieces = [piece for row in generator._encode(dev) for piece in row.ids[1:]]
@@ -220,7 +220,7 @@ def test_a_classifier_filters(small, mixed, tmp_path, capsys, monkeypatch):
 
 def test_without_dev_and_test_the_report_says_so(small, small_data, tmp_path):
     alone = tmp_path / "alone.csv"
-    alone.write_bytes((small_data / SST.filename("train")).read_bytes())
+    alone.write_bytes((small_data / SST.train[0]).read_bytes())
     assert synthetic.main(small + ["--sst_train", str(alone)]) == 0
     assert read_report(tmp_path)["dropped: near-duplicates of dev or test"] == "not checked"
 

@@ -69,7 +69,8 @@ def sample_sentences():
             sentence
             for task in TASKS.values()
             for split in SPLITS
-            for example in read_examples(SAMPLE / task.filename(split), task, split)
+            for file in getattr(task, split)
+            for example in read_examples(SAMPLE / file, task, split)
             for sentence in example.sentences
         )
     )
