@@ -508,6 +508,8 @@ def test_a_mutated_file_is_read_with_its_bad_rows_named_or_refused(
         for start, end in re.findall(r"lines? (\d+)(?: to (\d+))?", str(warning.message)):
             named |= set(range(int(start), int(end or start) + 1))
     ids = {example.id for example in examples}
+    # With another header, the cells of a row can have other meanings.
+    rows = rows if as_json or content.startswith(original.splitlines()[0]) else {}
     for number, line in enumerate(re.split(rb"\r\n|\n|\r", content), start=1):
         assert line not in rows or rows[line] in ids or number in named
     for example in examples:
