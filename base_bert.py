@@ -5,6 +5,8 @@ import json
 import math
 import reprlib
 import textwrap
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +20,22 @@ from utils import (
     find_pretrained,
     load_torch_file,
     one_line,
+    read_json_table,
     without_weights,
 )
 
 TAG_TABLES = "pos_tag_embeddings.weight", "ner_tag_embeddings.weight"
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# The activations of `transformers` that bring no weights of their own.
+ACTIVATIONS = (
+    *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"),
+    *("gelu_python_tanh", "gelu_10", "quick_gelu", "silu", "swish", "hardswish", "mish", "relu"),
+    *("relu2", "relu6", "leaky_relu", "sigmoid", "tanh", "laplace", "sqrtsoftplus", "linear"),
+)
+# Weights files in the order in which `transformers` looks for them. An index names several.
+WEIGHTS_FILES = [
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+]
+WORDS = "embeddings.word_embeddings.weight"
 LONGEST_ERROR = 300
 # Keys of a config.json that change the computation, with the only value that this BERT supports.
 ONLY_SUPPORTED = {
@@ -34,7 +47,10 @@ ONLY_SUPPORTED = {
 
 
 def _is_size(name: str, value: Any) -> bool:
-    smallest = 0 if name in ("pad_token_id", "num_pos_tags", "num_ner_tags") else 1
+    if name == "pad_token_id" and value is None:
+        return True
+    # A negative padding id counts from the end.
+    smallest = {"pad_token_id": -(10**7), "num_pos_tags": 0, "num_ner_tags": 0}.get(name, 1)
     # Larger models would take forever to build.
     largest = 1000 if name == "num_hidden_layers" else 10**7
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
@@ -50,7 +66,10 @@ def _is_rate(name: str, value: Any) -> bool:
 EXPECTED = {
     int: ("a positive whole number of a size in use", _is_size),
     float: ("a number in its range", _is_rate),
-    str: (f"one of {', '.join(ACTIVATIONS)}", lambda name, value: value in ACTIVATIONS),
+    str: (
+        "an activation without weights of its own, like gelu",
+        lambda name, value: value in ACTIVATIONS,
+    ),
 }
 
 
@@ -70,7 +89,7 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
     # Sizes of the tables of tag embeddings, with id 0; a plain BERT has none.
     num_pos_tags: int = 0
     num_ner_tags: int = 0
@@ -86,7 +105,8 @@ class BertConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if not problems and self.pad_token_id >= self.vocab_size:
+        pad = self.pad_token_id or 0
+        if not problems and not -self.vocab_size <= pad < self.vocab_size:
             problems.append(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
         if not problems and bool(self.num_pos_tags) != bool(self.num_ner_tags):
             problems.append("num_pos_tags and num_ner_tags must both be 0, or neither")
@@ -104,12 +124,7 @@ class BertConfig:
         Keys that only other programs use are ignored. Raises UserError for a key that would change
         what this BERT computes (relative positions, a decoder, another model type).
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable config.json ({one_line(error)})") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not a config.json: it holds no table of settings")
+        values = read_json_table(path)
         for key, supported in ONLY_SUPPORTED.items():
             if (value := values.get(key, supported)) not in (supported, None):
                 value = reprlib.repr(value)
@@ -138,6 +153,7 @@ class BertPreTrainedModel(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
+        self.has_new_pooler = False
 
     def init_weights(self) -> None:
         """Draw new weights as BERT does: normal with `initializer_range`, biases 0, LayerNorm 1.
@@ -171,23 +187,42 @@ class BertPreTrainedModel(nn.Module):
         Raises:
             UserError: files are missing or damaged, or the weights do not fit.
         """
-        config_path = find_pretrained(name_or_path, "config.json", local_files_only)
+
+        def find(filename: str) -> Path | None:
+            return find_pretrained(name_or_path, filename, local_files_only)
+
+        given = Path(name_or_path)
+        hint = " on this machine (--local_files_only downloads nothing)" if local_files_only else ""
+        config_path = find("config.json")
         if config_path is None:
-            raise UserError(f"{name_or_path}: no config.json found{_hint(local_files_only)}")
+            if given.is_file():
+                read_weights(given, find)  # says so if this is a checkpoint
+            raise UserError(f"{name_or_path}: no config.json found{hint}")
         config = BertConfig.from_json_file(config_path, **overrides)
-        weights_path = _find_weights(name_or_path, local_files_only)
-        weights = with_our_names(read_weights(weights_path), str(weights_path))
+        paths = map(find, [given.name] if given.is_file() else WEIGHTS_FILES)
+        path = next((path for path in paths if path), None)
+        if path is None:
+            problem = "no model.safetensors and no pytorch_model.bin found"
+            raise UserError(f"{name_or_path}: {problem}{hint}")
+        weights = encoder_weights(read_weights(path, find), str(path))
         # Weights that are replaced take no time and no random numbers.
         with without_weights():
             model = cls(config)
-        # A BERT without tag embeddings gets new ones.
-        if not any(name.endswith(TAG_TABLES) for name in weights):
-            for name, table in model.state_dict().items():
-                if name.endswith(TAG_TABLES):
-                    weights[name] = torch.zeros(table.shape)
-        _check_fit(model, weights, str(weights_path))
+        model.add_new_weights(weights, str(path))
+        _check_fit(model, weights, str(path))
         model.load_state_dict(weights, assign=True)
         return model
+
+    def add_new_weights(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        """Add a pooler and embeddings of tags to weights that have none of these."""
+        for part in (("pooler.dense.weight", "pooler.dense.bias"), TAG_TABLES):
+            if not any(name.endswith(part) for name in weights):
+                shapes = {name: table.shape for name, table in self.state_dict().items()}
+                weights |= {n: torch.zeros(s) for n, s in shapes.items() if n.endswith(part)}
+                self.has_new_pooler |= part is not TAG_TABLES
+        if self.has_new_pooler:
+            nn.init.normal_(weights["pooler.dense.weight"], std=self.config.initializer_range)
+            warnings.warn(f"{source}: has no pooler; a new one is made, which only --moe would use")
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; `transformers` can open the directory."""
@@ -198,8 +233,12 @@ class BertPreTrainedModel(nn.Module):
             temporary.write_text(self.config.to_json(), encoding="utf-8")
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a `.safetensors` file or of a `torch.save` file (`weights_only=True`)."""
+def read_weights(path: Path, find: Callable[[str], Path | None]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a `.safetensors` file, of a `torch.save` file (`weights_only=True`), or of
+    all files that an index names. `find` returns the path of a file in the same folder."""
+    if path.suffix == ".json":
+        shards = [read_weights(shard, find) for shard in _find_shards(path, find)]
+        return {name: tensor for shard in shards for name, tensor in shard.items()}
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -208,6 +247,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             reason = shortened(one_line(error))
             raise UserError(f"{path}: not a readable weights file ({reason})") from error
     weights = load_torch_file(path)
+    if isinstance(weights, dict) and "bert_config" in weights:
+        raise UserError(
+            f"{path}: a checkpoint of this project, not an encoder; "
+            "to start from it, give it with --init_from instead of --bert_model"
+        )
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()
     ):
@@ -215,36 +259,40 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def with_our_names(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Give weights the names that `BertModel` has, and convert them to float32.
+def _find_shards(index: Path, find: Callable[[str], Path | None]) -> list[Path]:
+    places = read_json_table(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: not an index of weights")
+    names = set(places.values())
+    # A path could lead anywhere.
+    paths = {name: find(name) for name in sorted(names) if name == Path(name).name}
+    if missing := [name for name in names if not paths.get(name)]:
+        raise UserError(f"{index}: {listed(missing, 'files are not in its folder')}")
+    return [path for path in paths.values() if path]
 
-    Removes the prefix `bert.`, the pre-training heads (`cls.*`) and stored `position_ids`, and
-    renames `gamma` and `beta` to `weight` and `bias`.
+
+def encoder_weights(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Give the weights of the encoder the names that `BertModel` has, and convert them to float32.
+
+    Removes a common prefix (`bert.`, `module.`, ...) and stored ids, and renames `gamma`
+    and `beta` to `weight` and `bias`. Passes over the weights of heads, with a warning.
     """
-    renamed = {}
+    prefixes = [name.removesuffix(WORDS) for name in weights if f".{name}".endswith(f".{WORDS}")]
+    if len(prefixes) != 1:
+        raise UserError(f"{source}: has {len(prefixes)} weights named {WORDS}, not one")
+    parts = tuple(prefixes[0] + part for part in ("embeddings.", "encoder.", "pooler."))
+    if others := [name for name in weights if not name.startswith(parts)]:
+        warnings.warn(f"{source}: {listed(others, 'weights of other heads are not used')}")
+    renamed: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
-        if name.startswith("cls.") or name.endswith("embeddings.position_ids"):
-            continue
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name in renamed:
-            raise UserError(f"{source}: holds {name} twice under different names")
-        renamed[name] = tensor.to(torch.float32)
-    return renamed
-
-
-def _find_weights(name_or_path: str | Path, local_files_only: bool) -> Path:
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
-    for filename in ("model.safetensors", "pytorch_model.bin"):
-        if path := find_pretrained(name_or_path, filename, local_files_only):
-            return path
-    problem = "no model.safetensors and no pytorch_model.bin found"
-    raise UserError(f"{name_or_path}: {problem}{_hint(local_files_only)}")
-
-
-def _hint(local_files_only: bool) -> str:
-    return " on this machine (--local_files_only downloads nothing)" if local_files_only else ""
+        if name.startswith(parts):
+            name = name.removeprefix(prefixes[0]).replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            if name in renamed:
+                raise UserError(f"{source}: holds {name} twice under different names")
+            renamed[name] = tensor.to(torch.float32)
+    buffers = "embeddings.position_ids", "embeddings.token_type_ids"
+    return {name: tensor for name, tensor in renamed.items() if name not in buffers}
 
 
 def _check_fit(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
@@ -260,12 +308,18 @@ def _check_fit(model: nn.Module, weights: dict[str, torch.Tensor], source: str) 
             if given.get(name, shape) != shape
         },
     }
-    found = {kind: sorted(names) for kind, names in misfits.items() if names}
+    found = {kind: names for kind, names in misfits.items() if names}
     if found:
         start = f"{source}: these weights do not fit this BERT; "
         room = (LONGEST_ERROR - len(start)) // len(found) - len("; ")
-        lists = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found.items()]
-        raise UserError(start + "; ".join(shortened(names, room) for names in lists))
+        lists = [listed(names, kind, room) for kind, names in found.items()]
+        raise UserError(start + "; ".join(lists))
+
+
+def listed(names: Iterable[str], what: str, length: int = LONGEST_ERROR // 2) -> str:
+    """Return how many names there are, and the first ones."""
+    names = sorted(names)
+    return shortened(f"{len(names)} {what}: {', '.join(names)}", length)
 
 
 def shortened(text: str, length: int = LONGEST_ERROR // 2) -> str:

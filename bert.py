@@ -122,12 +122,23 @@ def gelu_curvature(factor: Tensor, states: Tensor) -> Tensor:
     return result.view(factor.shape)
 
 
-# By the names that `hidden_act` has in a config.json.
-ACTIVATION_FUNCTIONS = {
-    "gelu": Gelu.apply,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+def gelu_tanh(states: Tensor) -> Tensor:
+    return F.gelu(states, approximate="tanh")
+
+
+# By the names that `hidden_act` has in a config.json. Some differ only in their rounding.
+PLAIN = ("silu", "hardswish", "mish", "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
+ACTIVATION_FUNCTIONS = {name: getattr(F, name) for name in PLAIN} | {
+    **dict.fromkeys(["gelu", "gelu_python"], Gelu.apply),
+    **dict.fromkeys(["gelu_new", "gelu_fast", "gelu_accurate"], gelu_tanh),
+    **dict.fromkeys(["gelu_pytorch_tanh", "gelu_python_tanh"], gelu_tanh),
+    "gelu_10": lambda x: Gelu.apply(x).clamp(-10, 10),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "swish": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+    "laplace": lambda x: 0.5 + 0.5 * torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))),
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    "linear": lambda x: x,
 }
 
 

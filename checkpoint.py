@@ -165,10 +165,19 @@ def find_tagger(
 
 
 def check_encoder(
-    bert: BertModel, source: str, tagger: Tagger | None, tasks: Mapping[str, Task]
+    bert: BertModel,
+    source: str,
+    tagger: Tagger | None,
+    tasks: Mapping[str, Task],
+    moe: str | None,
 ) -> None:
     """Raise UserError for an encoder that cannot do what is asked: it brings embeddings of tags of an
-    unknown pipeline, or cannot read two sentences in one sequence."""
+    unknown pipeline, no pooler for a gate, or cannot read two sentences in one sequence."""
+    if moe and bert.has_new_pooler:
+        raise UserError(
+            f"{source}: this encoder has no pooler, which the gate of --moe reads; "
+            "take an encoder with a pooler, or leave --moe out"
+        )
     tables = bert.new_parameters
     if tables and (tagger is None or any(table.any() for table in tables)):
         raise UserError(

@@ -492,7 +492,7 @@ def load_pretrained(
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
-    checkpoint.check_encoder(bert, source, tagger, options.tasks)
+    checkpoint.check_encoder(bert, source, tagger, options.tasks, options.moe)
     encoder = MixtureOfExperts.of(bert, options.moe) if options.moe else bert
     tokenizer = BertTokenizer.from_pretrained(source, local)
     return MultitaskBERT(encoder, options.tasks), tokenizer, tagger

@@ -1,19 +1,35 @@
 """BertTokenizer: text to word-piece ids, on the `tokenizers` library."""
 
 import json
+import reprlib
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from utils import UserError, atomic_write, find_pretrained, one_line
+from utils import UserError, atomic_write, find_pretrained, one_line, read_json_table
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"
+# Keys of a `tokenizer_config.json` that name special tokens, in the order of `transformers`.
+ROLES: dict[str, str | None] = {"bos_token": None, "eos_token": None}
+ROLES |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+# Values of `tokenizer_class`, without "Fast". For the first, `transformers` takes only the vocabulary
+# and the added tokens from a tokenizer.json; for the others, the whole file.
+BERT_CLASSES = "BertTokenizer", "ElectraTokenizer"
+JSON_CLASSES = "PreTrainedTokenizer", "TokenizersBackend"
+# Other settings that change the ids. They must not be there, or be right or empty.
+UNSUPPORTED = (
+    *("truncation_side", "split_special_tokens", "auto_map", "fast_tokenizer_files"),
+    *("init_inputs", "model_specific_special_tokens"),
+)
+EXTRA, OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
+# Files that can stand beside a tokenizer.json or vocab.txt.
+TABLES = "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 DEFAULT_MAX_LENGTH = 512
 # Texts that are tokenized per call: enough for all cores, few enough for a progress bar.
 CHUNK = 8192
@@ -38,38 +54,34 @@ class BertTokenizer:
         self.special_ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self._set_limits(None, padding=False)
+        # A hieroglyph is in no vocabulary: this fails here, not in training, if [UNK] is missing.
+        if any(backend.encode("a \U00013000").type_ids):
+            raise UserError("this vocabulary gives a text other token types than 0")
         if backend.encode("").ids != [self.special_ids[token] for token in ("[CLS]", "[SEP]")]:
             raise UserError("this vocabulary does not put [CLS] and [SEP] around a text")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, local_files_only: bool = False) -> Self:
-        """Read `tokenizer.json`, or else `vocab.txt`, and `tokenizer_config.json` if there is one.
+        """Read a tokenizer; it gives the ids that `transformers.AutoTokenizer` gives for these files.
         The arguments are those of `BertModel.from_pretrained`. Raises UserError if there is no
-        vocabulary, or if a file is damaged."""
+        vocabulary, if a file is damaged, or for a tokenizer that is not supported."""
 
         def find(filename: str) -> Path | None:
             return find_pretrained(name_or_path, filename, local_files_only)
 
-        settings = _read_settings(find("tokenizer_config.json"))
-        max_length = settings.get("model_max_length", DEFAULT_MAX_LENGTH)
-        # "No limit" is written as 1e30.
-        if not isinstance(max_length, int) or max_length > 1_000_000:
-            max_length = DEFAULT_MAX_LENGTH
         path = find("tokenizer.json") or find("vocab.txt")
         if path is None:
             raise UserError(f"{name_or_path}: no tokenizer.json and no vocab.txt found")
+        tables = {name: read_json_table(find(name)) for name in TABLES}
         try:
-            if path.name == "tokenizer.json":
-                backend = tokenizers.Tokenizer.from_file(str(path))
-            else:
-                backend = word_piece_backend(read_vocabulary(path), settings)
-            return cls(backend, max_length)
+            return cls(_read_backend(path, tables), _max_length(tables["tokenizer_config.json"]))
         except KeyboardInterrupt:
             raise
         # For a damaged file, the library raises a bare Exception, or panics with a BaseException.
         except BaseException as error:
+            problem = "" if isinstance(error, UserError) else "not a readable vocabulary: "
             reason = textwrap.shorten(one_line(error), 150, placeholder=" ...")
-            raise UserError(f"{path}: not a readable vocabulary: {reason}") from error
+            raise UserError(f"{path}: {problem}{reason}") from error
 
     @classmethod
     def from_json(cls, text: str, max_length: int = DEFAULT_MAX_LENGTH) -> Self:
@@ -153,19 +165,18 @@ class BertTokenizer:
         return [self.backend.id_to_token(int(number)) or "[UNK]" for number in ids]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `tokenizer.json`, `vocab.txt` and `tokenizer_config.json` for `transformers`."""
-        normalizer = json.loads(self.to_json())["normalizer"]
-        vocabulary = sorted(self.backend.get_vocab().items(), key=lambda item: item[1])
+        """Write `tokenizer.json` and `tokenizer_config.json` for `transformers`."""
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
         settings = {
-            "tokenizer_class": "BertTokenizer",
+            # `transformers` takes the file as it is, whatever is in it.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "model_max_length": self.max_length,
-            "do_lower_case": normalizer["lowercase"],
-            "strip_accents": normalizer["strip_accents"],
-            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
         }
+        # To name a token that is no added token would make it one.
+        settings |= {role: token for role, token in ROLES.items() if token in added}
         texts = {
             "tokenizer.json": self.to_json(),
-            "vocab.txt": "".join(f"{token}\n" for token, _ in vocabulary),
             "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         }
         for filename, text in texts.items():
@@ -183,22 +194,16 @@ class BertTokenizer:
             self.backend.no_padding()
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
-    """Read a `vocab.txt`, one word piece a line: word piece -> id."""
-    pieces = path.read_text(encoding="utf-8").split("\n")
-    if pieces[-1] == "":
-        pieces.pop()
-    pieces = [piece.removesuffix("\r") for piece in pieces]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise UserError("it has a word piece twice")
-    return vocabulary
-
-
-def word_piece_backend(vocabulary: dict[str, int], settings: dict) -> tokenizers.Tokenizer:
+def word_piece_backend(
+    vocabulary: dict[str, int], settings: Mapping[str, Any], added: Sequence[AddedToken] = ()
+) -> tokenizers.Tokenizer:
     """Make BERT's tokenizer (Devlin et al. 2018) for a vocabulary. Its settings are those of a
-    `tokenizer_config.json`."""
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    `tokenizer_config.json`; `added` are its added tokens."""
+    unknown, cls, sep = (
+        str(_added_token(settings.get(role, ROLES[role])))
+        for role in ("unk_token", "cls_token", "sep_token")
+    )
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
@@ -207,24 +212,108 @@ def word_piece_backend(vocabulary: dict[str, int], settings: dict) -> tokenizers
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
+    names = {role: token for role, token in ROLES.items() if token in vocabulary}
+    _add_tokens(backend, {**names, **settings}, added)
     # If one is missing, the constructor of BertTokenizer says which.
-    if all(token in vocabulary for token in SPECIAL_TOKENS):
-        backend.add_special_tokens(list(SPECIAL_TOKENS))
+    if {cls, sep} <= backend.get_vocab().keys():
         backend.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
         )
     return backend
 
 
-def _read_settings(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON ({one_line(error)})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: holds no table of settings")
-    return settings
+def _read_backend(path: Path, tables: Mapping[str, dict[str, Any]]) -> tokenizers.Tokenizer:
+    """Make the tokenizer that `transformers` makes of a tokenizer.json or vocab.txt, with the tables of
+    the files beside it."""
+    settings, whole = dict(tables["tokenizer_config.json"]), path.name == "tokenizer.json"
+    config = tables["config.json"]
+    name = settings.get("tokenizer_class", config.get("tokenizer_class"))
+    if name is None and whole and not config.get("model_type", not config):
+        raise UserError('config.json names no model_type; add "model_type": "bert"')
+    kind = BERT_CLASSES[0] if name is None else str(name).removesuffix("Fast")
+    if kind not in (BERT_CLASSES + JSON_CLASSES if whole else BERT_CLASSES):
+        problem = "is not supported" if whole else "is not supported with a vocab.txt"
+        raise UserError(f"tokenizer_class {reprlib.repr(name)} {problem}")
+    added = _read_added_tokens(settings, tables, read_json_table(path) if whole else {})
+    if not whole:
+        return word_piece_backend(models.WordPiece.read_file(str(path)), settings, added)
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    if (backend.truncation or {}).get("direction") == "left":
+        raise UserError("to cut a text at its start is not supported")
+    if kind in JSON_CLASSES:
+        # `transformers` takes the token of a baked-in padding for a special one.
+        names = {"pad_token": (backend.padding or {}).get("pad_token")}
+        _add_tokens(backend, names | settings, added)
+        return backend
+    if not isinstance(backend.model, models.WordPiece):
+        raise UserError(f"{kind} needs a WordPiece model")
+    return word_piece_backend(backend.get_vocab(with_added_tokens=False), settings, added)
+
+
+def _read_added_tokens(
+    settings: dict[str, Any], tables: Mapping[str, dict[str, Any]], whole: dict[str, Any]
+) -> list[AddedToken]:
+    """Return the added tokens in the order of their ids, and put other special tokens into the
+    settings. Where the settings do not list added tokens, older files and the `whole` tokenizer.json
+    do; then special_tokens_map.json replaces what the settings say."""
+    extra = settings.get(EXTRA) or settings.get(OLD_EXTRA)
+    added = settings.get("added_tokens_decoder")
+    if added is None:
+        older = tables["special_tokens_map.json"]
+        if EXTRA in older:
+            extra = [*(extra or []), *map(_as_special, older[EXTRA])]
+        elif not {EXTRA, OLD_EXTRA} & settings.keys():
+            extra = older.get(OLD_EXTRA)
+        settings |= {role: _as_special(value) for role, value in older.items()}
+        special = set(map(str, [*map(settings.get, ROLES), *(extra or [])]))
+        added = {
+            number: AddedToken(token, normalized=token not in special, special=token in special)
+            for token, number in tables["added_tokens.json"].items()
+        }
+        added |= {token["id"]: token for token in whole.get("added_tokens", [])}
+    for key, value in settings.items():
+        is_token = isinstance(value, (str, dict, AddedToken)) and key.endswith("_token")
+        is_other = key in UNSUPPORTED or key == EXTRA and isinstance(value, dict)
+        if is_token and key not in ROLES or is_other and value and value != "right":
+            raise UserError(f"{key} {reprlib.repr(value)} is not supported")
+    settings[EXTRA] = extra
+    return [_added_token(added[number]) for number in sorted(added, key=int)]
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], added: Sequence[AddedToken]
+) -> None:
+    """Add tokens, then the special tokens that are not among them."""
+    by_text = {token.content: token for token in added}
+    named = [_added_token(settings[role]) for role in ROLES if settings.get(role) is not None]
+    named = [by_text.get(token.content, token) for token in named]
+    extra = [_added_token(token) for token in settings.get("extra_special_tokens") or []]
+    known = by_text.keys() | map(str, backend.get_added_tokens_decoder().values())
+    new = [token for token in named + extra if token.content not in known]
+    backend.add_tokens([*added, *new])
+    ids = backend.get_vocab()
+    has_new = len(ids) > backend.get_vocab_size(with_added_tokens=False)
+    if has_new and sorted(ids.values()) != list(range(len(ids))):
+        raise UserError("its ids have gaps, so that added tokens would not keep theirs")
+
+
+def _added_token(value: str | dict[str, Any] | AddedToken) -> AddedToken:
+    if isinstance(value, dict):
+        return AddedToken(**{key: value[key] for key in value.keys() - {"__type", "id"}})
+    return AddedToken(value, special=True) if isinstance(value, str) else value
+
+
+def _as_special(value: Any) -> Any:
+    return _added_token(value | {"special": True}) if isinstance(value, dict) else value
+
+
+def _max_length(settings: Mapping[str, Any]) -> int:
+    length = settings.get("model_max_length", settings.get("max_len"))
+    # "No limit" is written as 1e30.
+    if length is None or isinstance(length, (int, float)) and length > 1_000_000:
+        return DEFAULT_MAX_LENGTH
+    if type(length) is not int or length < 3:
+        raise UserError(f"model_max_length must be a number above 2, not {reprlib.repr(length)}")
+    return length

@@ -10,6 +10,7 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import pickle
@@ -559,7 +560,23 @@ def find_pretrained(
             _check_minilm(found)
     else:
         return _find_on_hub(str(name_or_path), filename, local_files_only)
-    return found if found.is_file() else None
+    if not found.is_file():
+        return None
+    with open(found, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise UserError(f"{found}: is a Git LFS pointer, not the file; run git lfs pull")
+    return found
+
+
+def read_json_table(path: Path | None) -> dict[str, Any]:
+    """Read a file with a JSON object; without a path, return an empty one."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON ({one_line(error)})") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: holds no table of settings")
+    return table
 
 
 def minilm_directory() -> Path:

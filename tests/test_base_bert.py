@@ -101,25 +101,37 @@ def rename_weights(weights):
     """Half of the weights get other names, and the others another shape."""
     for number, (name, tensor) in enumerate(list(weights.items())):
         del weights[name]
-        weights.update({f"model.{name}": tensor} if number % 2 else {name: tensor[:5].clone()})
+        other = name.replace(".", ".model.", 1)
+        weights.update({other: tensor} if number % 2 else {name: tensor[:5].clone()})
 
 
 DAMAGES = {
     "missing: pooler.dense.bias": change_weights(lambda w: w.pop("pooler.dense.bias")),
-    "left over: classifier.weight": change_weights(
-        lambda w: w.update({"classifier.weight": torch.zeros(2)})
+    "left over: encoder.layer.0.adapter.weight": change_weights(
+        lambda w: w.update({"encoder.layer.0.adapter.weight": torch.zeros(2)})
+    ),
+    "32 missing: encoder.layer.3.attention.output.LayerNorm.bias": change_config(
+        num_hidden_layers=5
+    ),
+    "32 left over: encoder.layer.1.attention.output.LayerNorm.bias": change_config(
+        num_hidden_layers=1
+    ),
+    "has 2 weights named embeddings.word_embeddings.weight, not one": change_weights(
+        lambda w: w.update({f"ctx.{name}": tensor.clone() for name, tensor in w.items()})
     ),
     r"wrong shape: pooler.dense.bias \(7,\) instead of \(24,\)": change_weights(
         lambda w: w.update({"pooler.dense.bias": torch.zeros(7)})
     ),
-    r"27 missing: .* \.\.\.; 27 left over: model.* \.\.\.; 28 of the wrong shape: ": change_weights(
+    r"27 missing: .* \.\.\.; 27 left over: e.* \.\.\.; 28 of the wrong shape: ": change_weights(
         rename_weights
     ),
-    "twice": change_weights(lambda w: w.update({"bert.pooler.dense.bias": torch.zeros(24)})),
+    "twice": change_weights(
+        lambda w: w.update({"embeddings.LayerNorm.gamma": torch.zeros(24)}),
+    ),
     "not a readable weights file": lambda d: (d / "model.safetensors").write_bytes(b"\1" * 50),
     "no model.safetensors and no pytorch": lambda d: (d / "model.safetensors").unlink(),
     "no config.json": lambda d: (d / "config.json").unlink(),
-    "not a readable config.json": lambda d: (d / "config.json").write_text("{"),
+    "not readable JSON": lambda d: (d / "config.json").write_text("{"),
     r"vocab_size must be .*, not 'a+\.\.\.a+'; .* \.\.\.$": change_config(
         **dict.fromkeys(TINY, "a" * 10_000)
     ),
@@ -137,7 +149,9 @@ DAMAGES = {
         hidden_dropout_prob=2
     ),
     "pad_token_id 99 is not in the vocabulary": change_config(pad_token_id=99),
-    "hidden_act must be one of gelu": change_config(hidden_act="swish"),
+    "hidden_act must be an activation without weights .*, not 'prelu'": change_config(
+        hidden_act="prelu"
+    ),
 }
 
 

@@ -75,13 +75,15 @@ def test_cased_settings_are_read(tmp_path, minilm_path):
     assert pieces == ["[CLS]", "[UNK]", "cafe", "[SEP]"]  # the vocabulary has no capitals
 
 
-@pytest.mark.parametrize("drop", ["tokenizer.json", "vocab.txt"])
-def test_transformers_opens_what_we_save(tmp_path, minilm_tokenizer, drop):
+def test_transformers_opens_what_we_save(tmp_path, minilm_tokenizer):
     minilm_tokenizer.save_pretrained(tmp_path)
-    (tmp_path / drop).unlink()
     ours = minilm_tokenizer(TEXTS)["input_ids"]
-    assert transformers.BertTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == ours
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert opened(TEXTS)["input_ids"] == ours
     assert BertTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == ours
+    pair = opened("a b", "c", padding="max_length", max_length=9)
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 0, 0, 0]
+    assert pair["attention_mask"] == [1] * 6 + [0] * 3 and not any(pair["input_ids"][6:])
 
 
 def test_json_round_trip(minilm_tokenizer):
@@ -111,9 +113,10 @@ def test_one_string_is_refused(minilm_tokenizer):
 @pytest.mark.parametrize(
     "filename, content, message",
     [
-        ("tokenizer.json", "{", "not a readable vocabulary"),
+        ("tokenizer.json", "{", "not readable JSON"),
+        ("tokenizer.json", "[]", "holds no table"),
+        ("tokenizer.json", '{"added_tokens": []}', "not a readable vocabulary"),
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"has no \[MASK\]"),
-        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "twice"),
         ("other.txt", "", "no tokenizer.json and no vocab.txt"),
     ],
 )
@@ -126,12 +129,23 @@ def test_a_vocabulary_of_no_use_is_one_clear_line(tmp_path, filename, content, m
 
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
+@pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("filename", ["tokenizer.json", "vocab.txt", "tokenizer_config.json"])
-def test_mutated_files_work_or_are_refused(tiny_directory, tmp_path, filename, data):
+def test_mutated_files_work_or_are_refused(tiny_directory, tmp_path, filename, kind, data):
     """A tokenizer that is not refused gives ids within the vocabulary, between [CLS] and [SEP]."""
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(tiny_directory / name, tmp_path)
-    (tmp_path / filename).write_bytes(data.draw(mutated((tiny_directory / filename).read_bytes())))
+    whole = (tiny_directory / "tokenizer.json").read_bytes()
+    vocabulary = json.loads(whole)["model"]["vocab"]
+    files = {
+        "vocab.txt": "\n".join(sorted(vocabulary, key=vocabulary.get)).encode(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": kind, "model_max_length": 128, "do_lower_case": True}
+        ).encode(),
+    }
+    if filename == "tokenizer.json":
+        files[filename] = whole
+    files[filename] = data.draw(mutated(files[filename]))
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     try:
         tokenizer = BertTokenizer.from_pretrained(tmp_path)
     except UserError as error:

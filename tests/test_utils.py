@@ -1,4 +1,5 @@
 import importlib
+import json
 import platform
 import subprocess
 import sys
@@ -215,7 +216,9 @@ def test_a_hub_id_is_downloaded_once_and_then_local(load, hub):
 def test_a_hub_id_with_pytorch_weights_and_vocab_txt(load, hub, tiny_directory, tmp_path):
     from safetensors.torch import load_file
 
-    del hub.files["tokenizer.json"]
+    vocabulary = json.loads(hub.files.pop("tokenizer.json"))["model"]["vocab"]
+    hub.files["vocab.txt"] = "\n".join(sorted(vocabulary, key=vocabulary.get)).encode()
+    del hub.files["tokenizer_config.json"]
     del hub.files["model.safetensors"]
     torch.save(load_file(tiny_directory / "model.safetensors"), tmp_path / "weights")
     hub.files["pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
