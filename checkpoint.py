@@ -23,6 +23,7 @@ from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
 from flags import DEFAULT_SPACY_MODEL, build_parser
 from options import changed_options, deciding, find_data, named_files, parse_options
+from streams import file_to_replace
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
@@ -346,11 +347,13 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Refuse outputs that cannot be written, or that are inputs, before hours of training."""
     check_writable(Path(options.models_dir) / "run.pt")
     inputs = [f"{name}_{split}" for name in options.tasks for split in SPLITS]
-    taken = {Path(path).resolve(): flag for flag in inputs for path in getattr(options, flag)}
+    paths = [(path, flag) for flag in inputs for path in getattr(options, flag)]
+    taken = {Path(os.path.realpath(path)): flag for path, flag in paths}
     for flag in prediction_flags(options):
         path = getattr(options, flag)
         check_writable(path)
-        other = taken.setdefault(Path(path).resolve(), flag)
+        target = file_to_replace(Path(path))
+        other = taken.setdefault(target, flag) if target else flag
         if other != flag:
             raise UserError(f"{path}: is given for --{flag} and for --{other}")
 

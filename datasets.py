@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import itertools
 import math
+import os
 import string
 import sys
 import time
@@ -24,11 +25,12 @@ import numpy as np
 from tqdm import tqdm
 
 from base_bert import BertConfig
+from streams import Parser, complain
 from tables import check_cells, find_columns, of_table, open_table
 from tagging import Tagger
 from tasks import Task
 from tokenizer import BertTokenizer
-from utils import UserError, atomic_write, one_line
+from utils import UserError, atomic_write, exit_status, one_line
 
 SMOKETEST_ROWS = 32  # read of each file with --smoketest
 NAMED_REASONS, NAMED_ROWS = 3, 4  # a warning about rows names so many, and counts the others
@@ -490,7 +492,7 @@ def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = 
     if failures:
         *others, last = failures
         for failure in others:
-            print(f"error: {failure}", file=sys.stderr)
+            complain(f"error: {failure}")
         raise UserError(last)
 
 
@@ -500,7 +502,10 @@ def _download_file(url: str, path: Path, blob: str) -> None:
             print(f"{path}: already there")
             return
         raise UserError(f"{path} is there with other content; move it away and run this again")
+    path = Path(os.path.realpath(path))
     part = path.with_name(path.name + ".part")
+    if part.is_symlink() or part.exists() and not part.is_file():
+        raise UserError(f"{part}: is no plain file; move it away and run this again")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, ATTEMPTS + 1):
@@ -544,21 +549,17 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("download", help="fetch the nine real CSVs, each verified")
     command.add_argument("--data_dir", default="data", help="folder for the CSVs (default: data)")
     command.add_argument("--url", default=DATA_URL, help="folder to fetch from, such as a mirror")
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         download(args.data_dir, args.url.rstrip("/"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(work, "", "run the same command again to continue")
 
 
 if __name__ == "__main__":

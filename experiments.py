@@ -56,6 +56,7 @@ from result_tables import (
     summarize,
     write_tables,
 )
+from streams import Parser
 from tagging import Pipeline
 from tasks import TASKS, plain_rows
 from utils import (
@@ -383,7 +384,7 @@ def plot_curves(names: list[str], budget: str) -> None:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of a command, and the flags that are not its own."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
@@ -423,9 +424,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, flags = parse(argv)
-
     def work():
+        args, flags = parse(argv)
         if not RECIPES.is_dir():
             raise UserError(f"{RECIPES} is not here; start this in the folder of the repository")
         if args.command == "run":

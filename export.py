@@ -17,7 +17,7 @@ from datasets import checked_max_length
 from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
 from tasks import TASKS, Task, plain_rows
-from utils import MINILM, ROOT, UserError
+from utils import MINILM, ROOT, UserError, errors_of_writing
 
 POOLING_FOLDER = "1_AttentionPooling"
 CARD = """
@@ -125,7 +125,7 @@ def export(checkpoint_path: str, directory: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder, which is renamed to `path` if all goes well. Raises UserError if `path` is
     there and not empty, or cannot be written."""
-    try:
+    with errors_of_writing(path):
         if path.is_symlink() or path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path}: is there already, and is no empty folder; name a new one")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             whole.mkdir()
             yield whole
             os.replace(whole, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_heads(model: MultitaskBERT, folder: Path) -> None:

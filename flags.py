@@ -6,6 +6,7 @@ python flags.py > docs/flags.md
 import argparse
 import dataclasses
 import functools
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -19,11 +20,13 @@ from optimizer import (
     SCHEDULES,
     OwnFlag,
 )
+from streams import Parser, write_required
 from tasks import CLASS_LOSSES, PAIR_ENCODINGS, SPLITS, TASKS, Task
 from utils import (
     ROOT,
     decay_rates,
     did_you_mean,
+    exit_status,
     max_length,
     non_negative_float,
     positive_float,
@@ -79,7 +82,7 @@ SEARCH_SPACE = {
 # ------------------------------------------------------------------------------------------- flags
 
 
-class OptionParser(argparse.ArgumentParser):
+class OptionParser(Parser):
     """A parser that knows which of its options decide the numbers of a run."""
 
     def __init__(self, **settings):
@@ -635,4 +638,4 @@ def flags_page() -> str:
 
 
 if __name__ == "__main__":
-    print(flags_page(), end="")
+    sys.exit(exit_status(lambda: write_required(flags_page()), "", ""))

@@ -19,7 +19,6 @@ import codecs
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import select
@@ -42,6 +41,7 @@ from export import export
 from flags import PRECISIONS
 from multitask_classifier import load_trained
 from options import changed_options
+from streams import Parser, write_required
 from tables import check_cells, find_columns, open_table
 from tasks import Task
 from utils import (
@@ -419,22 +419,6 @@ def to_json_line(query: Query, answer: Answer) -> str:
 
 
 @contextlib.contextmanager
-def standard_output() -> Iterator[TextIO]:
-    """Yield standard output. If its reader has gone, as `head` does, the block ends quietly. Raises
-    UserError for a full disk."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield sys.stdout
-        sys.stdout.flush()
-    except OSError as error:
-        # Python would try to write the rest once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise UserError(f"cannot write the answers: {error.strerror}") from error
-
-
-@contextlib.contextmanager
 def output_file(path: str) -> Iterator[TextIO]:
     """Yield a file that takes its name when all of it has been written."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -450,11 +434,11 @@ def write_answers(
     hidden = output is None and sys.stdout.isatty()
     bar = tqdm(desc="answering", unit=" lines", delay=1, disable=hidden)
     try:
-        with bar, output_file(output) if output else standard_output() as file:
+        with bar, output_file(output) if output else contextlib.nullcontext() as file:
             for queries in chunks:
                 answers = answer_queries(predictor, queries, remarks, bar.update)
-                file.writelines(f"{render(*row)}\n" for row in zip(queries, answers, strict=True))
-                file.flush()
+                rows = zip(queries, answers, strict=True)
+                write_required("".join(f"{render(*row)}\n" for row in rows), file)
     finally:
         remarks.show()
 
@@ -504,7 +488,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Answer new sentences with a trained model. A line holds one sentence, or two "
         "separated by a tab; all tasks of the model answer that take as many sentences."
     )
@@ -550,9 +534,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-
     def work() -> None:
+        args = parse(argv)
         if args.export:
             export(args.checkpoint, args.export)
         else:

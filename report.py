@@ -27,6 +27,7 @@ from checkpoint import options_of
 from datasets import TaskDataset, load_data
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
 from multitask_classifier import MultitaskBERT, Trained, load_trained
+from streams import Parser
 from tasks import Task
 from tokenizer import BertTokenizer
 from utils import (
@@ -421,7 +422,7 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
     """Return the options of the report and those of the evaluation."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
         epilog="All other flags are those of multitask_classifier.py --evaluate, such as --data_dir, "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from options import config_arguments, deciding, given_flags
+from streams import write_required
 from tasks import CLASS_METRICS, NUMBER_METRICS, TASKS
 from utils import UserError, atomic_write
 
@@ -400,7 +401,7 @@ def write_tables(write: bool) -> None:
     """Do `table`: print all tables, or write them into the pages that have their markers."""
     if not write:
         for name, text in make_blocks("../").items():
-            print(f"{name}\n\n{text}")
+            write_required(f"{name}\n\n{text}\n")
         return
     pages = [page for page in (README, *sorted(DOCS.glob("*.md"))) if page.is_file()]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}

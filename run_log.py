@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import gc
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets import TaskDataset, rows_in_train
 from evaluation import Evaluation, confusion_figure
 from optimizer import Sophia
 from options import deciding
+from streams import complain
 from tagging import Tagger
 from tasks import SPLITS
 from tokenizer import BertTokenizer
@@ -216,7 +216,7 @@ class RunLog:
         except OSError as error:
             if not self.broken:
                 text = f"{self.directory}: TensorBoard's log ends here ({error}); the run continues"
-                tqdm.write(f"warning: {text}", file=sys.stderr)
+                complain(f"warning: {text}")
             self.broken = True
 
 

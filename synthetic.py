@@ -31,6 +31,7 @@ from datasets import Example, read_examples
 from flags import PRECISIONS
 from generators import GENERATORS, LABELS, SST, Generator, LimitReached, Sentence
 from multitask_classifier import load_checkpoint
+from streams import Parser
 from utils import (
     UserError,
     atomic_write,
@@ -368,8 +369,8 @@ def print_report(report: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------- main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--generator", choices=GENERATORS, required=True)
     flag(
@@ -424,9 +425,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
     advice = "lower --batch_size or --max_length"
-    return exit_status(lambda: generate(args), advice, "run the same command again to continue")
+    return exit_status(
+        lambda: generate(parse(argv)), advice, "run the same command again to continue"
+    )
 
 
 if __name__ == "__main__":

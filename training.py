@@ -36,6 +36,7 @@ from optimizer import (
 )
 from profiler import StepProfiler
 from run_log import RunLog
+from streams import complain
 from tagging import Tagger
 from tasks import Task
 from tokenizer import BertTokenizer
@@ -300,7 +301,7 @@ class Training:
         try:
             write_checkpoint(self.path, content)
         except UserError as error:
-            tqdm.write(f"warning: {error}; the run continues", file=sys.stderr)
+            complain(f"warning: {error}; the run continues")
 
     def state(self) -> dict[str, Any]:
         """Return the whole state. All processes must call it together."""

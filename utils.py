@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -16,10 +17,10 @@ import os
 import pickle
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -35,6 +36,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from streams import (
+    LostOutput,
+    complain,
+    file_to_replace,
+    guard_streams,
+    temporary_file,
+    write_in_place,
+)
 
 ROOT = Path(__file__).resolve().parent
 MINILM = "minilm"
@@ -110,23 +120,11 @@ def number(kind: type, accepts: Callable[[Any], bool], what: str) -> Callable[[s
 
 
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
-
-
 max_length = number(int, lambda value: value > 2, "a whole number above 2")
-
-
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
 share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
-
-
 probability = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -381,17 +379,23 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
         when_interrupted: what became of the work, or ""; an interrupt that has a text of its own wins.
 
     Returns:
-        0; 1 after an error; 128 plus the number of the signal after an interrupt.
+        0; 1 after an error; 128 plus the number of the signal after an interrupt, and after the reader
+        of required output has gone (SIGPIPE).
     """
+    guard_streams()
     with warnings.catch_warnings():
         # We use the jagged layout, the part of nested tensors that PyTorch recommends.
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
         try:
             work()
             return 0
         except UserError as error:
             cause = str(error)
+        except LostOutput as lost:
+            if isinstance(lost.__cause__, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            cause = str(lost)
         except (RuntimeError, MemoryError) as error:
             if is_lost_connection(error):
                 cause = f"another process of this run has ended ({one_line(error)})"
@@ -402,11 +406,12 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
         except KeyboardInterrupt as interrupt:
             if rank() == 0:
                 known = filter(None, ("interrupted", str(interrupt) or when_interrupted))
-                print("\n" + "; ".join(known), file=sys.stderr)
+                print(file=sys.stderr)
+                complain("; ".join(known))
             return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-    wait_for_first_process()
-    print(f"error: {cause}", file=sys.stderr)
-    return 1
+        wait_for_first_process()
+        complain(f"error: {cause}")
+        return 1
 
 
 def keep_freed_memory() -> None:
@@ -438,31 +443,46 @@ def autocast(device: torch.device, precision: str = "auto"):
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike):
-    """Yield a temporary path beside `path`; at the end, sync it and rename it to `path`.
+    """Yield a temporary path; at the end, sync it and rename it to the file to which `path` leads. A
+    device, a pipe or a standard stream (/dev/stdout) is not replaced; it gets the content at the end.
 
-    If anything fails before that, an interrupt included, `path` stays as it was and the temporary
-    file is removed. Raises UserError for a folder that cannot be written and for a full disk.
+    If anything fails before that, an interrupt included, the file stays as it was and the temporary
+    one is removed. Raises UserError for what cannot be written and for a full disk.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with errors_of_writing(path), temporary_file(Path(path)) as (temporary, target):
         yield temporary
+        if target is None:
+            write_in_place(Path(path), temporary)
+            return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # The file is a mount of its own, as in containers, so no other can take its name.
+            shutil.copyfile(temporary, target)
+        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def errors_of_writing(path: str | os.PathLike):
+    """Turn errors of the operating system into UserError."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Make the folder of a file that will be written later. Raises UserError if it cannot be written."""
+    with errors_of_writing(path), temporary_file(Path(path)) as (empty, target):
+        # A pipe's reader would take this for the end.
+        if target is None and not Path(path).is_fifo():
+            write_in_place(Path(path), empty)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -482,18 +502,21 @@ def lock_files(paths: list[Path], what: str):
     Raises UserError for a path that another process has locked; the error says `what` that process
     does. Of several processes of one run, the first one locks. The locks are those of flock, on
     hidden files beside the paths: a killed process leaves no lock, and its half-written files are
-    removed.
+    removed. Links are followed; devices, pipes and standard streams have no lock.
     """
     with contextlib.ExitStack() as stack:
         for path in [] if rank() else paths:
-            lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except filelock.Timeout:
-                raise UserError(f"{path}: {what}") from None
-            except OSError as error:
-                raise UserError(f"cannot write {lock.lock_file}: {error.strerror}") from error
-            for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp"):
+            with errors_of_writing(path):
+                target = file_to_replace(path)
+            if target is None:
+                continue
+            lock = target.with_name(f".{target.name}.lock")
+            with errors_of_writing(lock):
+                try:
+                    stack.enter_context(filelock.FileLock(lock).acquire(timeout=0))
+                except filelock.Timeout:
+                    raise UserError(f"{path}: {what}") from None
+            for leftover in target.parent.glob(f".{glob.escape(target.stem)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
 
@@ -523,24 +546,6 @@ def load_torch_file(path: str | os.PathLike):
         ) from error
     except Exception as error:  # zipfile, torch and the operating system have many of them
         raise UserError(f"{path}: damaged, or not a file that torch.save wrote") from error
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Make the folder of a file that will be written later. Raises UserError if it cannot be written."""
-    folder = Path(path).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        problem = "it is a folder" if Path(path).is_dir() else "its folder is read-only"
-        raise UserError(f"cannot write {path}: {problem}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def find_pretrained(

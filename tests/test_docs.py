@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 
@@ -62,7 +63,8 @@ def arguments_of(command):
     words = shlex.split(command, comments=True)
     for number, word in enumerate(words):
         if word in PARSERS:
-            return word, words[number + 1 :]
+            own = itertools.takewhile(lambda word: word[:1] not in ("|", "<", ">"), words[number:])
+            return word, list(own)[1:]
         if word.removeprefix("./") in ("run_train.sh", "run_demo.sh"):
             return "multitask_classifier.py", words[number + 1 :]
         if word.startswith("benchmarks/"):

@@ -341,7 +341,7 @@ def test_a_reader_that_goes_ends_it_quietly(make_checkpoint, tmp_path, monkeypat
         # To close standard output at the end, as Python does, must not fail either.
         with open(writer, "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
-            assert predict.main([str(path), "--checkpoint", str(make_checkpoint("plain"))]) == 0
+            assert predict.main([str(path), "--checkpoint", str(make_checkpoint("plain"))]) == 141
     assert line.result().startswith(b"sentiment")
     # On a slow machine there is a progress bar.
     assert "rror" not in capsys.readouterr().err
@@ -353,7 +353,7 @@ def test_a_full_disk_is_one_line(make_checkpoint, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sys, "stdout", full)
         command = [str(tmp_path / "in"), "--checkpoint", str(make_checkpoint("plain"))]
         assert predict.main(command) == 1
-    message = "error: cannot write the answers: No space left on device\n"
+    message = "error: cannot write stdout: No space left on device\n"
     assert capsys.readouterr().err == message
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 ORDER = """
     predict export report synthetic generators experiments result_tables hpo
     multitask_classifier training checkpoint run_log options flags evaluation moe curvature batches
-    optimizer datasets tables bert base_bert attention tokenizer tagging profiler tasks utils
+    optimizer datasets tables bert base_bert attention tokenizer tagging profiler tasks utils streams
 """.split()
 ALONE = {"attention_pooling"}  # goes into exported folders; uses nothing of ours
 LONGEST_FILE, LONGEST_FUNCTION = 650, 50

@@ -234,7 +234,7 @@ def test_without_dev_and_test_the_report_says_so(small, small_data, tmp_path):
             "no/such/model: no such directory, and not a hub id",
         ),
         (["--filter_with", SST_TRAIN], "not a file of tensors"),
-        (["--output", str(SAMPLE)], "it is a folder"),
+        (["--output", str(SAMPLE)], "Is a directory"),
         (["--sst_train", SST_TRAIN, "--output", SST_TRAIN], "is read too; give it another name"),
         (["--filter_with", "none.pt"], "none.pt: no such file"),
     ],
