@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -21,12 +22,12 @@ from tqdm import tqdm
 
 from attention import Sequences
 from base_bert import BertConfig
-from bert import BertLayer, BertSelfAttention
+from bert import BertModel, BertSelfAttention, Tokens
 from datasets import Example
 from optimizer import AdamW
 from tasks import TASKS
 from tokenizer import BertTokenizer
-from utils import UserError, atomic_write, autocast, one_line
+from utils import UserError, atomic_write, autocast, load_torch_file, one_line
 
 SST = TASKS["sst"]
 LABELS = range(len(SST.classes))
@@ -47,83 +48,60 @@ class Sentence(NamedTuple):
 class CausalSelfAttention(BertSelfAttention):
     """Self-attention in which a token sees itself and the tokens before it. Sequences have one length.
 
-    While `past` is set, it keeps the keys and values [B, H, S, K] of all tokens so far, so that the
+    While `past` is a list, it keeps the keys and values [B, H, S, K] of all tokens so far, so that the
     next tokens can be given alone.
     """
 
-    past: tuple[Tensor, Tensor] | None = None
+    past: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         ((n_sequences, length),) = sequences.runs
-        config = self.config
+        shape = n_sequences, length, self.config.num_attention_heads, self.config.head_size
         query, key, value = (
-            linear(hidden_states)
-            .view(n_sequences, length, config.num_attention_heads, config.head_size)
-            .transpose(1, 2)  # [B, H, S, K]
+            linear(hidden_states).view(shape).transpose(1, 2)  # [B, H, S, K]
             for linear in (self.query, self.key, self.value)
         )
         if self.past is not None:
-            past_key, past_value = self.past
-            key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
-            self.past = key, value
-        dropout = config.attention_probs_dropout_prob if self.training else 0.0
+            self.past.append((key, value))
+            key, value = (torch.cat(parts, dim=2) for parts in zip(*self.past, strict=True))
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         # Without a past, the mask is a triangle. After a past comes one token, which sees all others.
         is_causal = key.shape[2] == length
         context = F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal)
-        return context.transpose(1, 2).reshape(n_sequences * length, -1)  # [B S, D]
+        return context.transpose(1, 2).flatten(0, 1).flatten(1)  # [B S, D]
 
 
-class CausalLM(nn.Module):
-    """A small language model: the layers of bert.py with a causal mask. The word embeddings are also
-    the weights of the output."""
+class CausalLM(BertModel):
+    """A small language model: BERT with a causal mask. Its token types are labels, so that all tokens
+    get the embedding of the label: the model soon forgets a label that only comes before the
+    sentence. The word embeddings are also the weights of the output."""
 
     def __init__(self, config: BertConfig):
-        super().__init__()
-        self.config = config
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm = nn.LayerNorm(config.hidden_size)
-        layers = [BertLayer(config) for _ in range(config.num_hidden_layers)]
+        super().__init__(config)
+        del self.pooler
+        layers: Any = self.encoder.layer
         for layer in layers:
             layer.attention.self = CausalSelfAttention(config)
-        self.layers = nn.ModuleList(layers)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+        self.init_weights()
 
-    def forward(
-        self,
-        ids: Tensor,
-        start: int = 0,
-        labels: Tensor | None = None,
-        chosen: Tensor | None = None,
-    ) -> Tensor:
-        """Return the logits of the token that follows each token of `ids` [B, S]: [B, S, V], or [n, V]
-        for those at `chosen` [B, S]. The first column of `ids` has position `start`. The embeddings of
-        `labels` [B] are added to those of all tokens, since the model soon forgets a label that only
-        stands before the sentence."""
+    def logits(self, ids: Tensor, labels: Tensor, start: int = 0) -> Tensor:
+        """Return the logits [B, S, V] of the token that follows each token of `ids` [B, S]. `labels` are
+        [B]. The first column of `ids` has position `start`."""
         n_sequences, length = ids.shape
-        positions = torch.arange(start, start + length, device=ids.device)
-        embeddings = self.words(ids) + self.positions(positions)
-        if labels is not None:
-            embeddings = embeddings + self.words(labels)[:, None]
-        states = self.dropout(self.norm(embeddings)).flatten(0, 1)  # [B S, D]
+        positions = torch.arange(start, start + length, device=ids.device).repeat(n_sequences)
         sequences = Sequences.of([length] * n_sequences, ids.device)
-        for layer in self.layers:
-            states = layer(states, sequences)
-        states = states.view(n_sequences, length, -1)
-        return F.linear(states if chosen is None else states[chosen], self.words.weight)
+        types = labels.repeat_interleave(length)
+        states = self.encode(Tokens(ids.flatten(), positions, sequences, types))  # [B S, D]
+        weight = self.embeddings.word_embeddings.weight
+        return F.linear(states, weight).unflatten(0, ids.shape)
 
     @contextlib.contextmanager
-    def keep_past(self, n_sequences: int) -> Iterator[None]:
-        """Within the block, keep what attention needs of the tokens so far, so that `forward` is given
-        only the next tokens of `n_sequences` sequences."""
-        size = n_sequences, self.config.num_attention_heads, 0, self.config.head_size
-        empty = self.words.weight.new_empty(size)
+    def keep_past(self) -> Iterator[None]:
+        """Within the block, keep what attention needs of the tokens so far, so that `logits` is given
+        only the next tokens."""
         attentions = [part for part in self.modules() if isinstance(part, CausalSelfAttention)]
         for attention in attentions:
-            attention.past = empty, empty
+            attention.past = []
         try:
             yield
         finally:
@@ -146,6 +124,14 @@ def nucleus(logits: Tensor, top_p: float, temperature: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- generators
+
+
+def import_library(generator: str, requirement: str) -> Any:
+    """Import a library that only this generator needs. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(requirement.partition("==")[0])
+    except ImportError as error:
+        raise UserError(f"--generator {generator} needs: pip install {requirement}") from error
 
 
 class Generator:
@@ -185,102 +171,73 @@ class LanguageModelGenerator(Generator):
     """A language model that is trained on the training set."""
 
     EPOCHS: int  # unless --epochs says more or fewer
-    LR: float  # likewise
-    BATCH: int  # rows
+    LR: float  # the highest; unless --lr says another
+    TOKENS: int  # of a batch, about
     WEIGHT_DECAY: float
-    WARM_UP: int  # steps in which the rate rises to LR; 1: it is constant
+    WARM_UP = 0.1  # share of the steps in which the rate rises; then it falls to 0
 
-    model: nn.Module
+    model: Any
+
+    def _make_model(self, train: list[Example]) -> None:
+        """Make the model that is to be trained."""
+        raise NotImplementedError
 
     def _encode(self, examples: list[Example]) -> list[Row]:
         """Turn examples into rows."""
         raise NotImplementedError
 
-    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
-        """Return the logits [n, V] of the tokens that follow those at `chosen` [B, S - 1]. `ids` and
-        `is_real`, which is false for padding, are [B, S]."""
-        raise NotImplementedError
-
     def _losses(self, rows: list[Row]) -> Tensor:
         """Return the cross-entropy [n] of all tokens that are not part of a prompt."""
-        longest = max(len(row.ids) for row in rows)
-        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])  # [B, S]
-        columns = torch.arange(longest)
-        is_real = torch.stack([columns < len(row.ids) for row in rows])
-        is_target = is_real & torch.stack([columns >= row.n_prompt for row in rows])
-        ids, is_real, is_target = (part.to(self.device) for part in (ids, is_real, is_target))
-        logits = self._logits(ids, is_real, is_target[:, 1:]).float()
-        return F.cross_entropy(logits, ids[is_target], reduction="none")
+        raise NotImplementedError
 
-    def _epochs(self, train: list[Example]) -> Iterator[int]:
-        """Train. Yields the number of each epoch, counted from 1, when it is done."""
-        rows = self._encode(train)
-        rate = self.args.lr or self.LR
-        optimizer = AdamW(self.model.parameters(), lr=rate, weight_decay=self.WEIGHT_DECAY)
-        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / self.WARM_UP, 1, self.WARM_UP)
-        rng = np.random.default_rng(self.args.seed)
-        for epoch in range(1, (self.args.epochs or self.EPOCHS) + 1):
-            self.model.train()
-            order = rng.permutation(len(rows))
-            starts = range(0, len(rows), self.BATCH)
-            for start in tqdm(starts, desc=f"epoch {epoch}", unit="batch", leave=False):
-                batch = [rows[row] for row in order[start : start + self.BATCH]]
-                with autocast(self.device, self.args.precision):
-                    loss = self._losses(batch).mean()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                optimizer.step()
-                warm_up.step()
-                optimizer.zero_grad()
-            yield epoch
-
-    @torch.no_grad()
-    def perplexity(self, examples: list[Example]) -> float:
-        self.model.eval()
-        rows = self._encode(examples)
-        losses = [self._losses(rows[i : i + self.BATCH]) for i in range(0, len(rows), self.BATCH)]
-        return float(torch.cat(losses).cpu().double().mean().exp())
-
-
-class SmallGenerator(LanguageModelGenerator):
-    """`CausalLM` on rows [label] word pieces [end]. Its vocabulary is the labels, the end and the word
-    pieces of the training set; it leaves out all other word pieces."""
-
-    # Without the warm-up, or at 2e-3, it learns no more than how frequent words are.
-    EPOCHS, LR, BATCH, WEIGHT_DECAY, WARM_UP = 12, 5e-4, 32, 0.05, 100
-    SIZE: dict[str, Any] = dict(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
-    )
-    END = len(LABELS)
-
-    model: CausalLM
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        super().__init__(args, device)
-        source = args.model or "minilm"
-        self.tokenizer = BertTokenizer.from_pretrained(source, args.local_files_only)
+    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+        """Divide the rows into batches of rows of one length, which need no padding."""
+        batches: list[list[Row]] = [[]]
+        for row in sorted(rows, key=lambda row: len(row.ids)):
+            last, length = batches[-1], len(row.ids)
+            if last and (len(last[0].ids) < length or (len(last) + 1) * length > self.TOKENS):
+                batches.append([])
+            batches[-1].append(row)
+        return batches
 
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
-        self.pieces = sorted(set(itertools.chain(*self._word_pieces(train))))
-        self.ids = {piece: id for id, piece in enumerate(self.pieces, start=self.END + 1)}
-        size = self.END + 1 + len(self.pieces)
-        length = self.args.max_length + 2
-        config = BertConfig(vocab_size=size, max_position_embeddings=length, **self.SIZE)
-        self.model = CausalLM(config).to(self.device)
+        self._make_model(train)
+        self.model.to(self.device)
         saved = folder / "model.pt"
         if saved.exists():
-            weights = torch.load(saved, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(load_torch_file(saved))
             return
         self._train(train, dev)
         with atomic_write(saved) as temporary:
             torch.save(self.model.state_dict(), temporary)
 
+    def _train_step(self, batch: list[Row], optimizer: torch.optim.Optimizer) -> None:
+        with autocast(self.device, self.args.precision):
+            # Each token counts the same, also in a small batch.
+            loss = self._losses(batch).sum() / self.TOKENS
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
     def _train(self, train: list[Example], dev: list[Example]) -> None:
         """Train, and keep the epoch with the lowest perplexity on dev. Stop after an epoch whose
         perplexity is a tenth above the lowest. Without a dev set, keep the last epoch."""
+        rows = self._encode(train)
+        rate, epochs = self.args.lr or self.LR, self.args.epochs or self.EPOCHS
+        n_steps = epochs * len(self._batches(rows))
+        optimizer = AdamW(self.model.parameters(), lr=rate, weight_decay=self.WEIGHT_DECAY)
+        shape: Any = dict(pct_start=self.WARM_UP, anneal_strategy="linear", cycle_momentum=False)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, n_steps, **shape)
+        rng = random.Random(self.args.seed)
         best, weights = math.inf, {}
-        for epoch in self._epochs(train):
+        for epoch in range(1, epochs + 1):
+            self.model.train()
+            batches = self._batches(rng.sample(rows, len(rows)))
+            rng.shuffle(batches)
+            for batch in tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False):
+                self._train_step(batch, optimizer)
+                schedule.step()
             perplexity = self.perplexity(dev) if dev else math.nan
             print(f"epoch {epoch}: perplexity on dev {perplexity:.1f}")
             # Without a dev set it is nan, which is never worse.
@@ -291,14 +248,49 @@ class SmallGenerator(LanguageModelGenerator):
         self.model.load_state_dict(weights)
 
     @torch.no_grad()
+    def perplexity(self, examples: list[Example]) -> float:
+        self.model.eval()
+        losses = [self._losses(batch) for batch in self._batches(self._encode(examples))]
+        return float(torch.cat(losses).cpu().double().mean().exp())
+
+
+class SmallGenerator(LanguageModelGenerator):
+    """`CausalLM` on rows [label] word pieces [end]. Its vocabulary is the labels, the end and the word
+    pieces of the training set; it leaves out all other word pieces."""
+
+    # With three times as many tokens in a batch, it learns clearly less in as many epochs.
+    EPOCHS, LR, TOKENS, WEIGHT_DECAY = 4, 1e-3, 512, 0.05
+    SIZE: dict[str, Any] = dict(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+    )
+    END = len(LABELS)
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        super().__init__(args, device)
+        source = args.model or "minilm"
+        self.tokenizer = BertTokenizer.from_pretrained(source, args.local_files_only)
+
+    def _make_model(self, train: list[Example]) -> None:
+        self.pieces = sorted(set(itertools.chain(*self._word_pieces(train))))
+        self.ids = {piece: id for id, piece in enumerate(self.pieces, start=self.END + 1)}
+        config = BertConfig(
+            vocab_size=self.END + 1 + len(self.pieces),
+            max_position_embeddings=self.args.max_length + 2,
+            type_vocab_size=len(LABELS),
+            pad_token_id=self.END,  # it is never read, only predicted
+            **self.SIZE,
+        )
+        self.model = CausalLM(config)
+
+    @torch.no_grad()
     def sample(self, labels: list[int], seed: int) -> list[Sentence]:
         torch.manual_seed(seed)
         self.model.eval()
         ids = torch.tensor(labels, device=self.device)[:, None]  # [B, 1]
         ended = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
-        with self.model.keep_past(len(labels)):
+        with self.model.keep_past():
             for position in range(self.args.max_length):
-                logits = self.model(ids[:, -1:], position, ids[:, 0])[:, -1].float()
+                logits = self.model.logits(ids[:, -1:], ids[:, 0], position)[:, -1].float()
                 logits[:, : self.END] = -torch.inf  # no label within a sentence
                 drawn = nucleus(logits, self.args.top_p, self.args.temperature)
                 ids = torch.cat([ids, drawn.masked_fill(ended, self.END)[:, None]], dim=1)
@@ -325,49 +317,41 @@ class SmallGenerator(LanguageModelGenerator):
             rows.append(Row([int(example.label), *ids, self.END], n_prompt=1))
         return rows
 
-    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
-        # Most of the work is the multiplication by all words, so it leaves out padding.
-        return self.model(ids[:, :-1], labels=ids[:, 0], chosen=chosen)
+    def _losses(self, rows: list[Row]) -> Tensor:
+        ids = torch.tensor([row.ids for row in rows], device=self.device)  # [B, S]
+        logits = self.model.logits(ids[:, :-1], ids[:, 0]).flatten(0, 1).float()
+        return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
 
 
 class Gpt2Generator(LanguageModelGenerator):
-    """A GPT-2 from `transformers`, fine-tuned at a constant rate. Its prompt is the label in words."""
+    """A GPT-2 from `transformers`, fine-tuned. Its prompt is the label in words."""
 
-    EPOCHS, LR, BATCH, WEIGHT_DECAY, WARM_UP = 2, 3e-5, 16, 0.01, 1
+    EPOCHS, LR, TOKENS, WEIGHT_DECAY = 2, 3e-5, 512, 0.01
     PROMPTS = [f"{name}:" for name in SST.classes]  # by label
 
-    # Of types that only `transformers` knows.
-    model: Any
-    tokenizer: Any
+    tokenizer: Any  # its type is known to `transformers` only
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         super().__init__(args, device)
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError("--generator gpt2 needs: pip install transformers==5.23.0") from error
-        self.library = transformers
+        self.library = import_library("gpt2", "transformers==5.23.0")
 
-    def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:
-        saved, is_complete = folder / "model", folder / "model-is-complete"
-        if is_complete.exists():
-            self._load(str(saved))
-            return
-        self._load(self.args.model or "gpt2")
-        for epoch in self._epochs(train):
-            if dev:
-                print(f"epoch {epoch}: perplexity on dev {self.perplexity(dev):.1f}")
-        self.model.save_pretrained(saved)
-        self.tokenizer.save_pretrained(saved)
-        is_complete.touch()
+    def _make_model(self, train: list[Example]) -> None:
+        source = self.args.model or "gpt2"
+        local = dict(local_files_only=self.args.local_files_only)
+        try:
+            self.tokenizer = self.library.AutoTokenizer.from_pretrained(source, **local)
+            self.model = self.library.AutoModelForCausalLM.from_pretrained(source, **local)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {source}: {one_line(error)}") from error
+        self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
     def sample(self, labels: list[int], seed: int) -> list[Sentence]:
         torch.manual_seed(seed)
         self.model.eval()
-        self.tokenizer.padding_side = "left"
         prompts = [self.PROMPTS[label] for label in labels]
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
+        padding = dict(padding=True, padding_side="left", return_tensors="pt")
+        batch = self.tokenizer(prompts, **padding).to(self.device)
         end = self.tokenizer.eos_token_id
         ids = self.model.generate(
             **batch,
@@ -384,16 +368,6 @@ class Gpt2Generator(LanguageModelGenerator):
             if end in row
         ]
 
-    def _load(self, source: str) -> None:
-        local = dict(local_files_only=self.args.local_files_only)
-        try:
-            self.tokenizer = self.library.AutoTokenizer.from_pretrained(source, **local)
-            self.model = self.library.AutoModelForCausalLM.from_pretrained(source, **local)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {source}: {one_line(error)}") from error
-        self.model.to(self.device)
-        self.tokenizer.pad_token = self.tokenizer.eos_token
-
     def _encode(self, examples: list[Example]) -> list[Row]:
         prompts = self.tokenizer(self.PROMPTS)["input_ids"]
         texts = [" " + example.sentences[0].strip() for example in examples]
@@ -403,9 +377,12 @@ class Gpt2Generator(LanguageModelGenerator):
             rows.append(Row(prompt + ids[: self.args.max_length] + end, n_prompt=len(prompt)))
         return rows
 
-    def _logits(self, ids: Tensor, is_real: Tensor, chosen: Tensor) -> Tensor:
-        output = self.model(input_ids=ids, attention_mask=is_real.long())
-        return output.logits[:, :-1][chosen]
+    def _losses(self, rows: list[Row]) -> Tensor:
+        ids = torch.tensor([row.ids for row in rows], device=self.device)  # [B, S]
+        starts = torch.tensor([row.n_prompt for row in rows], device=self.device)
+        is_target = torch.arange(1, ids.shape[1], device=self.device) >= starts[:, None]
+        logits = self.model(input_ids=ids).logits[:, :-1][is_target].float()  # [n, V]
+        return F.cross_entropy(logits, ids[:, 1:][is_target], reduction="none")
 
 
 class LimitReached(Exception):
@@ -433,16 +410,11 @@ class OpenAIGenerator(Generator):
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         super().__init__(args, device)
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError("--generator openai needs: pip install openai==3.51.0") from error
+        self.library = import_library("openai", "openai==3.51.0")
         if not os.environ.get("OPENAI_API_KEY"):
             raise UserError("--generator openai: put your key into the variable OPENAI_API_KEY")
-        self.library = openai
-        self.client = openai.OpenAI(
-            base_url=args.base_url, timeout=args.timeout, max_retries=self.RETRIES
-        )
+        limits = dict(timeout=args.timeout, max_retries=self.RETRIES)
+        self.client = self.library.OpenAI(base_url=args.base_url, **limits)
         self.usage = {"requests": 0, "spent": 0}  # "spent" is in dollars
 
     def fit(self, train: list[Example], dev: list[Example], folder: Path) -> None:

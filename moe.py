@@ -75,11 +75,9 @@ class MixtureOfExperts(nn.Module):
 
     def _mix(self, tokens: Tokens) -> Tensor:
         weights = per_token(self.weights, tokens.sequences)  # [N, E]
-        states = torch.zeros(())
-        for number, expert in enumerate(self.experts):
-            output = expert.encode(tokens)  # [N, D]
-            states = states + weights[:, number, None].to(output.dtype) * output
-        return states
+        outputs = (expert.encode(tokens) for expert in self.experts)  # [N, D] each
+        pairs = zip(weights.split(1, dim=1), outputs, strict=True)
+        return sum((weight.to(output.dtype) * output for weight, output in pairs), torch.zeros(()))
 
     def _choose(self, tokens: Tokens) -> Tensor:
         sequences = tokens.sequences
@@ -103,9 +101,8 @@ class MixtureOfExperts(nn.Module):
     def pooler(self, first_tokens: Tensor) -> Tensor:
         """Pool the first tokens [B, D] of the sequences of the last pass with all experts, weighted; with
         hard gating, with the chosen one."""
-        weights = self.weights
-        if self.gating == "hard":
-            weights = F.one_hot(self.choice, N_EXPERTS)
+        is_hard = self.gating == "hard"
+        weights = F.one_hot(self.choice, N_EXPERTS) if is_hard else self.weights  # [B, E]
         outputs = torch.stack([expert.pooler(first_tokens) for expert in self.experts], dim=1)
         return (weights[:, :, None].to(outputs.dtype) * outputs).sum(dim=1)  # [B, D]
 
@@ -127,14 +124,9 @@ def new_encoder(config: BertConfig, gating: str | None) -> BertModel | MixtureOf
 def take(tokens: Tokens, place: Tensor, lengths: list[int]) -> Tokens:
     """Take the tokens at `place` [n], which form sequences of these lengths."""
     sequences = Sequences.of(lengths, place.device, tokens.sequences.second_derivative)
-    types, tags = tokens.token_type_ids, tokens.tags
-    return Tokens(
-        tokens.input_ids[place],
-        tokens.position_ids[place],
-        sequences,
-        None if types is None else types[place],
-        None if tags is None else tags[:, place],
-    )
+    taken: dict[str, Any] = tokens._asdict() | {"sequences": None}
+    taken = {name: None if part is None else part[..., place] for name, part in taken.items()}
+    return Tokens(**taken | {"sequences": sequences})
 
 
 def per_token(values: Tensor, sequences: Sequences) -> Tensor:

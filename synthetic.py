@@ -8,7 +8,6 @@ The CSV is one for `multitask_classifier.py --sst_train`.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,11 +31,13 @@ from flags import PRECISIONS
 from generators import GENERATORS, LABELS, SST, Generator, LimitReached, Sentence
 from multitask_classifier import load_checkpoint
 from streams import Parser
+from tasks import SPLITS
 from utils import (
     UserError,
     atomic_write,
     check_writable,
     exit_status,
+    keep_freed_memory,
     lock_files,
     non_negative_float,
     pick_device,
@@ -53,6 +54,8 @@ NEAR = 0.8  # Jaccard similarity of the words of two near-duplicates, at least
 FRUITLESS_ROUNDS = 20  # rounds in a row without a new sentence, after which drawing ends
 STILL_RUNNING = "a run that is still running will write it; give this one another --output"
 
+# The real sentences of each split; a split without a file is empty.
+RealData = dict[str, list[Example]]
 # Tells for each sentence whether a trained model agrees with its label.
 Classifier = Callable[[list[Sentence]], list[bool]]
 
@@ -98,28 +101,10 @@ class NearDuplicates:
 # ------------------------------------------------------------------------------- rounds of drawing
 
 
-class RealData(NamedTuple):
-    """The real sentences. A split without a file is empty."""
-
-    train: list[Example]
-    dev: list[Example]
-    test: list[Example]
-
-    @property
-    def labelled_dev(self) -> list[Example]:
-        return [example for example in self.dev if not math.isnan(example.label)]
-
-
-class Round(NamedTuple):
-    """The result of one round of drawing."""
-
-    rows: list[Sentence]  # the new ones
-    # How many were drawn, how many dropped for which reason, and what the generator used.
-    counts: Mapping[str, float]
-
-
 class Draft:
-    """All rounds so far, in a folder beside the output: a line for each, written when it ends."""
+    """All rounds so far, in a folder beside the output: a line for each, written when it ends. It has
+    the new rows, and counts: how many were drawn, how many dropped for which reason, what was used.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path, self.settings_path = folder / "rounds.jsonl", folder / "settings.json"
@@ -133,42 +118,39 @@ class Draft:
         elif folder.exists():
             # Nobody knows which flags made what it holds.
             shutil.rmtree(folder)
-        self.rounds: list[Round] = []
+        self.rounds: list[dict[str, Any]] = []
         if self.path.exists():
             # A kill may have cut the last line short.
-            text = self.path.read_text()
-            text = text[: text.rfind("\n") + 1]
-            with atomic_write(self.path) as temporary:
-                temporary.write_text(text)
-            for counts in map(json.loads, text.splitlines()):
-                self.rounds.append(Round([Sentence(*row) for row in counts.pop("rows")], counts))
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+            self.rounds = [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def write_settings(self) -> None:
         """Write the flags and digests of this run. The next run removes a folder without them."""
         with atomic_write(self.settings_path) as temporary:
             temporary.write_text(self.settings)
 
-    def add(self, result: Round) -> None:
+    def add(self, rows: list[Sentence], counts: Mapping[str, float]) -> None:
+        self.rounds.append({"rows": rows, **counts})
         with open(self.path, "a") as file:
-            file.write(json.dumps({"rows": result.rows, **result.counts}) + "\n")
+            file.write(json.dumps(self.rounds[-1]) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rounds.append(result)
 
     @property
     def rows(self) -> list[Sentence]:
-        return [row for result in self.rounds for row in result.rows]
+        return [Sentence(*row) for result in self.rounds for row in result["rows"]]
 
     def total(self, name: str) -> float:
-        return sum(result.counts.get(name, 0) for result in self.rounds)
+        return sum(result.get(name, 0) for result in self.rounds)
 
 
 class Screen:
     """The check of drawn sentences: which are new, and why the others are dropped."""
 
     def __init__(self, real: RealData, drafted: list[Sentence], classifier: Classifier | None):
-        train = [example.sentences[0] for example in real.train]
-        held_out = [example.sentences[0] for example in real.dev + real.test]
+        train = [example.sentences[0] for example in real["train"]]
+        held_out = [example.sentences[0] for example in real["dev"] + real["test"]]
         self.known, self.held_out = (NearDuplicates(train + held_out) for _ in range(2))
         for text in held_out:
             self.held_out.add(text)
@@ -176,8 +158,10 @@ class Screen:
             self.known.add(text)
         self.classifier = classifier
 
-    def sort(self, drawn: list[Sentence], missing: Counter[int]) -> Round:
-        """Keep the new sentences, at most as many of a label as are missing. Count the others by the
+    def sort(
+        self, drawn: list[Sentence], missing: Counter[int]
+    ) -> tuple[list[Sentence], Counter[str]]:
+        """Return the new sentences, at most as many of a label as are missing. Count the others by the
         reason why they are dropped."""
         drawn = [Sentence(label, to_one_line(text)) for label, text in drawn]
         confident = self.classifier(drawn) if self.classifier and drawn else [True] * len(drawn)
@@ -197,7 +181,7 @@ class Screen:
                 missing[label] -= 1
                 self.known.add(text)
                 rows.append(Sentence(label, text))
-        return Round(rows, counts)
+        return rows, counts
 
 
 def to_one_line(text: str) -> str:
@@ -252,7 +236,7 @@ def fill(draft: Draft, generator: Generator, screen: Screen, args: argparse.Name
                 return
             rows, counts = screen.sort(drawn, missing)
             used = {name: value - before[name] for name, value in generator.usage.items()}
-            draft.add(Round(rows, {**counts, **used}))
+            draft.add(rows, {**counts, **used})
             fruitless = 0 if rows else fruitless + 1
             bar.update(len(rows))
     warnings.warn(f"{FRUITLESS_ROUNDS} rounds have brought nothing new; writing what there is")
@@ -271,6 +255,7 @@ def generate(args: argparse.Namespace) -> None:
         if path and Path(path).resolve() == output.resolve():
             raise UserError(f"--output {output}: is read too; give it another name")
     device = pick_device(args.use_gpu)
+    keep_freed_memory()
     seed_everything(args.seed)
     with lock_files([output], STILL_RUNNING):
         real = read_real(args)
@@ -278,13 +263,16 @@ def generate(args: argparse.Namespace) -> None:
         draft = Draft(folder, draft_settings(args))
         generator = GENERATORS[args.generator](args, device)
         classifier = load_classifier(args, device)
-        generator.fit(real.train, real.labelled_dev, folder)
+        dev = [example for example in real["dev"] if not math.isnan(example.label)]
+        generator.fit(real["train"], dev, folder)
         draft.write_settings()
         generator.usage = {name: draft.total(name) for name in generator.usage}
         fill(draft, generator, Screen(real, draft.rows, classifier), args)
         rows = draft.rows
-        write_csv(output, rows, real.train if args.mix else [], args.generator)
-        report = make_report(draft, real, generator, args)
+        write_csv(output, rows, real["train"] if args.mix else [], args.generator)
+        report = make_report(draft, real, args)
+        if dev and (perplexity := generator.perplexity(dev)):
+            report["perplexity on dev"] = round(perplexity, 2)
         with atomic_write(output.with_suffix(".report.json")) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         print_report(report)
@@ -297,10 +285,8 @@ def generate(args: argparse.Namespace) -> None:
 
 def read_real(args: argparse.Namespace) -> RealData:
     """Read the real sentences of all splits."""
-    paths = {split: getattr(args, f"sst_{split}") for split in RealData._fields}
-    return RealData(
-        *(read_examples(path, SST, split) if path else [] for split, path in paths.items())
-    )
+    paths = {split: getattr(args, f"sst_{split}") for split in SPLITS}
+    return {split: read_examples(path, SST, split) if path else [] for split, path in paths.items()}
 
 
 def draft_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -315,26 +301,25 @@ def draft_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: list[Sentence], real: list[Example], generator: str) -> None:
-    """Write the real rows, then the new ones, in the form that pandas gave the real files."""
+    """Write the real rows, then the new ones. The real files are pandas' too."""
+    import pandas as pd
+
     cells = [(example.id, example.sentences[0], int(example.label)) for example in real]
     cells += [
         (f"synthetic-{generator}-{number:06d}", sentence.text, sentence.label)
         for number, sentence in enumerate(rows)
     ]
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, delimiter="\t", lineterminator="\n")
-        writer.writerow(("", "id", "sentence", "sentiment"))
-        writer.writerows((number, *row) for number, row in enumerate(cells))
+    table = pd.DataFrame(cells, columns=["id", "sentence", "sentiment"])
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, sep="\t", lineterminator="\n")
 
 
-def make_report(
-    draft: Draft, real: RealData, generator: Generator, args: argparse.Namespace
-) -> dict[str, Any]:
+def make_report(draft: Draft, real: RealData, args: argparse.Namespace) -> dict[str, Any]:
     """Count what was drawn, dropped and used."""
     rows, total = draft.rows, draft.total
     n_words = sum(len(sentence.text.split()) for sentence in rows)
     by_label = Counter(sentence.label for sentence in rows)
-    checked = [split for split in ("dev", "test") if getattr(real, split)]
+    checked = [split for split in ("dev", "test") if real[split]]
     report = {
         "generator": args.generator,
         "sentences": len(rows),
@@ -352,8 +337,6 @@ def make_report(
         agreed = total("surplus") + len(rows)
         report["dropped: the classifier is less sure"] = total("unsure")
         report["the classifier agrees with"] = round(agreed / max(total("unsure") + agreed, 1), 3)
-    if real.labelled_dev and (perplexity := generator.perplexity(real.labelled_dev)):
-        report["perplexity on dev"] = round(perplexity, 2)
     if args.generator == "openai":
         report["requests"] = total("requests")
         report["spent, dollars"] = round(total("spent"), 4)
@@ -373,11 +356,9 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--generator", choices=GENERATORS, required=True)
-    flag(
-        "--model",
-        help="small: where its word pieces come from, default minilm; gpt2: hub id or directory, "
-        "default gpt2; openai: default gpt-4",
-    )
+    source = "small: where its word pieces come from, default minilm; "
+    source += "gpt2: hub id or directory, default gpt2; openai: default gpt-4"
+    flag("--model", help=source)
     flag("--num_samples", type=positive_int, default=5000, help="new sentences; default: 5000")
     flag("--output", required=True, metavar="CSV")
     flag("--mix", action="store_true", help="write the real training rows too, before the new ones")
@@ -386,18 +367,14 @@ def build_parser() -> Parser:
     for split in ("dev", "test"):
         flag(f"--sst_{split}", metavar="CSV", help="default: beside --sst_train, if it is there")
     flag("--filter_with", metavar="CHECKPOINT", help="keep what this trained model agrees with")
-    flag(
-        "--min_confidence",
-        type=probability,
-        default=0.5,
-        help="lowest probability that it may give the label; default: 0.5",
-    )
+    lowest = "lowest probability that it may give the label; default: 0.5"
+    flag("--min_confidence", type=probability, default=0.5, help=lowest)
     flag("--seed", type=seed, default=11711, help="default: 11711")
     flag("--use_gpu", action="store_true")
     flag("--precision", choices=PRECISIONS, default="auto", help="of training, like BERT's")
     flag("--local_files_only", action="store_true", help="download no model")
-    flag("--epochs", type=positive_int, help="default: 12 for small, 2 for gpt2")
-    flag("--lr", type=positive_float, help="default: 5e-4 for small, 3e-5 for gpt2")
+    flag("--epochs", type=positive_int, help="default: 4 for small, 2 for gpt2")
+    flag("--lr", type=positive_float, help="the highest; default: 1e-3 for small, 3e-5 for gpt2")
     flag("--batch_size", type=positive_int, default=128, help="drawn at a time; default: 128")
     flag("--max_length", type=positive_int, default=64, help="word pieces; default: 64")
     flag("--top_p", type=share, default=0.9, help="nucleus sampling; default: 0.9")

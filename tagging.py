@@ -10,6 +10,7 @@ import configparser
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -41,10 +42,8 @@ TAGGERS = {"tagger"}
 RECOGNISERS = {"ner", "beam_ner", "entity_ruler", "future_entity_ruler", "span_ruler"}
 NOT_NEEDED = {"lemmatizer", "trainable_lemmatizer", "entity_linker", "textcat", "spancat"}
 NOT_NEEDED |= {"textcat_multilabel", "span_finder", "experimental_coref"}
-# SQLite's errors that say nothing about the content of the file.
-CIRCUMSTANCES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
-CIRCUMSTANCES |= {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
-CIRCUMSTANCES |= {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL}
+# Causes of SQLite's OperationalError.
+DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_IOERR_SHORT_READ}
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 # spaCy's Language. spaCy itself is only imported to tag.
 Language = Any
@@ -72,12 +71,11 @@ class Pipeline:
         Raises UserError if there is none, or if it has no tagger or no entity recogniser.
         """
         directory, package = _find_directory(name_or_path)
-        meta, factories = _read_meta(directory), _read_factories(directory)
-        try:
+        factories = _read_factories(directory)
+        with _reading(directory / "meta.json") as text:
+            meta = json.loads(text)
             name, version = f"{meta['lang']}_{meta['name']}", str(meta["version"])
             pos, ner = (_list_labels(meta, factories, kinds) for kinds in (TAGGERS, RECOGNISERS))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{directory / 'meta.json'}: damaged ({one_line(error)})") from error
         found = {"tagger": pos, "entity recogniser": ner}
         if lacking := [kind for kind, labels in found.items() if not labels]:
             problem = f"this spaCy pipeline has no {' and no '.join(lacking)}"
@@ -108,24 +106,18 @@ def _find_directory(name_or_path: str) -> tuple[Path, str | None]:
         package, path = name_or_path, _find_package(name_or_path)
     # In a package, the pipeline is in a folder of its own.
     if not (path / "config.cfg").is_file() and (path / "meta.json").is_file():
-        meta = _read_meta(path)
-        with contextlib.suppress(KeyError, TypeError):
-            inner = path / f"{meta['lang']}_{meta['name']}-{meta['version']}"
-            path = inner if inner.is_dir() else path
+        path = next((config.parent for config in path.glob("*-*/config.cfg")), path)
     return path, package
 
 
 def _find_package(name: str) -> Path:
-    try:
+    # Not by importing it, and for __main__ and similar names there is a ValueError.
+    with contextlib.suppress(ValueError):
         spec = importlib.util.find_spec(name)
-    except ValueError:  # for __main__ and similar names
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"{name}: no such directory, and no spaCy pipeline of this name is installed; "
-            f"run: python -m spacy download {name}"
-        )
-    return Path(spec.submodule_search_locations[0])
+        if spec and spec.submodule_search_locations:
+            return Path(spec.submodule_search_locations[0])
+    problem = "no such directory, and no spaCy pipeline of this name is installed"
+    raise UserError(f"{name}: {problem}; run: python -m spacy download {name}")
 
 
 def _list_labels(meta: dict, factories: dict[str, str], kinds: set[str]) -> list[str]:
@@ -134,29 +126,27 @@ def _list_labels(meta: dict, factories: dict[str, str], kinds: set[str]) -> list
     return list(dict.fromkeys(str(label) for name in names for label in meta["labels"][name]))
 
 
-def _read_meta(directory: Path) -> dict:
-    path = directory / "meta.json"
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[str]:
+    """Yield the text of a pipeline's file. Raises UserError if it cannot be read, or if the block
+    cannot parse it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{directory}: not a spaCy pipeline, it has no meta.json") from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.parent}: not a spaCy pipeline, it has no {path.name}") from None
+    # A damaged file leads to errors of many kinds.
+    except Exception as error:
         raise UserError(f"{path}: damaged ({one_line(error)})") from error
 
 
 def _read_factories(directory: Path) -> dict[str, str]:
     """Return the components in use, in order: name -> factory."""
-    path = directory / "config.cfg"
     # Not strict: spaCy's keys may differ in upper and lower case only.
     parser = configparser.ConfigParser(delimiters="=", interpolation=None, strict=False)
-    try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+    with _reading(directory / "config.cfg") as text:
+        parser.read_string(text)
         names, disabled = (json.loads(parser["nlp"][key]) for key in ("pipeline", "disabled"))
         factories = {name: json.loads(parser[f"components.{name}"]["factory"]) for name in names}
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not a spaCy pipeline, it has no config.cfg") from None
-    except (OSError, ValueError, KeyError, TypeError, configparser.Error) as error:
-        raise UserError(f"{path}: damaged ({one_line(error)})") from error
     return {name: factory for name, factory in factories.items() if name not in disabled}
 
 
@@ -199,36 +189,28 @@ class TagStore:
                     path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
                     self._open()
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager:
         """Keep other runs from tagging meanwhile. A killed run leaves no lock (it is flock's)."""
         try:
-            self._lock.acquire(timeout=1)
+            return self._lock.acquire(timeout=1)
         except filelock.Timeout:
             print(f"another run is tagging sentences into {self.path}; waiting for it")
-            self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
+            return self._lock.acquire()
 
     def read(self, sentences: list[str]) -> dict[str, bytes]:
         """Return the values of those sentences that are in the store."""
-        by_key = {_key(sentence): sentence for sentence in sentences}
-        keys, found = list(by_key), {}
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
-            marks = ",".join("?" * len(chunk))
-            query = f"SELECT sentence, tokens FROM tags WHERE sentence IN ({marks})"
-            for key, value in self.connection.execute(query, chunk):
-                if isinstance(value, bytes) and value[:4] == _checksum(key, value[4:]):
-                    found[by_key[key]] = value[4:]
+        found, query = {}, "SELECT tokens FROM tags WHERE sentence = ?"
+        for sentence in sentences:
+            key = _key(sentence)
+            (value,) = self.connection.execute(query, (key,)).fetchone() or (None,)
+            if isinstance(value, bytes) and value[:4] == _checksum(key, value[4:]):
+                found[sentence] = value[4:]
         return found
 
     def write(self, found: dict[str, bytes]) -> None:
         """Store the values in one transaction."""
-        keys = {_key(sentence): value for sentence, value in found.items()}
-        rows = [(key, _checksum(key, value) + value) for key, value in keys.items()]
+        pairs = ((_key(sentence), value) for sentence, value in found.items())
+        rows = [(key, _checksum(key, value) + value) for key, value in pairs]
         with self.connection:
             self.connection.executemany("INSERT OR REPLACE INTO tags VALUES (?, ?)", rows)
 
@@ -244,11 +226,12 @@ class TagStore:
             check = self.connection.execute("PRAGMA integrity_check").fetchall()
             if tables == [(f"CREATE TABLE {self.TABLE}".encode(),)] and check == [(b"ok",)]:
                 return True
-        except sqlite3.Error as error:
-            cut_short = error.sqlite_errorcode == sqlite3.SQLITE_IOERR_SHORT_READ
-            if error.sqlite_errorcode & 0xFF in CIRCUMSTANCES and not cut_short:
+        except sqlite3.OperationalError as error:
+            # Its other causes, such as a full disk, say nothing about the content of the file.
+            if error.sqlite_errorcode not in DAMAGE:
                 raise
-        except UnicodeDecodeError:  # from an error's text that quotes damaged bytes
+        # The second one is from an error's text that quotes damaged bytes.
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
             pass
         self.connection.close()
         return False
@@ -427,11 +410,9 @@ def run_spacy(nlp: Language, pipeline: Pipeline, sentences: list[str]) -> Iterat
     # Forking is safe on Linux only, and not with PyTorch's threads.
     can_fork = sys.platform == "linux" and not _runs_pytorch(nlp)
     n_processes = min(len(chunks), len(os.sched_getaffinity(0))) if can_fork else 1
+    tag = functools.partial(_tag_chunk, nlp, ids)
     try:
-        if n_processes == 1:
-            yield from (_tag_chunk(nlp, ids, chunk) for chunk in chunks)
-        else:
-            yield from _tag_in_processes(n_processes, nlp, ids, chunks)
+        yield from map(tag, chunks) if n_processes == 1 else _fork(n_processes, tag, chunks)
     except Exception as error:  # from any component, or from a process that was killed
         raise UserError(f"{pipeline.directory}: spaCy cannot tag ({one_line(error)})") from error
 
@@ -442,26 +423,24 @@ def _runs_pytorch(nlp: Language) -> bool:
     return any(node.shims for walk in walks for node in walk)
 
 
-def _tag_in_processes(
-    n_processes: int, nlp: Language, ids: list[dict[int, int]], chunks: list[list[str]]
+def _fork(
+    n_processes: int, tag: functools.partial[TaggedPart], chunks: list[list[str]]
 ) -> Iterator[TaggedPart]:
+    """Yield `tag(chunk)` for all chunks, in order, from forked processes."""
     # Without this, the tokenizers library warns in each fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    context, initial = multiprocessing.get_context("fork"), (nlp, ids, os.getpid())
-    pool = concurrent.futures.ProcessPoolExecutor(n_processes, context, _start_worker, initial)
-    try:
+    context, initial = multiprocessing.get_context("fork"), (tag, os.getpid())
+    settings = n_processes, context, _start_worker, initial
+    with concurrent.futures.ProcessPoolExecutor(*settings) as pool:
         yield from pool.map(_tag_in_worker, chunks)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-# Arguments of `_tag_chunk` that a worker has from its start.
-_worker: tuple[Language, list[dict[int, int]]] = None, []
+# What a fork has from its start, since it could not be sent.
+_inherited: list[functools.partial[TaggedPart]] = []
 
 
-def _start_worker(nlp: Language, ids: list[dict[int, int]], parent: int) -> None:
-    global _worker
-    _worker = nlp, ids
+def _start_worker(tag: functools.partial[TaggedPart], parent: int) -> None:
+    _inherited.append(tag)
     # The parent handles Ctrl-C. If it is killed, its workers are too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -471,7 +450,7 @@ def _start_worker(nlp: Language, ids: list[dict[int, int]], parent: int) -> None
 
 
 def _tag_in_worker(sentences: list[str]) -> TaggedPart:
-    return _tag_chunk(*_worker, sentences)
+    return _inherited[-1](sentences)
 
 
 def _tag_chunk(nlp: Language, ids: list[dict[int, int]], sentences: list[str]) -> TaggedPart:
@@ -484,10 +463,9 @@ def _tag_chunk(nlp: Language, ids: list[dict[int, int]], sentences: list[str]) -
         tokens = np.zeros((3, len(doc) + 2), np.int32)
         tokens[0, 1:-1], tokens[0, -1] = starts, len(doc.text)
         for row, known, hashes in zip(tokens[1:], ids, labels, strict=True):
-            for place, label in enumerate(hashes.tolist(), start=1):
-                if label in known:
-                    row[place] = known[label]
-                else:
-                    part.unlisted[nlp.vocab.strings[label]] += 1
+            labels_of_tokens = hashes.tolist()
+            row[1:-1] = [known.get(label, 0) for label in labels_of_tokens]
+            unlisted = (label for label in labels_of_tokens if label not in known)
+            part.unlisted.update(nlp.vocab.strings[label] for label in unlisted)
         part.tokens[sentence] = tokens.tobytes()
     return part

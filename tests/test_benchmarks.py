@@ -17,6 +17,7 @@ FLAGS = {
     "attention.py": "--steps 1 --batch_size 4",
     "optimizers.py": "--steps 1 --bert_model {bert} --data_dir {data}",
     "experts.py": "--steps 1 --bert_model {bert} --data_dir {data}",
+    "generator.py": "--steps 1 --data_dir {data}",
     "data_parallel.py": "--steps 1 --data_dir {data}",
     "prediction.py": "--lines 300 --rounds 1 --bert_model {bert} --data_dir {data}",
 }

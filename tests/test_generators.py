@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import shutil
@@ -13,12 +14,14 @@ import tokenizers
 import torch
 import transformers
 from conftest import ROOT, SAMPLE
+from hypothesis import given
+from hypothesis import strategies as st
 
 import generators
 import synthetic
 from base_bert import BertConfig
 from datasets import read_examples
-from generators import CausalLM, Gpt2Generator, SmallGenerator, nucleus
+from generators import CausalLM, Gpt2Generator, Row, SmallGenerator, nucleus
 from tasks import TASKS
 
 SST = TASKS["sst"]
@@ -46,7 +49,7 @@ def rows_of(path):
 # ------------------------------------------------------------------------------ the small model
 
 SIZE = dict(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4)
-SIZE |= dict(intermediate_size=37, max_position_embeddings=20)
+SIZE |= dict(intermediate_size=37, max_position_embeddings=20, type_vocab_size=3)
 
 
 @pytest.fixture
@@ -62,31 +65,21 @@ def model():
 def test_the_small_model_equals_a_decoder_of_transformers(model):
     config = transformers.BertConfig(**SIZE, is_decoder=True, layer_norm_eps=1e-12)
     theirs = transformers.BertModel(config, add_pooling_layer=False).eval()
-    weights = {
-        f"encoder.layer.{k[7:]}": v for k, v in model.state_dict().items() if k[:7] == "layers."
-    }
-    weights |= {
-        "embeddings.word_embeddings.weight": model.words.weight,
-        "embeddings.position_embeddings.weight": model.positions.weight,
-        "embeddings.token_type_embeddings.weight": torch.zeros(2, SIZE["hidden_size"]),
-        "embeddings.LayerNorm.weight": model.norm.weight,
-        "embeddings.LayerNorm.bias": model.norm.bias,
-    }
-    # their LayerNorm comes after the sum too, with their eps
-    model.norm.eps = config.layer_norm_eps
-    theirs.load_state_dict(weights)
-    ids = torch.randint(0, 50, (4, 11))
-    expected = theirs(input_ids=ids).last_hidden_state @ model.words.weight.T
-    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+    theirs.load_state_dict(model.state_dict())
+    ids, labels = torch.randint(0, 50, (4, 11)), torch.tensor([2, 0, 1, 2])
+    types = labels[:, None].expand_as(ids)
+    states = theirs(input_ids=ids, token_type_ids=types).last_hidden_state
+    expected = states @ theirs.embeddings.word_embeddings.weight.T
+    torch.testing.assert_close(model.logits(ids, labels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_kept_states_give_the_same(model):
-    ids = torch.randint(0, 50, (4, 11))
-    expected = model(ids)
-    with model.keep_past(4):
-        found = [model(ids[:, start : start + 1], start) for start in range(11)]
+    ids, labels = torch.randint(0, 50, (4, 11)), torch.tensor([2, 0, 1, 2])
+    expected = model.logits(ids, labels)
+    with model.keep_past():
+        found = [model.logits(ids[:, start : start + 1], labels, start) for start in range(11)]
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(ids), expected)
+    torch.testing.assert_close(model.logits(ids, labels), expected)
 
 
 @pytest.mark.parametrize("looked_at_first", [1, 2, 3, 1000])
@@ -109,7 +102,7 @@ def test_small_keeps_its_best_epoch_and_stops_when_it_overfits(
     left, seen = iter([50.0, 54.0, 40.0, 43.0, 45.0, 1.0]), []
 
     def perplexity(self, examples):
-        seen.append(self.model.words.weight.detach().clone())
+        seen.append(self.model.embeddings.word_embeddings.weight.detach().clone())
         return next(left)
 
     monkeypatch.setattr(SmallGenerator, "perplexity", perplexity)
@@ -119,7 +112,44 @@ def test_small_keeps_its_best_epoch_and_stops_when_it_overfits(
     generator = SmallGenerator(synthetic.parse(flags), torch.device("cpu"))
     generator.fit(train[:100], train[:10], tmp_path)
     assert len(seen) == 5
-    assert torch.equal(generator.model.words.weight, seen[2])
+    assert torch.equal(generator.model.embeddings.word_embeddings.weight, seen[2])
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=50), st.integers(1, 99))
+def test_batches_need_no_padding_and_hold_each_row_once(lengths, tokens):
+    generator = SmallGenerator.__new__(SmallGenerator)
+    generator.TOKENS = tokens
+    rows = [Row([number] * length, 1) for number, length in enumerate(lengths)]
+    batches = generator._batches(rows)
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        (length,) = {len(row.ids) for row in batch}
+        assert len(batch) == 1 or len(batch) * length <= tokens
+    # A row that starts a batch does not fit into the one before.
+    for before, after in itertools.pairwise(batches):
+        length = len(after[0].ids)
+        assert len(before[0].ids) < length or (len(before) + 1) * length > tokens
+
+
+def test_perplexity_is_that_of_tokens_one_by_one(train_csv, train, tmp_path, monkeypatch):
+    """Word pieces of dev that the training set lacks are left out."""
+    monkeypatch.setattr(SmallGenerator, "_train", lambda *_: None)
+    flags = ["--generator", "small", "--sst_train", train_csv, "--output", "x"]
+    generator = SmallGenerator(synthetic.parse(flags), torch.device("cpu"))
+    generator.fit(train[:60], [], tmp_path)
+    dev, losses = train[60:80], []
+    known = {piece for pieces in generator._word_pieces(train[:60]) for piece in pieces}
+    for example, pieces in zip(dev, generator._word_pieces(dev), strict=True):
+        ids = torch.tensor(
+            [[int(example.label)] + [generator.ids[p] for p in pieces if p in known]]
+        )
+        with torch.no_grad():
+            probabilities = generator.model.eval().logits(ids, ids[:, 0]).double().softmax(-1)[0]
+        targets = [*ids[0, 1:].tolist(), generator.END]
+        losses += [-probabilities[row, id].log().item() for row, id in enumerate(targets)]
+    assert any(set(pieces) - known for pieces in generator._word_pieces(dev))
+    expected = torch.tensor(losses).mean().exp().item()
+    assert generator.perplexity(dev) == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ GPT-2
@@ -163,7 +193,7 @@ def test_gpt2_fine_tuning_lowers_the_loss_of_sentences(tiny_gpt2, train_csv, tra
         + ["--sst_train", train_csv, "--epochs", "1", "--max_length", "100"]
     )
     generator = Gpt2Generator(args, torch.device("cpu"))
-    generator._load(str(tiny_gpt2))
+    generator._make_model(train)
     before = generator.perplexity(train)
     # Compare with transformers' own loss, one sentence at a time.
     for example in train[:3]:

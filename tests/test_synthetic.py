@@ -69,7 +69,7 @@ def learned(tmp_path_factory):
     flags = ["--generator", "small", "--sst_train", SST_TRAIN, "--output", str(folder / "new.csv")]
     flags += ["--epochs", "5", "--lr", "1.5e-2", "--num_samples", "203", "--batch_size", "32"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        make_small(patch, SIZE=dict(hidden_size=64, intermediate_size=128), WARM_UP=20)
+        make_small(patch, SIZE=dict(hidden_size=64, intermediate_size=128))
         assert synthetic.main(flags) == 0
     (folder / "printed").write_text(printed.getvalue())
     return folder
@@ -132,7 +132,7 @@ def test_small_learns_more_than_how_frequent_words_are(learned, tmp_path, monkey
 # ------------------------------------------------------------------------- runs of a smaller sample
 
 
-SMALLEST = dict(SIZE=dict(hidden_size=32, intermediate_size=64), BATCH=4)
+SMALLEST = dict(SIZE=dict(hidden_size=32, intermediate_size=64), TOKENS=64)
 
 
 def small_flags(data, folder):

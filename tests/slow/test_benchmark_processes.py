@@ -13,6 +13,7 @@ FLAGS = {
     "attention.py": "--steps 1 --batch_size 4",
     "optimizers.py": "--steps 1 --bert_model {bert}",
     "experts.py": "--steps 1 --bert_model {bert}",
+    "generator.py": "--steps 1",
     "data_parallel.py": "--steps 1 --data_dir {sample}",
     "loading.py": "--pairs 500 --bert_model {bert}",
     "prediction.py": "--lines 300 --rounds 1 --bert_model {bert}",
