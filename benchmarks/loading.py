@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from measuring import ROOT, print_table
 
@@ -103,8 +104,14 @@ CONTENDERS = OURS | {
 }
 
 
-def run_alone(name: str, csv_path: str, cache_dir: str, bert_model: str) -> tuple[float, float]:
-    """Return the seconds and the peak memory in MB of a contender in a process of its own."""
+class Cost(NamedTuple):
+    seconds: float
+    cpu_seconds: float  # of all its threads
+    peak: float  # MB
+
+
+def run_alone(name: str, csv_path: str, cache_dir: str, bert_model: str) -> Cost:
+    """Return what a contender costs in a process of its own."""
     command = [sys.executable, __file__, "--contender", name, "--csv", csv_path]
     command += ["--cache_dir", cache_dir, "--bert_model", bert_model]
     start = time.perf_counter()
@@ -113,7 +120,8 @@ def run_alone(name: str, csv_path: str, cache_dir: str, bert_model: str) -> tupl
     if status:
         raise SystemExit(f"{name}: failed, see above")
     unit = 1e6 if sys.platform == "darwin" else 1e3
-    return time.perf_counter() - start, usage.ru_maxrss / unit
+    took = time.perf_counter() - start
+    return Cost(took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
 
 
 def main() -> None:
@@ -139,10 +147,10 @@ def main() -> None:
             results[name] = run_alone(name, file, cache_dir, args.bert_model)
     print(f"{args.pairs} pairs, {os.cpu_count()} cores")
     rows = [
-        [name, f"{took:.1f}", f"{1e6 * took / args.pairs:.1f}", f"{memory:.0f}"]
-        for name, (took, memory) in results.items()
+        [name, *(f"{n:.1f}" for n in (took, cpu, 1e6 * cpu / args.pairs)), f"{peak:.0f}"]
+        for name, (took, cpu, peak) in results.items()
     ]
-    print_table(["", "seconds", "µs a pair", "peak memory, MB"], rows)
+    print_table(["", "seconds", "CPU seconds", "CPU µs a pair", "peak memory, MB"], rows)
 
 
 if __name__ == "__main__":
