@@ -217,8 +217,6 @@ def mean_estimate(optimizer, params, draw, n_draws):
     for _ in range(n_draws):
         optimizer.zero_grad()
         draw()
-        if isinstance(optimizer, SophiaG):
-            optimizer.step()  # which averages the estimate in; its rate is 0
         total = total + torch.cat([optimizer.state[p]["hessian"].flatten() for p in params])
     return total / n_draws
 
@@ -265,6 +263,7 @@ def test_gauss_newton_bartlett_estimate_of_two_tasks_is_unbiased(network):
         second = F.mse_loss(values, drawn_from(TASKS["sts"], values))
         (ROWS[0] ** 0.5 * first + ROWS[1] ** 0.5 * second).backward()
         optimizer.update_hessian()
+        optimizer.step()
 
     estimate = mean_estimate(optimizer, params, draw, 8000)
     assert relative_l2(estimate, exact_diagonals(network)[1]) < 0.05
@@ -280,6 +279,7 @@ def test_gauss_newton_bartlett_estimate_of_a_quadratic_is_unbiased():
         outputs = inputs @ w
         F.mse_loss(outputs, drawn_from(TASKS["sts"], outputs)).backward()
         optimizer.update_hessian(bs=6)
+        optimizer.step()
 
     truth = 2 * inputs.square().sum(0) / 6
     assert relative_l2(mean_estimate(optimizer, [w], draw, 8000), truth) < 0.05
@@ -409,14 +409,17 @@ def test_sophia_state_dict_round_trip(network, optimizer_class):
 def test_an_estimate_that_is_not_finite_is_skipped_and_counted(bad):
     param = torch.ones(3, requires_grad=True)
     optimizer = SophiaG([param])
-    param.grad = torch.tensor([1.0, 2.0, 3.0])
-    optimizer.update_hessian()
-    optimizer.step()
+
+    def step(gradient):
+        param.grad = torch.tensor(gradient)
+        optimizer.update_hessian()
+        param.grad = torch.ones(3)
+        optimizer.step()
+
+    step([1.0, 2.0, 3.0])
     good = optimizer.state[param]["hessian"].clone()
-    param.grad = torch.tensor([1.0, bad, 3.0])
-    optimizer.update_hessian()
-    param.grad = torch.ones(3)
-    optimizer.step()
+    assert good.all() and optimizer.skipped_refreshes == 0
+    step([1.0, bad, 3.0])
     assert optimizer.skipped_refreshes == 1
     assert torch.equal(optimizer.state[param]["hessian"], good)
 
@@ -426,6 +429,23 @@ def test_an_estimate_that_is_not_finite_is_skipped_and_counted(bad):
     optimizer.step()
     assert optimizer.skipped_refreshes == 1
     assert not optimizer.state[other]["hessian"].any() and other.isfinite().all()
+
+
+def test_the_estimate_of_a_step_that_is_not_taken_is_replaced():
+    """Against the formula: only the estimate before the step counts, and only for one step."""
+    param = torch.ones(3, dtype=torch.double, requires_grad=True)
+    optimizer = SophiaG([param], betas=(0.9, 0.75))
+    expected = torch.zeros(3, dtype=torch.double)
+    for drawn, taken in [(3.0, False), (5.0, True), (7.0, False), (11.0, False), (2.0, True)]:
+        param.grad = drawn * torch.arange(3, dtype=torch.double)
+        optimizer.update_hessian(bs=4)
+        if taken:
+            expected = 0.75 * expected + 0.25 * 4 * param.grad**2
+            optimizer.step()
+            torch.testing.assert_close(optimizer.state[param]["hessian"], expected)
+            optimizer.step()  # between two estimates
+        found = optimizer.state.get(param, {}).get("hessian", torch.zeros_like(param))
+        torch.testing.assert_close(found, expected)
 
 
 class Something:
