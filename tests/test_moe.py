@@ -5,6 +5,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import OFTEN, Killed, assert_same, nth_call, outcome
 
 import multitask_classifier as mc
+from batches import EpochSampler, training_windows
 from bert import BertModel
 from moe import GATINGS, N_EXPERTS, MixtureOfExperts
 from optimizer import build_optimizer, freeze_and_unfreeze
@@ -182,6 +183,69 @@ def test_a_run_with_experts_trains_resumes_and_predicts(flags, tmp_path, name, m
     (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
     assert mc.main(flags[: -len(SETTINGS[name])] + ["--evaluate", str(checkpoint)]) == 0
     assert outcome(tmp_path)[1] == expected[1]
+
+
+def spread_softly(mixture, batch):
+    """Make the gate choose different experts for the sentences of this batch, none with certainty."""
+    tokens = batch.tokens()
+    with torch.no_grad():
+        states = mixture.gate.encode(tokens)
+        pooled = mixture.gate.pooler(states[tokens.sequences.offsets[:-1]])
+        mixture.route.weight.normal_(generator=torch.Generator().manual_seed(3)).div_(pooled.std(0))
+        mixture.route.bias.copy_(-mixture.route.weight @ pooled.mean(0))
+
+
+class Recorder(torch.optim.SGD):
+    """Takes no step, but keeps the gradients that it was to take it with."""
+
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.seen = {p: p.grad.clone() for p in params if p.grad is not None}
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("batch_size, n_batches", [(10, 1), (4, 3)])
+def test_the_balance_of_a_step_is_in_its_loss_and_its_gradients(
+    flags, gating, batch_size, n_batches
+):
+    """Against the formula: what --moe_balance adds to the gradients is that of each batch, by its share
+    of the sentences (of 10 rows: 4, 4, 2)."""
+    by_balance = {}
+    for weight in (0.0, 0.7):
+        options = parse_options(
+            [*flags, "--moe", gating, "--moe_balance", str(weight), "--clip", "0"]
+        )
+        parts = mc.load_all(options)
+        model = parts.model.double().eval()
+        samplers = {name: EpochSampler(64, 1) for name in TASKS}
+        steps = training_windows(parts.data["train"], samplers, 10, batch_size, n_batches)
+        (window,) = steps
+        assert len(window) == n_batches
+        spread_softly(model.bert, window[0])
+        optimizer = Recorder(model.parameters(), lr=0.0)
+        losses = mc.training_step(model, window, optimizer, options).losses
+        by_balance[weight] = [
+            optimizer.seen.get(p, torch.zeros_like(p)) for p in model.parameters()
+        ]
+        by_task = sum(float(losses[name]) for name in TASKS)
+    expected = 0.0
+    for batch in window:
+        model.bert.encode(batch.tokens())
+        chosen = model.bert.weights.detach().numpy().argmax(1)
+        shares = torch.from_numpy(np.bincount(chosen, minlength=N_EXPERTS) / len(chosen))
+        assert len(np.unique(chosen)) > 1
+        share_of_step = len(batch.lengths) / sum(len(batch.lengths) for batch in window)
+        mean_weights = model.bert.weights.mean(0)
+        expected = expected + share_of_step * N_EXPERTS * (shares * mean_weights).sum()
+    balance = expected.item()
+    assert float(losses["balance"]) == pytest.approx(balance, rel=1e-5)
+    assert float(losses["sum"]) == pytest.approx(by_task + 0.7 * balance, rel=1e-5)
+    model.zero_grad()
+    (0.7 * expected).backward()
+    assert model.bert.route.weight.grad.abs().max() > 1e-3
+    for p, without, with_balance in zip(model.parameters(), *by_balance.values(), strict=True):
+        added = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(with_balance - without, added, rtol=1e-4, atol=1e-6)
 
 
 def test_tensorboard_shows_how_sentences_spread(flags, tmp_path):

@@ -540,26 +540,6 @@ def test_lower_layers_have_lower_rates(model):
         assert rates[id(parameter)] == pytest.approx(expected), name
 
 
-def test_the_average_of_the_weights_is_evaluated_and_kept(flags, tmp_path, monkeypatch):
-    """Against the weights after each step: 0.9 of the average, 0.1 of them."""
-    average, step = {}, mc.training_step
-
-    def noted(model, *arguments):
-        result = step(model, *arguments)
-        for name, value in model.state_dict().items():
-            value = value.double()
-            average[name] = 0.9 * average[name] + 0.1 * value if name in average else value.clone()
-        return result
-
-    monkeypatch.setattr(mc, "training_step", noted)
-    assert mc.main(flags + ["--ema", "0.9", "--epochs", "1"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
-    kept = mc.load_checkpoint(checkpoint)[0].state_dict()
-    assert kept.keys() == average.keys()
-    for name, value in kept.items():
-        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
-
-
 # ----------------------------------------------------------------------------------------- losses
 
 
@@ -759,24 +739,6 @@ def test_same_seed_same_numbers_other_seed_other_numbers(flags, tmp_path):
     first, again, other = weights
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-
-
-def test_the_best_epoch_is_kept_and_a_score_that_is_no_number_still_saves(
-    flags, tmp_path, monkeypatch
-):
-    means = iter([0.3, 0.9, 0.5, 0.1])
-    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(means, 0.0))
-    assert mc.main(flags + ["--epochs", "4", "--scheduler", "none"]) == 0
-    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
-    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
-    means = iter([float("nan"), 0.2, 0.1, float("nan")])
-    nan_first = ["--epochs", "4", "--scheduler", "none", "--models_dir", str(tmp_path / "first")]
-    assert mc.main(flags + nan_first) == 0
-    (checkpoint,) = (tmp_path / "first").glob("*.pt")
-    assert mc.load_checkpoint(checkpoint)[2]["epoch"] == 2
-    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: float("nan"))
-    assert mc.main(flags + ["--models_dir", str(tmp_path / "nan")]) == 0
-    assert len(list((tmp_path / "nan").glob("*.pt"))) == 1
 
 
 @pytest.mark.parametrize("chosen", [["sst"], ["para", "sts"]])

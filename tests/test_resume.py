@@ -386,32 +386,6 @@ def test_a_live_run_holds_its_predictions_and_its_state(flags, tmp_path, capsys)
 # --------------------------------------------------------------------------------- bad numbers
 
 
-def test_a_step_that_is_not_finite_changes_nothing(flags, monkeypatch, capsys, tmp_path):
-    """Of eight steps, the third and the fourth."""
-    calls = itertools.count(1)
-    steps = []
-
-    def loss(task, outputs, labels, label_smoothing):
-        poison = torch.inf if next(calls) in (3, 4) else 1.0
-        return torch.nn.functional.mse_loss(outputs, labels) * poison
-
-    def note(model, window, optimizer, chosen):
-        before = [parameter.clone() for parameter in model.parameters()]
-        step = training_step(model, window, optimizer, chosen)
-        pairs = zip(before, model.parameters(), strict=True)
-        steps.append(any(not torch.equal(old, new) for old, new in pairs))
-        assert (step.problem is None) == steps[-1]
-        assert all(parameter.grad is None for parameter in model.parameters())
-        return step
-
-    training_step = mc.training_step
-    monkeypatch.setattr(mc, "training_step", note)
-    monkeypatch.setattr(Task, "loss", loss)
-    assert mc.main(flags + ["--sts"]) == 0
-    assert steps == [True, True, False, False, True, True, True, True]
-    assert "steps skipped so far, because they were not finite: 2" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_too_many_of_them_end_the_run(flags, optimizer, monkeypatch, capsys, tmp_path):
     known = Task.loss

@@ -1,0 +1,460 @@
+"""What a step changes and what follows it in a run: curvature, averages, learning rate, kept model."""
+
+import copy
+import csv
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+from torch.utils._pytree import tree_leaves
+
+import evaluation
+import multitask_classifier as mc
+import optimizer
+import training
+import utils
+from batches import EpochSampler, training_windows
+from curvature import gauss_newton_gradients
+from datasets import Example
+from flags import flags_page
+from optimizer import build_optimizer
+from options import parse_options
+from tasks import TASKS
+from training import Training, prepare_device
+
+# Each spoils a loss so that its step cannot be taken.
+SPOILERS = {
+    "infinite loss": lambda loss: loss * torch.inf,
+    "loss that is no number": lambda loss: loss * torch.nan,
+    # The root of 0 is 0, and its gradient infinite.
+    "gradient that is no number": lambda loss: loss + (loss * 0).sqrt(),
+}
+WITH_OPTIMIZER = {
+    name: ["--optimizer", name, *(["--hess_interval", "2"] if row.flags else [])]
+    for name, row in optimizer.OPTIMIZERS.items()
+}
+
+
+def content(*parts):
+    """Return a copy of all that models and optimizers hold."""
+    return copy.deepcopy([part.state_dict() for part in parts])
+
+
+def same(one, other):
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+# ------------------------------------------------------------------- steps that are not taken
+
+
+@pytest.fixture
+def trainee(flags):
+    """Make (model, optimizer, options, the windows of eight steps), each time the same."""
+
+    def make(*more):
+        options = parse_options(flags + [*more])
+        parts = mc.load_all(options)
+        samplers = {name: EpochSampler(len(rows), 1) for name, rows in parts.data["train"].items()}
+        steps = training_windows(parts.data["train"], samplers, 48, 3, 2)
+        return parts.model, build_optimizer(parts.model, options), options, list(steps)
+
+    return make
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+@pytest.mark.parametrize("name", WITH_OPTIMIZER)
+def test_steps_that_are_not_taken_change_nothing(trainee, monkeypatch, name, spoil):
+    """Nor do they change what later steps do: a twin that never saw their rows comes to the same
+    weights, averages and estimates of the curvature. Of both kinds, with an estimate and without.
+    """
+    model, steps_of, options, windows = trainee(*WITH_OPTIMIZER[name])
+    twin, steps_of_twin, _, _ = trainee(*WITH_OPTIMIZER[name])
+    model.eval(), twin.eval()  # dropout would go on
+    task_loss, taken = mc.task_loss, 0
+    for number, window in enumerate(windows):
+        if bad := number in (0, 2, 3, 6):
+            monkeypatch.setattr(mc, "task_loss", lambda *rest: SPOILERS[spoil](task_loss(*rest)))
+        before = content(model, steps_of)
+        step = mc.training_step(model, window, steps_of, options)
+        monkeypatch.setattr(mc, "task_loss", task_loss)
+        assert same(content(model, steps_of), before) == bad == (step.problem is not None)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        if not bad:
+            taken += 1
+            assert mc.training_step(twin, window, steps_of_twin, options).problem is None
+        assert same(content(model, steps_of), content(twin, steps_of_twin))
+    assert taken == 4
+    if name != "adamw":
+        assert steps_of.n_steps == 4 and steps_of.skipped_refreshes == 0
+        assert any(state["hessian"].any() for state in steps_of.state.values())
+
+
+@pytest.mark.parametrize("name", WITH_OPTIMIZER)
+def test_after_a_step_that_is_not_taken_dropout_is_as_after_one_that_is(trainee, monkeypatch, name):
+    states, task_loss = [], mc.task_loss
+    for factor in (1, torch.inf):
+        model, steps_of, options, windows = trainee(*WITH_OPTIMIZER[name])
+        monkeypatch.setattr(mc, "task_loss", lambda *rest: task_loss(*rest) * factor)
+        start = torch.get_rng_state()
+        step = mc.training_step(model.train(), windows[0], steps_of, options)
+        assert (step.problem is None) == (factor == 1)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states) and not torch.equal(states[0], start)
+
+
+@pytest.fixture
+def watched(flags, monkeypatch):
+    """Run with flags, and with losses that are not finite in the steps with these numbers, from 0.
+    Return for each step its learning rate, rows by task, and what was there before and after it."""
+
+    def run(*more, bad=()):
+        steps, task_loss, training_step, record = (
+            [],
+            mc.task_loss,
+            mc.training_step,
+            Training.record,
+        )
+
+        def spoiled(*arguments):
+            return task_loss(*arguments) * (torch.inf if len(steps) - 1 in bad else 1)
+
+        def noted_step(model, window, steps_of, options):
+            rate = max(group["lr"] for group in steps_of.param_groups)
+            rows = {
+                name: [row for batch in window for row in batch.rows[name]]
+                for name in options.tasks
+            }
+            before = content(model, steps_of)
+            steps.append({"lr": rate, "rows": rows, "before": before})
+            step = training_step(model, window, steps_of, options)
+            steps[-1] |= {"after": content(model, steps_of), "taken": step.problem is None}
+            return step
+
+        def noted_record(run, *arguments):
+            parts = [run.average] if run.average else []
+            steps[-1]["average before"] = content(*parts)
+            record(run, *arguments)
+            steps[-1]["average after"] = content(*parts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mc, "task_loss", spoiled)
+            patch.setattr(mc, "training_step", noted_step)
+            patch.setattr(Training, "record", noted_record)
+            assert mc.main(flags + [*more]) == 0
+        return steps
+
+    return run
+
+
+@pytest.mark.parametrize("name", WITH_OPTIMIZER)
+def test_steps_of_a_run_that_are_not_taken_change_nothing(watched, capsys, name):
+    """Neither weights, averages and curvature, nor the moving average of the weights."""
+    more = ["--ema", "0.9", "--scheduler", "linear"]
+    steps = watched(*WITH_OPTIMIZER[name], *more, bad=(0, 3, 4))
+    assert len(steps) == 8
+    for number, step in enumerate(steps):
+        bad = number in (0, 3, 4)
+        assert step["taken"] != bad
+        assert same(step["before"], step["after"]) == bad
+        assert same(step["average before"], step["average after"]) == bad
+    printed = capsys.readouterr().out
+    assert "steps skipped so far, because they were not finite: 3" in printed
+    assert name == "adamw" or "0 estimates skipped so far" in printed
+
+
+@pytest.mark.parametrize("bad", [(), (0, 2)])
+def test_the_average_of_the_weights_is_evaluated_and_kept(watched, flags, tmp_path, bad):
+    """Against the formula: 0.9 of the average and 0.1 of the weights after each step that was taken.
+    The scores that are kept with it are those of its predictions."""
+    steps = watched("--ema", "0.9", "--epochs", "1", "--lr", "1e-2", bad=bad)
+    average = {}
+    for step in (step for step in steps if step["taken"]):
+        for name, value in step["after"][0].items():
+            value = value.double()
+            average[name] = 0.9 * average[name] + 0.1 * value if name in average else value
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    model, _, kept = mc.load_checkpoint(checkpoint)
+    assert model.state_dict().keys() == average.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
+    data = flags[flags.index("--data_dir") + 1]
+    columns = (f"{data}/sts-dev.csv", "similarity"), (
+        tmp_path / "sts-dev.csv",
+        "predicted_similarity",
+    )
+    expected = pearsonr(*(column_of(*column) for column in columns)).statistic
+    assert kept["dev_scores"]["sts"]["pearson"] == pytest.approx(expected, abs=1e-6)
+
+
+def column_of(path, name, kind=float):
+    with open(path, newline="") as file:
+        return [kind(row[name]) for row in csv.DictReader(file, delimiter="\t")]
+
+
+# --------------------------------------------------------------------------- what follows a step
+
+
+def peer_rates(name, n_steps, warm_up, lr):
+    """Return the rate of each step by PyTorch's own schedulers."""
+    peer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    rest = n_steps - warm_up
+    tail = {
+        "linear": lambda: LinearLR(peer, 1, 0, total_iters=rest),
+        "cosine": lambda: CosineAnnealingLR(peer, rest),
+    }[name]()
+    schedule = tail
+    if warm_up:
+        first = LinearLR(peer, 1 / (warm_up + 1), 1, total_iters=warm_up)
+        schedule = SequentialLR(peer, [first, tail], [warm_up])
+    rates = []
+    for _ in range(n_steps):
+        rates.append(peer.param_groups[0]["lr"])
+        peer.step(), schedule.step()
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize("bad", [(), (0, 3, 4)])
+@pytest.mark.parametrize("warm_up", [0, 2])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_rate_of_each_step_of_a_run_is_that_of_pytorchs_schedulers(watched, name, warm_up, bad):
+    """60 rows in batches of 8, two for a step, are 4 steps in each of 2 epochs. Steps that are not
+    taken count."""
+    more = ["--batch_size", "8", "--grad_accumulation", "2", "--samples_per_epoch", "60", "--sst"]
+    if warm_up:
+        more += ["--warmup", str(warm_up / 8)]
+    steps = watched(*more, "--scheduler", name, "--lr", "1e-3", bad=bad)
+    assert [step["lr"] for step in steps] == pytest.approx(peer_rates(name, 8, warm_up, 1e-3))
+
+
+@pytest.mark.parametrize(
+    "means",
+    [
+        [0.5, 0.5, 0.4, 0.6, 0.3, 0.3, 0.3],
+        [0.1, 0.2, 0.3, 0.3, 0.3, 0.4, 0.4],
+        [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1],
+    ],
+)
+def test_a_plateau_lowers_the_rate_of_a_run_as_pytorchs_scheduler_does(watched, monkeypatch, means):
+    """More than one epoch in a row without a better mean halves it."""
+    peer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    schedule = ReduceLROnPlateau(peer, mode="max", factor=0.5, patience=1)
+    expected = []
+    for mean in means:
+        expected.append(peer.param_groups[0]["lr"])
+        schedule.step(mean)
+    assert len(set(expected)) > 1
+    rest = iter(means)
+    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(rest, 0.0))
+    more = ["--epochs", str(len(means)), "--samples_per_epoch", "8", "--batch_size", "8", "--sst"]
+    steps = watched(*more, "--scheduler", "plateau", "--lr", "1e-3")
+    assert [step["lr"] for step in steps] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "means, kept",
+    [
+        ([0.3, 0.9, 0.5, 0.1], 2),
+        ([0.5, 0.5, 0.5], 1),  # of equal ones the first
+        ([0.2, 0.6, 0.6], 2),
+        ([float("nan"), 0.2, 0.1, float("nan")], 2),
+        ([float("nan")] * 2, 1),
+        ([-0.5, -0.1, -0.1], 2),
+    ],
+)
+def test_the_first_of_the_best_epochs_is_kept(flags, tmp_path, monkeypatch, means, kept):
+    """Also if its score is no number, so that a run ends with a model."""
+    rest = iter(means)
+    monkeypatch.setattr(mc.evaluation, "mean_score", lambda scores: next(rest, 0.0))
+    more = ["--epochs", str(len(means)), "--samples_per_epoch", "8", "--batch_size", "8", "--sst"]
+    assert mc.main(flags + more + ["--scheduler", "none"]) == 0
+    (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
+    assert mc.load_checkpoint(checkpoint).content["epoch"] == kept
+
+
+# ------------------------------------------------------------------------------ which rows it sees
+
+
+def test_steps_of_a_run_have_the_shares_of_rows_that_flags_ask_for(watched):
+    """12 rows a step, 40 an epoch: the last step is smaller."""
+    more = ["--batch_size", "12", "--samples_per_epoch", "40", "--epochs", "1"]
+    steps = watched(*more, "--batch_shares", "sst=0.5,para=1.25,sts=0.75")
+    counts = {name: [len(step["rows"][name]) for step in steps] for name in TASKS}
+    assert counts == {"sst": [6, 6, 6, 2], "para": [15, 15, 15, 5], "sts": [9, 9, 9, 3]}
+
+
+def test_the_seed_of_a_run_decides_in_which_order_it_sees_rows(watched):
+    orders = [watched("--epochs", "1", "--seed", seed)[0]["rows"] for seed in ("3", "3", "4")]
+    assert orders[0] == orders[1]
+    assert all(orders[0][name] != orders[2][name] for name in TASKS)
+
+
+# -------------------------------------------------------------------------- estimates by SophiaG
+
+
+class TwoHeads(nn.Module):
+    """Two heads on one vector of weights: w x and 3 w x, for numbers x."""
+
+    def __init__(self, task, inputs):
+        super().__init__()
+        self.tasks, self.inputs = {task.name: task}, inputs
+        self.w = nn.Parameter(torch.linspace(-0.5, 1, task.num_classes or 1, dtype=torch.double))
+
+    def head_outputs(self, batch):
+        (task,) = self.tasks.values()
+        outputs = self.inputs[batch.rows[task.name], None] * self.w
+        outputs = outputs if task.classes else outputs.squeeze(1)
+        return {task.name: [outputs, 3 * outputs]}
+
+
+@pytest.mark.parametrize("name", ["sst", "sts"])
+def test_the_estimate_for_two_heads_is_that_of_the_mean_of_their_losses(flags, monkeypatch, name):
+    """Against the exact diagonal of the Gauss-Newton matrix, over accumulated batches. With the same
+    draw for both heads it would have cross terms."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    options = parse_options([*flags, f"--{name}", "--loss_weights", f"{name}=0.5"])
+    data, n_rows = mc.load_all(options).data["train"], 5
+    sampler = {name: EpochSampler(n_rows, 1)}
+    (window,) = training_windows(data, sampler, n_rows, 2, 3)
+    inputs = torch.tensor([0.5, -1.0, 2.0, 1.5, -0.3], dtype=torch.double)
+    model = TwoHeads(TASKS[name], inputs)
+    total, n_draws = 0.0, 4000
+    for step in range(n_draws):
+        gauss_newton_gradients(model, window, options, step)
+        total = total + model.w.grad.square() / n_draws
+        model.zero_grad()
+    exact = np.zeros(len(model.w))
+    for x in inputs.numpy():
+        for factor in (1, 3):
+            logits = factor * x * model.w.detach().numpy()
+            p = np.exp(logits) / np.exp(logits).sum()
+            second = p * (1 - p) if TASKS[name].classes else 2.0
+            exact += 0.5 * second * (factor * x) ** 2 / (2 * n_rows)
+    np.testing.assert_allclose(total.numpy(), exact, rtol=0.1)
+
+
+# ------------------------------------------------------------------------------------------ betas
+
+BETAS = {
+    "adamw": (0.9, 0.999),  # Kingma and Ba 2015
+    "sophiah": (0.985, 0.99),  # the code of the original project
+    "sophiag": (0.965, 0.99),  # Liu et al. 2023
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIMIZER)
+def test_betas_are_the_published_ones_or_those_of_the_flag(flags, capsys, name):
+    flags = [*flags, *WITH_OPTIMIZER[name]]
+    for more, expected in (([], BETAS[name]), (["--betas", "0.6,0.7"], (0.6, 0.7))):
+        options = parse_options(flags + more)
+        steps_of = build_optimizer(mc.load_all(options).model, options)
+        assert {group["betas"] for group in steps_of.param_groups} == {expected}
+    help_text = " ".join(flags_page().split())
+    beta1, beta2 = BETAS[name]
+    assert f"{beta1:g},{beta2:g} for {name} ({optimizer.OPTIMIZERS[name].why_betas})" in help_text
+    assert mc.main([*flags, "--betas", "0.6,0.7", "--epochs", "1", "--sst"]) == 0
+    assert "betas=(0.6, 0.7)" in " ".join(capsys.readouterr().out.split())
+
+
+# --------------------------------------------------------------------- bfloat16 without instructions
+
+
+@pytest.mark.parametrize(
+    "precision, features, slow",
+    [
+        ("bfloat16", [], True),
+        ("bfloat16", ["amx"], False),
+        ("bfloat16", ["avx512_bf16"], False),
+        ("float32", [], False),
+        ("auto", [], False),
+    ],
+)
+def test_a_cpu_without_bfloat16_instructions_gets_a_warning(
+    flags, monkeypatch, precision, features, slow
+):
+    monkeypatch.setattr(training, "cpu_features", lambda: features)
+    options = parse_options([*flags, "--sst", "--precision", precision])
+    with warnings.catch_warnings(record=True) as caught:
+        prepare_device(mc.load_all(options).model, torch.device("cpu"), options)
+    shown = [str(warning.message) for warning in caught]
+    text = "this CPU has no bfloat16 instructions; --precision float32 is faster here"
+    assert shown == [text] * slow
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux lists a CPU's instructions")
+def test_the_instructions_of_a_cpu_are_those_that_linux_lists():
+    listed = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    expected = {"avx512_bf16": "avx512_bf16" in listed, "amx": "amx_tile" in listed}
+    assert utils.cpu_features() == [name for name, is_there in expected.items() if is_there]
+
+
+# -------------------------------------------------------------------- dev rows that are in train
+
+
+def test_dev_rows_that_are_in_train_are_left_out_of_a_second_score(
+    flags, small_data, tmp_path, capsys
+):
+    """Five rows of similarity are in train, with other case and in the other order. The second score
+    is that of the predictions for all other rows."""
+    train = (small_data / "sts-train.csv").read_text().splitlines(keepends=True)
+    dev = (small_data / "sts-dev.csv").read_text().splitlines(keepends=True)
+    columns = train[0].rstrip("\n").split("\t")
+    first, second, id = (columns.index(name) for name in ("sentence1", "sentence2", "id"))
+    for number, line in enumerate(train[3:8]):
+        cells = line.split("\t")
+        cells[first], cells[second] = cells[second].upper(), cells[first]
+        cells[id] = f"known-{number}"
+        dev.insert(4 * number + 2, "\t".join(cells))
+    path = tmp_path / "with-known.csv"
+    path.write_text("".join(dev))
+    assert mc.main([*flags, "--sts_dev", str(path)]) == 0
+    unseen = np.array([not id.startswith("known-") for id in column_of(path, "id", str)])
+    assert sum(~unseen) == 5
+    truth = np.array(column_of(path, "similarity"))
+    predicted = np.array(column_of(tmp_path / "sts-dev.csv", "predicted_similarity"))
+    expected = {
+        "pearson": pearsonr(truth[unseen], predicted[unseen]).statistic,
+        "spearman": spearmanr(truth[unseen], predicted[unseen]).statistic,
+    }
+    shown = capsys.readouterr().out
+    texts = re.findall(
+        r"^(\w+) without the dev rows that are in its training file: (.*)$", shown, re.M
+    )
+    assert texts == [("sts", ", ".join(f"{name} {value:.3f}" for name, value in expected.items()))]
+    (directory,) = (tmp_path / "logdir").iterdir()
+    log = EventAccumulator(str(directory)).Reload()
+    logged = {tag for tag in log.Tags()["scalars"] if tag.startswith("unseen/")}
+    assert logged == {"unseen/sts_pearson", "unseen/sts_spearman"}
+    for name, value in expected.items():
+        assert log.Scalars(f"unseen/sts_{name}")[0].value == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "known, expected", [([], {}), ([0, 1, 2, 3], {}), ([0, 1, 2], {}), ([1, 3], 1), ([0], 0.5)]
+)
+def test_rows_that_are_in_train_do_not_count_in_the_second_score(known, expected):
+    """Nothing is scored a second time if no row is in train, or no labelled row is left."""
+    dev = [
+        Example((f"Film {row}!",), label, str(row)) for row, label in enumerate([1, 2, 0, np.nan])
+    ]
+    train = [Example((f"film {row}",), 0.0, "x") for row in known] + [Example(("other",), 0.0, "y")]
+    of_train = SimpleNamespace(examples=train, task=TASKS["sst"])
+    labels = np.array([example.label for example in dev])
+    of_dev = SimpleNamespace(examples=dev, labels=labels)
+    result = evaluation.Evaluation(of_dev, np.array([1.0, 4.0, 0.0, 0.0]), {})
+    found = evaluation.unseen_scores(result, of_train)
+    assert (found["sst"]["accuracy"] if found else {}) == expected
