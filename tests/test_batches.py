@@ -31,6 +31,30 @@ def test_a_sampler_continues_exactly_in_the_middle_of_a_pass(n_rows, both, befor
         assert [later.draw(samples).tolist() for samples in after] == expected
 
 
+@given(st.integers(1, 40), st.booleans(), st.lists(st.integers(1, 50), min_size=1, max_size=8))
+def test_each_row_comes_once_before_any_comes_again(n_rows, both, draws):
+    """Whatever the sizes of the draws; with both orders also: no pair comes in one order and soon after
+    in the other."""
+    sampler = EpochSampler(n_rows, seed=5, both_orders=both)
+    drawn = np.concatenate([sampler.draw(samples) for samples in draws])
+    assert len(drawn) == sum(draws) and drawn.min() >= 0
+    assert drawn.max() < (2 * n_rows if both else n_rows)
+    for start in range(0, len(drawn), n_rows):
+        pairs = drawn[start : start + n_rows] % n_rows
+        assert len(set(pairs)) == len(pairs)
+
+
+def test_the_order_of_a_pair_is_drawn_anew_for_each_pass():
+    """Five standard deviations around a half: which pairs are swapped, and which of them again."""
+    sampler = EpochSampler(10_000, seed=5, both_orders=True)
+    swapped = []
+    for _ in range(2):
+        drawn = sampler.draw(10_000)
+        swapped.append(np.isin(np.arange(10_000), drawn[drawn >= 10_000] - 10_000))
+    for share in (swapped[0].mean(), swapped[1].mean(), (swapped[0] == swapped[1]).mean()):
+        assert abs(share - 0.5) < 5 * 0.5 / 100
+
+
 def test_the_state_of_a_sampler_is_small_whatever_the_number_of_rows(tmp_path):
     sizes = []
     for n_rows in (3, 1_000_000):

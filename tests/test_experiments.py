@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -113,10 +114,13 @@ def test_a_row_is_what_the_run_gave(trained, small_data):
 
 
 def test_test_predictions_are_kept(trained):
+    """In a folder with the names of the recipe and the seed, so that no other run replaces them."""
     folder, _, _ = trained
-    kept = {path.name: path.read_bytes() for path in folder.glob("results/predictions/*/*")}
+    predictions = folder / "results" / "predictions"
+    kept = {path.relative_to(predictions): path.read_bytes() for path in predictions.rglob("*.csv")}
     (run,) = folder.glob("models/experiments/baseline-*")
-    assert kept == {p.name: p.read_bytes() for p in run.glob("predictions/*-test-output.csv")}
+    written = {path.name: path.read_bytes() for path in run.glob("predictions/*-test-output.csv")}
+    assert kept == {Path("baseline-seed11711", name): text for name, text in written.items()}
     assert len(kept) == 3
 
 
@@ -222,6 +226,17 @@ def test_the_memory_of_a_gpu_is_its_own(trained, flags, monkeypatch):
         more = "memory of NVIDIA H100 80GB HBM3: 1,234 MB at most\n\nprocess: "
         patch.setattr(Path, "read_text", lambda *_, **__: text.replace("process: ", more))
         assert ex.read_outcome(run)[0] == before | {"peak_memory_mb": "1234"}
+
+
+def test_a_cpu_is_described_with_its_instructions(monkeypatch):
+    """So that times with and without them are not pooled."""
+    cpu, texts = torch.device("cpu"), []
+    for features in ([], ["avx512_bf16"], ["avx512_bf16", "amx"]):
+        monkeypatch.setattr(ex, "cpu_features", lambda: features)
+        texts.append(ex.describe_device(cpu))
+    plain = texts[0]
+    assert plain.startswith(f"{os.cpu_count()} cores of ")
+    assert texts == [plain, f"{plain}, avx512_bf16", f"{plain}, avx512_bf16, amx"]
 
 
 def test_the_recipes_are_flags():

@@ -115,6 +115,11 @@ def test_every_flag_is_explained_with_its_default():
         (["--warmup", "0.1"], "--warmup: only with --scheduler linear or cosine"),
         (["--both_orders"], "only with --para_encoding or --sts_encoding cross or both"),
         (["--layer_lr_decay", "1.1"], "must be a number above 0, up to 1"),
+        (["--betas", "0.9"], "--betas: must be two numbers such as 0.9,0.99, not '0.9'"),
+        (["--betas", "0.9,0.99,0.999"], "--betas: must be two numbers such as 0.9,0.99"),
+        (["--betas", "0.9,1"], "--betas: must be a number from 0 to below 1, not '1'"),
+        (["--betas", "-0.1,0.9"], "--betas: expected one argument"),
+        (["--betas", "x,0.9"], "--betas: must be a number from 0 to below 1, not 'x'"),
         (["--batch_shares", "1,0,1"], "must be a number above 0, not '0'"),
     ],
 )
