@@ -1,5 +1,4 @@
 import dataclasses
-import hashlib
 import itertools
 import math
 import re
@@ -552,11 +551,3 @@ def test_the_command_line(server, tmp_path):
     assert {name for name, _ in server.requests} == {
         name for task in TASKS.values() for split in SPLITS for name in getattr(task, split)
     }
-
-
-def test_published_ids_are_forty_hex_digits():
-    assert len(set(datasets.GIT_BLOBS.values())) == 9
-    assert all(
-        len(bytes.fromhex(each)) == hashlib.sha1().digest_size
-        for each in datasets.GIT_BLOBS.values()
-    )
