@@ -268,7 +268,8 @@ def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
 
     def follows_folder(key: str) -> bool:
         """Whether a file of predictions follows --predictions_dir, which may have changed."""
-        return key.endswith("_out") and os.path.dirname(saved[key]) == saved["predictions_dir"]
+        is_given = key.endswith("_out") and saved[key] is not None
+        return is_given and os.path.dirname(saved[key]) == saved["predictions_dir"]
 
     defaults = {key: value for key, value in saved.items() if not follows_folder(key)}
     options = parse_options(argv, defaults, saved["tasks"])

@@ -50,6 +50,7 @@ from utils import (
     atomic_write,
     autocast,
     check_writable,
+    did_you_mean,
     exit_status,
     pick_device,
     positive_int,
@@ -222,8 +223,8 @@ class Predictor:
         self.device = pick_device(options.use_gpu)
         saved = options_to_evaluate([], path)
         if untrained := [name for name in options.task or [] if name not in saved.tasks]:
-            known = ", ".join(saved.tasks)
-            raise UserError(f"{path}: was not trained on {untrained[0][:40]}, only on {known}")
+            hint = did_you_mean(untrained[0], saved.tasks)
+            raise UserError(f"{path}: was not trained on {untrained[0][:40]!r}{hint}")
         asked = changed_options(
             saved,
             tasks={
@@ -400,7 +401,9 @@ def to_text(tasks: Collection[Task], answer: Answer) -> str:
             entry += [f"{share:.2f}" for share in shares[:SHOWN_CLASSES]]
             entry += ["..."] if len(shares) > SHOWN_CLASSES else []
         else:
-            entry += [name for name in task.classes[1:] if name != task.title]
+            if task.classes and task.title != task.classes[1]:  # the more probable class
+                entry.append(task.classes[value >= 0.5])
+                value = max(value, 1 - value)
             entry.append(f"{value:.2f}")
         entries.append(" ".join(entry))
     if "cut" in answer:

@@ -100,7 +100,6 @@ class Parser(argparse.ArgumentParser):
         write_required(self.format_help(), file)
 
     def error(self, message: str):
-        self.print_usage(sys.stderr)
         complain(f"{self.prog}: error: {message}")
         self.exit(2)
 

@@ -172,7 +172,8 @@ def find_columns(
     if missing := [name for name in needed if name not in header]:
         what = f"line 1 has no column {missing[0][:60]!r}{did_you_mean(missing[0], header)}"
         if len(header) < 2:
-            what = f"no columns are found in line 1; expected {', '.join(needed)[:100]}"
+            what = f"line 1 has one column only, {' '.join(header)[:40]!r}; expected "
+            what += f"{', '.join(needed)[:100]}; is its separator not a tab, comma or semicolon?"
         if "\ufffd" in "".join(header):
             what = "line 1 is not UTF-8 text; save the file as UTF-8"
         raise UserError(f"{path}: {where}{what}")

@@ -301,7 +301,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "samples": checked(
         "a whole number above 0", lambda v: is_number(v) and v > 0 and v == int(v), int
     ),
-    "separator": checked("a tab, comma, semicolon or |", lambda v: v in ("\t", ",", ";", "|")),
+    "separator": checked(r'"\t", ",", ";" or "|"', lambda v: v in ("\t", ",", ";", "|")),
 }
 
 
@@ -329,12 +329,12 @@ def read_task_file(path: str) -> dict[str, Task]:
 
 def _task_of_table(name: str, table: Any) -> Task:
     """Raises ValueError with the key and the reason."""
+    if not isinstance(table, dict):
+        raise ValueError("is no table; write a line such as [my_task] above the keys of a task")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
         raise ValueError("a task's name has small letters, digits and _ only, as in [my_task]")
     if name in TASKS or name in RESERVED_NAMES or hasattr(nn.ModuleDict(), name):
         raise ValueError("this name is taken; choose another one")
-    if not isinstance(table, dict):
-        raise ValueError(f"is no table; write [{name}] and its keys below")
     values: dict[Any, Any] = {}
     for key, value in table.items():
         if key not in READERS:
@@ -344,6 +344,8 @@ def _task_of_table(name: str, table: Any) -> Task:
         except ValueError as error:
             raise ValueError(f"{key} {error}") from None
         values |= read if key == "classes" else {FIELDS.get(key, key): read}
+    if "loss" in table and "classes" not in table:
+        raise ValueError("loss: only for classes")
     if missing := [key for key in ("train", "sentences", "label") if key not in values]:
         raise ValueError(f"{missing[0]} is missing")
     primary = values.pop("primary", None)

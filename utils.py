@@ -80,8 +80,9 @@ def one_line(error: BaseException) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest right one, or the first few."""
     names = list(known)
-    if near := difflib.get_close_matches(name, names, n=1):
-        return f"; did you mean {near[0][:60]!r}?"
+    by_small = {other.casefold(): other for other in names}
+    if near := difflib.get_close_matches(name.casefold(), by_small, n=1):
+        return f"; did you mean {by_small[near[0]][:60]!r}?"
     known = textwrap.shorten(", ".join(names), 120, placeholder=" ...")
     return f"; known: {known}" if names else ""
 

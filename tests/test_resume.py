@@ -273,6 +273,20 @@ def test_a_resumed_run_may_write_elsewhere(flags, stopped, tmp_path):
     assert len(list(target.glob("*-output.csv"))) == 6
 
 
+def test_a_run_of_one_task_resumes_by_its_path_alone(flags, tmp_path, monkeypatch):
+    """The options of tasks that are not trained are None."""
+    outputs = {f"--{name}_{split}_out" for name in TASKS for split in ("dev", "test")}
+    skipped = {i + k for i, flag in enumerate(flags) if flag in outputs for k in (0, 1)}
+    own = [flag for i, flag in enumerate(flags) if i not in skipped]
+    target = tmp_path / "predictions"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(mc, "training_step", nth_call(3, mc.training_step, False))
+        mc.main([*own, "--sst", "--predictions_dir", str(target), *OFTEN])
+    (state,) = (tmp_path / "models_dir").glob("*.resume")
+    assert mc.main(["--resume", str(state)]) == 0
+    assert len(list(target.glob("sst-*-output.csv"))) == 2
+
+
 def test_flags_that_change_the_numbers_are_refused(flags, stopped, capsys):
     assert mc.main(flags + ["--resume", str(stopped), "--lr", "0.1", "--seed", "3"]) == 1
     assert f"error: {stopped}: this run has other values of --lr, --seed" in capsys.readouterr().err
