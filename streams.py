@@ -82,13 +82,13 @@ def write_required(text: str, file: TextIO | None = None) -> None:
     output.required = False
 
 
-def complain(message: str) -> None:
+def complain(message: str, longest: int = LONGEST_MESSAGE) -> None:
     """Print a message as one line, above a progress bar if there is one: with line ends and other
     control characters escaped (names of files can have them), and without the middle of a long text.
     """
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message.strip())
-    if len(line) > LONGEST_MESSAGE:
-        half = LONGEST_MESSAGE // 2 - 3
+    if len(line) > longest:
+        half = longest // 2 - 3
         line = f"{line[:half]} ... {line[-half:]}"
     tqdm.write(line, file=sys.stderr)
 

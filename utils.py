@@ -408,7 +408,7 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
             if rank() == 0:
                 known = filter(None, ("interrupted", str(interrupt) or when_interrupted))
                 print(file=sys.stderr)
-                complain("; ".join(known))
+                complain("; ".join(known), longest=4096)  # it says how to continue
             return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
         wait_for_first_process()
         complain(f"error: {cause}")
