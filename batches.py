@@ -27,7 +27,7 @@ class Rows(Protocol):
     task: Task
     columns: list[TokenColumn | JointColumn]
     labels: np.ndarray  # [n_rows]
-    n_tokens: np.ndarray  # [n_rows]
+    n_tokens: np.ndarray  # [n_rows]; of the columns, which may have each row twice
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ def collate(
             second_starts.extend([NO_SECOND] * len(rows) if firsts is None else firsts[rows])
         dtype = torch.long if dataset.task.classes else torch.float32
         # Rows without a label, which training never has, get -1.
-        values = np.nan_to_num(dataset.labels[rows], nan=-1)
+        values = np.nan_to_num(dataset.labels[rows % len(dataset.labels)], nan=-1)
         labels[name] = torch.from_numpy(values).to(dtype)
     lengths = np.array([sequence.shape[1] for sequence in sequences])
     order = np.argsort(lengths, kind="stable")
@@ -275,7 +275,7 @@ def evaluation_batches(
     """
     order = np.argsort(-dataset.n_tokens, kind="stable")
     ends = np.cumsum(dataset.n_tokens[order])  # tokens up to and including each row
-    budget = ends[:batch_size][-1]
+    budget = ends[:batch_size].max(initial=0)
     start, chunks = 0, []
     while start < len(order):
         tokens_before = ends[start - 1] if start else 0

@@ -7,11 +7,12 @@ are checkpoints; only the state has the entry "training".
 import argparse
 import contextlib
 import dataclasses
+import glob
 import os
 import secrets
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from flags import DEFAULT_SPACY_MODEL, build_parser
 from options import changed_options, deciding, find_data, named_files, parse_options
 from streams import file_to_replace
 from tagging import Pipeline, Tagger
-from tasks import SPLITS, Task, plain_rows, tasks_of_rows
+from tasks import SPLITS, Task, as_list, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -185,8 +186,13 @@ def check_encoder(
             f"{source}: this encoder has embeddings of tags already, of an unknown spaCy pipeline; "
             "start from one that has none, or continue from a checkpoint (--resume, --evaluate)"
         )
+    check_pairs(bert.config, source, tasks)
+
+
+def check_pairs(config: BertConfig, source: str, tasks: Mapping[str, Task]) -> None:
+    """Raise UserError for an encoder that cannot read the two sentences of a task in one sequence."""
     joint = [name for name, task in tasks.items() if task.encoding != "bi"]
-    if joint and bert.config.type_vocab_size < 2:
+    if joint and config.type_vocab_size < 2:
         raise UserError(
             f"{source}: this encoder does not tell two sentences of a sequence apart "
             f"(type_vocab_size 1); leave --{'_encoding and --'.join(joint)}_encoding at bi"
@@ -204,24 +210,48 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     if not (options.evaluate or options.resume):
         options = parse_options(argv)  # a --config may have them
     if options.evaluate:
-        return options_to_evaluate(argv, options.evaluate)
+        return options_to_evaluate(argv, as_list(options.evaluate))
     if options.resume not in (None, "auto"):
         return options_to_resume(argv, options.resume)
     return parse_options(argv)
 
 
-def options_to_evaluate(argv: list[str], path: str) -> argparse.Namespace:
-    """Return the options of an evaluation: tasks and data are those of the checkpoint, unless `argv` has
-    others."""
-    saved = read_checkpoint(path)["options"]
-    defaults = {"evaluate": path, "data_dir": saved["data_dir"], "tasks": saved["tasks"]}
-    for name, task in saved["tasks"].items():
-        for split in SPLITS:
-            # Other files than those of the task's row, which follow --data_dir.
-            files = [find_data(saved["data_dir"], file) for file in getattr(task, split)]
-            if saved[f"{name}_{split}"] != files:
-                defaults[f"{name}_{split}"] = saved[f"{name}_{split}"]
-    return parse_options(argv, defaults, saved["tasks"])
+def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Namespace:
+    """Return the options of an evaluation: tasks and data are those of the checkpoints, unless `argv` has
+    others. Of a task that several know, the first decides. Raises UserError if one of several shares no
+    task with the others, or none knows a task."""
+    paths = [path for pattern in patterns for path in find_files(pattern)]
+    defaults: dict[str, Any] = {"tasks": {}}
+    for path in paths:
+        saved = read_checkpoint(path)["options"]
+        tasks: dict[str, Task] = defaults["tasks"]
+        if tasks and not set(tasks) & set(saved["tasks"]):
+            raise UserError(f"{path}: shares no task with {paths[0]}, so they are not averaged")
+        for name, task in saved["tasks"].items():
+            labels = task.classes, task.range, task.sentences
+            known = tasks.get(name, task)
+            if labels != (known.classes, known.range, known.sentences):
+                raise UserError(f"{path}: its task {name} is another one than that of {paths[0]}")
+            for split in () if name in tasks else SPLITS:
+                # Other files than those of the task's row, which follow --data_dir.
+                files = [find_data(saved["data_dir"], file) for file in getattr(task, split)]
+                if saved[f"{name}_{split}"] != files:
+                    defaults[f"{name}_{split}"] = saved[f"{name}_{split}"]
+        defaults = {"data_dir": saved["data_dir"]} | defaults | {"tasks": saved["tasks"] | tasks}
+    options = parse_options(argv, defaults, defaults["tasks"])
+    if untrained := [name for name in options.tasks if name not in defaults["tasks"]]:
+        known = ", ".join(defaults["tasks"])
+        raise UserError(f"{paths[0]}: was not trained on {', '.join(untrained)}, only on {known}")
+    return changed_options(options, evaluate=paths)
+
+
+def find_files(pattern: str) -> list[str]:
+    """Return the files that a pattern means, in order. Raises UserError if there is none."""
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    if not (found := sorted(glob.glob(pattern))):
+        raise UserError(f"{pattern}: no file has such a name")
+    return found
 
 
 def find_state(options: argparse.Namespace) -> Path | None:

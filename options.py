@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import (
+    DEFAULT_BERT_MODEL,
     DEFAULT_MOE_BALANCE,
     DEFAULT_SPACY_MODEL,
     OPTIMIZER_FLAGS,
@@ -54,8 +55,9 @@ def parse_options(
 def named_files(argv: list[str]) -> argparse.Namespace:
     """Return the files in the flags that decide which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--task_file", "--evaluate", "--resume"):
+    for name in ("--config", "--task_file", "--resume"):
         parser.add_argument(name, nargs="?")
+    parser.add_argument("--evaluate", nargs="*")
     return parser.parse_known_args(argv)[0]
 
 
@@ -70,6 +72,9 @@ def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[T
         ),
         "--task_file: a checkpoint has its own tasks, leave it out with --evaluate": (
             options.task_file and options.evaluate
+        ),
+        "--init_from brings its encoder, leave --bert_model out": (
+            options.init_from and options.bert_model not in (None, options.init_from)
         ),
         "--hpo_resume: only with --hpo": options.hpo_resume and not options.hpo,
         "--hpo is neither --resume (but --hpo_resume) nor --evaluate": (
@@ -102,7 +107,7 @@ def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[T
     return [problem for problem, is_there in checks.items() if is_there]
 
 
-def task_problems(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, bool]:
+def task_problems(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, Any]:
     """Return what can be wrong with the tasks, and whether it is."""
     ordered = [task.name for task in tasks if task.is_pair and task.symmetric]
     encodings = {getattr(options, f"{name}_encoding") for name in ordered}
@@ -114,6 +119,9 @@ def task_problems(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[st
         and encodings <= {"bi"},
         "give --tasks or the flags of single tasks, not both": twice,
         "no task has a dev file, so no epoch can be chosen": not with_dev,
+        f"--select {options.select}: this task is not trained, or has no dev file": (
+            options.select and options.select not in [task.name for task in with_dev]
+        ),
     }
 
 
@@ -129,6 +137,8 @@ def fill_defaults(
     names to tasks."""
     filled = argparse.Namespace(**vars(options))
     filled.searched = searched
+    if filled.bert_model is None:
+        filled.bert_model = filled.init_from or DEFAULT_BERT_MODEL
     row = OPTIMIZERS[options.optimizer]
     if filled.lr is None:
         filled.lr = row.pretrain_lr if options.option == "pretrain" else row.lr

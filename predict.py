@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before PyTorch is imported; multitask_classifier.p
 import argparse
 import codecs
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -29,18 +28,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TextIO
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from batches import Batch, evaluation_batches
-from checkpoint import options_to_evaluate
-from datasets import JointColumn, TokenColumn, columns_of, tokenize_cached
 from export import export
 from flags import PRECISIONS
-from multitask_classifier import load_trained
-from options import changed_options
+from predictor import Entries, Predictor, Progress
 from streams import Parser, write_required
 from tables import check_cells, find_columns, open_table
 from tasks import Task
@@ -48,11 +40,8 @@ from utils import (
     ROOT,
     UserError,
     atomic_write,
-    autocast,
     check_writable,
-    did_you_mean,
     exit_status,
-    pick_device,
     positive_int,
     terminate,
 )
@@ -63,13 +52,9 @@ CHUNK_BYTES = 2**22
 BLOCK = 2**16  # bytes read at a time
 WAIT = 0.1  # seconds that a line waits for others
 LONGEST = 100_000  # bytes of a line: more than any encoder has positions for
-DIGITS = 6
 ANSWER_WIDTH = 56
 SHOWN_CLASSES = 10  # for people; JSON has all probabilities
 
-Texts = list[tuple[str, ...]]  # sentences and pairs
-Answer = dict[str, Any]  # name -> value; {"error": reason} where there is no answer
-Progress = Callable[[int], object]  # is told how many more lines have been answered
 
 # ---------------------------------------------------------------------------------------- reading
 
@@ -194,150 +179,6 @@ def read_table_queries(path: str, tasks: list[Task]) -> Iterator[list[Query]] | 
 # -------------------------------------------------------------------------------------- answering
 
 
-@dataclasses.dataclass
-class TextRows:
-    """Sentences or pairs in memory, as rows for `collate`."""
-
-    task: Task
-    columns: list[TokenColumn | JointColumn]
-    cut: np.ndarray  # [n_rows] bool: whether a sentence was too long
-
-    def __post_init__(self) -> None:
-        self.n_tokens = np.sum([column.lengths for column in self.columns], axis=0)  # [n_rows]
-        self.labels = np.full(len(self.cut), np.nan)
-
-
-class Predictor:
-    """A checkpoint's model, which answers like it did in training.
-
-    Args:
-        path: the checkpoint.
-        options: `task` (names, or None for all that it was trained on), `use_gpu`, `precision`,
-            `batch_size`, `spacy_model`, `cache_dir`.
-
-    Raises:
-        UserError: the checkpoint cannot be used, or was not trained on one of the tasks.
-    """
-
-    def __init__(self, path: str, options: argparse.Namespace):
-        self.device = pick_device(options.use_gpu)
-        saved = options_to_evaluate([], path)
-        if untrained := [name for name in options.task or [] if name not in saved.tasks]:
-            hint = did_you_mean(untrained[0], saved.tasks)
-            raise UserError(f"{path}: was not trained on {untrained[0][:40]!r}{hint}")
-        asked = changed_options(
-            saved,
-            tasks={
-                n: task for n, task in saved.tasks.items() if n in (options.task or saved.tasks)
-            },
-            precision=options.precision,
-            spacy_model=options.spacy_model,
-            cache_dir=options.cache_dir,
-        )
-        self.model, self.tokenizer, self.tagger, _, trained = load_trained(asked)
-        self.tasks, self.max_length = trained.tasks, trained.max_length
-        self.precision, self.batch_size = trained.precision, options.batch_size
-        self.model.to(self.device).eval()
-
-    def tasks_for(self, n_sentences: int) -> list[str]:
-        """Return the tasks that take one sentence, or two."""
-        return [name for name, task in self.tasks.items() if len(task.sentences) == n_sentences]
-
-    @property
-    def titles(self) -> str:
-        return " and ".join(task.title for task in self.tasks.values())
-
-    def refusal(self, sentences: tuple[str, ...]) -> str | None:
-        """Return why no task takes so many sentences; None if one does."""
-        if self.tasks_for(len(sentences)):
-            return None
-        what = "one sentence" if len(sentences) == 1 else "two sentences"
-        return f"{what}, where only {self.titles} can be answered"
-
-    def answers(self, texts: Texts, progress: Progress = lambda n: None) -> list[Answer]:
-        """Answer sentences and pairs with all tasks for them, in the same order.
-
-        Returns:
-            by the titles of the tasks: the probability of the second class of two; of more classes the
-            label, and in TITLE_probabilities all probabilities; or the number. `cut` is true where a
-            sentence was too long.
-        """
-        answers: list[Answer] = [{} for _ in texts]
-        for n_sentences in (1, 2):
-            rows = [row for row, text in enumerate(texts) if len(text) == n_sentences]
-            names = self.tasks_for(n_sentences)
-            if rows and names:
-                found = self._answer(names, [texts[row] for row in rows], progress)
-                for row, answer in zip(rows, found, strict=True):
-                    answers[row] = answer
-        return answers
-
-    @torch.no_grad()
-    def _answer(self, names: list[str], texts: Texts, progress: Progress) -> list[Answer]:
-        """Answer texts that all have as many sentences as these tasks take."""
-        dataset = self._tokenize(names, texts)
-        answers: list[Answer] = [{} for _ in texts]
-        with autocast(self.device, self.precision):
-            for batch in evaluation_batches(dataset, self.batch_size):
-                rows = batch.rows[dataset.task.name]
-                outputs = self.model(self._with_columns(batch, names).to(self.device))
-                for name, output in outputs.items():
-                    entries = read_outputs(self.tasks[name], output.float().cpu())
-                    for row, entry in zip(rows, entries, strict=True):
-                        answers[row] |= entry
-                progress(len(rows))
-        for row in np.flatnonzero(dataset.cut):
-            answers[row]["cut"] = True
-        return answers
-
-    def _tokenize(self, names: list[str], texts: Texts) -> TextRows:
-        """Make each column that one of the tasks needs once: sentences one by one, then both as one
-        sequence."""
-        sentences = [text for column in zip(*texts, strict=True) for text in column]
-        pieces, lengths = tokenize_cached(
-            sentences, self.tokenizer, self.max_length, None, "", self.tagger
-        )
-        separate = columns_of(pieces, lengths, len(texts[0]))
-        columns: list[TokenColumn | JointColumn] = [*separate]
-        cut = np.any(self._too_long(sentences, lengths).reshape(-1, len(texts)), axis=0)
-        encodings = {self.tasks[name].encoding for name in names}
-        if encodings != {"bi"}:
-            first, second = separate
-            joint = JointColumn.of(first, second, self.max_length)
-            cut |= joint.lengths < first.lengths + second.lengths - 1
-            columns = [joint] if encodings == {"cross"} else [first, second, joint]
-        return TextRows(self.tasks[names[0]], columns, cut)
-
-    def _too_long(self, sentences: list[str], lengths: np.ndarray) -> np.ndarray:
-        """Return which sentences would have more word pieces without the limit, [n_sentences] bool."""
-        too_long = np.zeros(len(sentences), bool)
-        full = np.flatnonzero(lengths == self.max_length)
-        _, longer = self.tokenizer.packed_ids([sentences[i] for i in full], self.max_length + 1)
-        too_long[full] = longer > self.max_length
-        return too_long
-
-    def _with_columns(self, batch: Batch, names: list[str]) -> Batch:
-        """Give each task its columns among those of the batch, which has them for one task only."""
-        (slices,) = batch.columns.values()
-        by_encoding = {"bi": slices[:2], "cross": slices[-1:], "both": slices}
-        columns = {name: by_encoding[self.tasks[name].encoding] for name in names}
-        return dataclasses.replace(batch, columns=columns)
-
-
-def read_outputs(task: Task, outputs: Tensor) -> list[Answer]:
-    """Read a head's outputs [B, classes] or [B] as entries of B answers."""
-    if not task.classes:
-        values = task.decode(outputs).tolist()
-        return [{task.title: round(value, DIGITS)} for value in values]
-    probabilities = outputs.softmax(dim=-1).tolist()
-    rounded = [[round(share, DIGITS) for share in row] for row in probabilities]
-    if len(task.classes) == 2:
-        return [{task.title: yes} for _, yes in rounded]
-    key, texts = f"{task.title}_probabilities", map(task.show, task.decode(outputs).tolist())
-    labels = [int(text) if text.isdecimal() else text for text in texts]
-    return [{task.title: label, key: row} for label, row in zip(labels, rounded, strict=True)]
-
-
 class Remarks:
     """Warnings about the input: one line for each kind, when everything has been read."""
 
@@ -360,7 +201,7 @@ def answer_queries(
     queries: list[Query],
     remarks: Remarks,
     progress: Progress = lambda n: None,
-) -> list[Answer]:
+) -> list[Entries]:
     """Answer each query, with {"error": reason} where that is not possible."""
     problems = [query.problem or predictor.refusal(query.sentences) for query in queries]
     good = [query for query, problem in zip(queries, problems, strict=True) if not problem]
@@ -379,10 +220,10 @@ def answer_queries(
 
 # ---------------------------------------------------------------------------------------- writing
 
-Render = Callable[[Query, Answer], str]  # a line of the output
+Render = Callable[[Query, Entries], str]  # a line of the output
 
 
-def to_text(tasks: Collection[Task], answer: Answer) -> str:
+def to_text(tasks: Collection[Task], answer: Entries) -> str:
     """Write an answer for people: `sentiment 3 somewhat positive  0.01 ...`, or
     `paraphrase 0.97  similarity 4.42`."""
     if "error" in answer:
@@ -411,13 +252,13 @@ def to_text(tasks: Collection[Task], answer: Answer) -> str:
     return "  ".join(entries)
 
 
-def to_text_line(tasks: Collection[Task], query: Query, answer: Answer) -> str:
+def to_text_line(tasks: Collection[Task], query: Query, answer: Entries) -> str:
     # A cell of a CSV may have line ends.
     sentences = [" ".join(sentence.split()) for sentence in query.sentences]
     return f"{to_text(tasks, answer):<{ANSWER_WIDTH}} {' | '.join(sentences)}".rstrip()
 
 
-def to_json_line(query: Query, answer: Answer) -> str:
+def to_json_line(query: Query, answer: Entries) -> str:
     return json.dumps(query.key | answer)
 
 
@@ -476,7 +317,15 @@ def predict(args: argparse.Namespace) -> None:
     with file:
         if args.output:
             check_writable(args.output)
-        predictor = Predictor(args.checkpoint, args)
+        predictor = Predictor(
+            args.checkpoint,
+            tasks=args.task,
+            use_gpu=args.use_gpu,
+            precision=args.precision,
+            batch_size=args.batch_size,
+            spacy_model=args.spacy_model,
+            cache_dir=args.cache_dir,
+        )
         tasks = list(predictor.tasks.values())
         if from_stdin and not args.output and file.isatty() and sys.stdout.isatty():
             converse(predictor, to_json_line if args.json else lambda _, a: to_text(tasks, a))
@@ -503,7 +352,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a file of lines; or a table (text, JSON lines, Parquet) with the columns of a task, such as "
         "sentence, or sentence1 and sentence2; default, and -: standard input, at a terminal a prompt",
     )
-    flag("--checkpoint", required=True, metavar="PT", help="models/RUN.pt of a training run")
+    what = "models/RUN.pt of a training run; several, or a pattern, answer as one model"
+    flag("--checkpoint", required=True, metavar="PT", nargs="+", help=what)
     flag(
         "--task",
         action="append",
@@ -531,8 +381,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="no answers: write the model as a new folder for transformers and sentence-transformers",
     )
     args = parser.parse_args(argv)
+    # The file of sentences may stand behind the checkpoints.
+    if args.input is None and len(args.checkpoint) > 1 and not args.checkpoint[-1].endswith(".pt"):
+        args.input = args.checkpoint.pop()
     if args.export and (args.input or args.output or args.task or args.json):
         parser.error("--export writes the whole model and answers nothing")
+    if args.export and len(args.checkpoint) > 1:
+        parser.error("--export writes one model")
     return args
 
 
@@ -540,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         args = parse(argv)
         if args.export:
-            export(args.checkpoint, args.export)
+            export(args.checkpoint[0], args.export)
         else:
             predict(args)
 

@@ -12,7 +12,7 @@ import io
 import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,9 @@ from torch import Tensor
 import evaluation
 from batches import Batch, collate
 from checkpoint import options_of
-from datasets import TaskDataset, load_data
+from datasets import TaskDataset
 from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
-from multitask_classifier import MultitaskBERT, Trained, load_trained
+from multitask_classifier import MultitaskBERT, Trained, load_trained, outputs_of_models
 from streams import Parser
 from tasks import Task
 from tokenizer import BertTokenizer
@@ -355,11 +355,12 @@ def describe_task(
     )
 
 
-def describe_model(trained: Trained, results: dict[str, Result]) -> dict[str, Any]:
-    """Return what the top of the page says about the model: name -> value."""
+def describe_model(members: Sequence[Trained], results: dict[str, Result]) -> dict[str, Any]:
+    """Return what the top of the page says about the model, of several about the first: name -> value."""
+    trained = members[0]
     content, tags = trained.content, trained.content.get("tags")
     known = {
-        "checkpoint": trained.options.evaluate,
+        "checkpoint": ", ".join(trained.options.evaluate),
         "epoch": content["epoch"],
         **{name: content["options"].get(name) for name in SETTINGS},
         "tags": f"{tags['name']} {tags['version']}" if tags else None,
@@ -393,20 +394,17 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
     """Write the page about the checkpoint `options.evaluate`."""
     device = pick_device(options.use_gpu)
     check_writable(path)
-    trained = load_trained(options)
-    model, tokenizer, tagger, _, options = trained
-    model.to(device)
-    splits, length = ("dev",), options.max_length
-    data = load_data(options, tokenizer, length, splits, tagger)["dev"]
+    members = [load_trained(path, options) for path in options.evaluate]
     results, sections = {}, []
-    for name, dataset in data.items():
-        outputs = evaluation.outputs(model, dataset, options.batch_size, options.precision)
+    for name, (dataset, outputs) in outputs_of_models(members, "dev", device).items():
+        trained = next(member for member in members if name in member.options.tasks)
+        model, tokenizer, _, _, own = trained
         results[name] = result = Result.of(dataset, outputs)
-        examples = weigh_examples(model, tokenizer, result, options.precision)
+        examples = weigh_examples(model, tokenizer, result, own.precision)
         sections.append(describe_task(result, examples, n_resamples, options.seed))
     text = render(
-        title=Path(options.evaluate).stem,
-        facts=describe_model(trained, results),
+        title=", ".join(Path(path).stem for path in options.evaluate),
+        facts=describe_model(members, results),
         scores=score_table(results, n_resamples, options.seed),
         sections=sections,
         n_resamples=n_resamples,
@@ -429,12 +427,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
         "--sst_dev, --sst, --batch_size, --precision, --use_gpu, --spacy_model, --seed.",
     )
     flag = parser.add_argument
-    flag("--checkpoint", required=True, metavar="CHECKPOINT", help="a models/RUN.pt")
+    what = "a models/RUN.pt; several, or a pattern, are one model, the mean of them"
+    flag("--checkpoint", required=True, metavar="CHECKPOINT", nargs="+", help=what)
     flag("--output", required=True, metavar="DIR", help="folder for report.html")
     resamples = "resamples of the rows for the intervals; default: 1000"
     flag("--resamples", type=positive_int, default=1000, metavar="N", help=resamples)
     own, others = parser.parse_known_args(argv)
-    return own, options_of([*others, "--evaluate", own.checkpoint])
+    return own, options_of([*others, "--evaluate", *own.checkpoint])
 
 
 def run(argv: list[str] | None) -> None:

@@ -100,6 +100,11 @@ class Task:
         return len(self.sentences) == 2
 
     @property
+    def takes_both_orders(self) -> bool:
+        """Whether `--both_orders` concerns this task: pairs in one sequence whose order does not count."""
+        return self.encoding != "bi" and bool(self.symmetric)
+
+    @property
     def prediction_column(self) -> str:
         return f"predicted_{self.label}"
 

@@ -112,7 +112,8 @@ class Training:
         self.dev = self.data["dev"]  # what is scored after each epoch
         if options.dev_rows:
             self.dev = {name: rows.sample(options.dev_rows) for name, rows in self.dev.items()}
-        self.best: float | None = None  # mean dev score of the saved model
+        self.best: float | None = None  # dev score that selected the saved model
+        self.best_epoch = 0
         # Scores on dev after the last epoch, and on train during it (with dropout).
         self.scores: evaluation.Scores = {}
         self.train_scores: evaluation.Scores = {}
@@ -143,6 +144,12 @@ class Training:
     def evaluated_model(self) -> EncoderWithHeads:
         """The model that is evaluated and kept: the moving average of the weights, if there is one."""
         return cast(EncoderWithHeads, self.average.module) if self.average else self.model
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `--patience` is over: too many epochs without a better model."""
+        patience = self.options.patience
+        return patience is not None and self.epoch - self.best_epoch >= patience
 
     def windows(self) -> Iterator[list[Batch]]:
         """Yield the batches of each optimizer step that this epoch has left. Shows a progress bar, and
@@ -225,7 +232,7 @@ class Training:
         answers = itertools.chain(*gather(merged(self.answers)))
         self.train_scores = scores_of(answers, self.options.tasks)
         self.scores = {name: result.scores for name, result in dev.items()}
-        mean = evaluation.mean_score(self.scores)
+        mean = evaluation.mean_score(self.scores, self.options.select)
         self.epoch += 1
         samples = self.options.samples_per_epoch
         n_rows = {name: round(by * samples) for name, by in self.row_multiples.items()}
@@ -233,7 +240,10 @@ class Training:
         if self.options.scheduler == "plateau":
             self.scheduler.step(mean)
         kept = self._keep_if_best(mean)
-        print(f"epoch {self.epoch}: {self.seconds:.0f} s, mean dev score {mean:.4f}{kept}")
+        which = self.options.select or "mean"
+        print(f"epoch {self.epoch}: {self.seconds:.0f} s, {which} dev score {mean:.4f}{kept}")
+        if self.is_over:
+            print(f"  no better model for {self.options.patience} epochs; the run ends here")
         if self.skipped_steps:
             print(f"  steps skipped so far, because they were not finite: {self.skipped_steps}")
         if isinstance(self.optimizer, Sophia):
@@ -260,13 +270,13 @@ class Training:
             self.tagger,
         )
         start = time.perf_counter()
-        # Only the first process can fail here; `best` matters only there.
+        # Only the first process can fail here.
         try:
             write_checkpoint(checkpoint, content)
         except UserError as error:
             return f", not saved: {error}"
         self.saving_seconds += time.perf_counter() - start
-        self.best = comparable
+        self.best, self.best_epoch = comparable, self.epoch
         return f", saved to {checkpoint}"
 
     # --------------------------------------------------------------------------- saving and resuming
@@ -317,6 +327,7 @@ class Training:
                 "samplers": self.samplers_at_start,
                 "of_processes": gather(own),
                 "best": self.best,
+                "best_epoch": self.best_epoch,
                 "n_windows": self.n_windows,
                 "train_scores": self.train_scores,
                 "skipped_steps": self.skipped_steps,
@@ -342,7 +353,8 @@ class Training:
         self.epoch, self.scores = state["epoch"], state["dev_scores"]
         self.train_scores = saved["train_scores"]
         self._start_epoch()
-        self.n_windows, self.best = saved["n_windows"], saved["best"]
+        self.n_windows = saved["n_windows"]
+        self.best, self.best_epoch = saved["best"], saved["best_epoch"]
         processes = saved["of_processes"]
         if len(processes) == n_processes():
             mine = processes[rank()]

@@ -7,7 +7,8 @@ necessary. Both read the same file and return the answers of each line as JSON; 
 predict.py works as it does from the shell, with its model loaded already. The peer is what many would
 write: the feature-extraction pipeline with the same batch size, in the order of the lines; the mean of
 its output for each sentence (with the padding of its batch, so that it needs no mask); then our heads
-in batches. The limit is that of throughput.py: the arithmetic of the real tokens divided by the
+in batches. Three models as one are three times the same checkpoint, which takes as long as three
+others. The limit is that of throughput.py: the arithmetic of the real tokens divided by the
 matrix-multiply rate of this machine, measured in the same run.
 """
 
@@ -25,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as predict.py does
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from measuring import in_turns, print_table  # noqa: E402
 from throughput import ROOT, MatrixRate, encoder_flops, mc  # noqa: E402
 from throughput import seconds as timed  # noqa: E402
 
@@ -35,7 +37,7 @@ from options import parse_options  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from utils import autocast, seed_everything  # noqa: E402
 
-OURS, PEER, LIMIT = "this project", "transformers", "limit"
+OURS, THREE, PEER, LIMIT = "this project", "three models as one", "transformers", "limit"
 MATRIX_TOKENS = 6000
 
 
@@ -63,12 +65,15 @@ def make_checkpoint(args: argparse.Namespace, path: Path) -> None:
 
 
 class Ours:
-    """predict.py as it is."""
+    """predict.py as it is, with one model or several as one."""
 
-    def __init__(self, checkpoint: Path, args: argparse.Namespace):
-        flags = ["--checkpoint", str(checkpoint), "--batch_size", str(args.batch_size)]
-        flags += ["--precision", args.precision, *(["--use_gpu"] if args.use_gpu else [])]
-        self.predictor = predict.Predictor(str(checkpoint), predict.parse(flags))
+    def __init__(self, checkpoints: list[Path], args: argparse.Namespace):
+        self.predictor = predict.Predictor(
+            checkpoints,
+            use_gpu=args.use_gpu,
+            precision=args.precision,
+            batch_size=args.batch_size,
+        )
 
     def __call__(self, path: Path) -> list[str]:
         found: list[str] = []
@@ -142,8 +147,9 @@ class Limit:
 
     def __init__(self, predictor: predict.Predictor, path: Path, args: argparse.Namespace):
         sentences = path.read_text("utf-8").replace("\t", "\n").split("\n")
-        _, lengths = predictor.tokenizer.packed_ids(sentences, predictor.max_length)
-        config, self.device = predictor.model.bert.config, args.device
+        (member,) = predictor.members
+        _, lengths = member.tokenizer.packed_ids(sentences, member.max_length)
+        config, self.device = member.model.bert.config, args.device
         self.flops = encoder_flops(config, lengths.tolist(), training=False)
         self.rate = MatrixRate(config, MATRIX_TOKENS, args.device, args.precision)
 
@@ -171,14 +177,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     checkpoint, path = folder / "model.pt", folder / "lines.txt"
     make_checkpoint(args, checkpoint)
     path.write_text("\n".join(mixed_lines(args.data_dir, args.lines)), encoding="utf-8")
-    ours, peer = Ours(checkpoint, args), Peer(checkpoint, args)
-    contenders: list[tuple[str, Ours | Peer]] = [(OURS, ours), (PEER, peer)]
+    ours = Ours([checkpoint], args)
+    contenders: dict[str, Ours | Peer] = {OURS: ours, THREE: Ours([checkpoint] * 3, args)}
+    contenders[PEER] = Peer(checkpoint, args)
     limit = Limit(ours.predictor, path, args)
     limit.seconds()  # warm-up
-    times: dict[str, list[float]] = {OURS: [], PEER: [], LIMIT: []}
+    times: dict[str, list[float]] = {name: [] for name in (*contenders, LIMIT)}
     for number in range(args.rounds):
-        for name, contender in contenders if number % 2 else reversed(contenders):
-            times[name].append(seconds(contender, path, args.lines))
+        for name in in_turns(contenders, number):
+            times[name].append(seconds(contenders[name], path, args.lines))
             times[LIMIT].append(limit.seconds())
     return times
 
@@ -193,11 +200,17 @@ def main() -> None:
         f"{args.lines} lines, {args.device}, {args.precision}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds"
     )
-    print("| | lines/s | / transformers | share of limit |")
-    print("| --- | --- | --- | --- |")
-    for name, median in medians.items():
-        ratio, share = medians[PEER] / median, medians[LIMIT] / median
-        print(f"| {name} | {args.lines / median:.0f} | {ratio:.2f} | {share:.0%} |")
+    rows = [
+        [
+            name,
+            f"{args.lines / median:.0f}",
+            f"{medians[PEER] / median:.2f}",
+            f"{median / medians[OURS]:.2f}",
+            f"{medians[LIMIT] / median:.0%}",
+        ]
+        for name, median in medians.items()
+    ]
+    print_table(["", "lines/s", "/ transformers", "time / one model", "share of limit"], rows)
 
 
 if __name__ == "__main__":

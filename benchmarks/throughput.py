@@ -42,7 +42,7 @@ from base_bert import BertConfig
 from batches import Batch, EpochSampler, evaluation_batches, training_windows
 from bert import BertModel
 from datasets import TaskDataset, load_data
-from evaluation import predict
+from evaluation import outputs
 from flags import PRECISIONS
 from optimizer import build_optimizer
 from options import parse_options
@@ -130,7 +130,7 @@ class Ours:
         mc.training_step(self.model, window, self.optimizer, self.inputs.options)
 
     def evaluate(self, dataset: TaskDataset) -> None:
-        predict(self.model, dataset, BATCH_SIZE, self.inputs.options.precision)
+        outputs(self.model, dataset, BATCH_SIZE, self.inputs.options.precision)
 
 
 class Peer:

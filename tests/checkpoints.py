@@ -18,6 +18,8 @@ KINDS = {
     "soft": ["--moe", "soft"],
     "hard": ["--moe", "hard"],
     "only sts": ["--sts"],
+    "only para cross": ["--para", "--para_encoding", "cross", "--both_orders"],
+    "orders": ["--para_encoding", "cross", "--sts_encoding", "both", "--both_orders"],
     "tags": ["--additional_input"],
 }
 
@@ -39,12 +41,12 @@ def scatter(model, data):
 
 @pytest.fixture(name="make_checkpoint", scope="module")
 def make_checkpoint_fixture(tmp_path_factory, tiny_directory, small_data, request):
-    """name of KINDS -> the path of a checkpoint"""
+    """(name of KINDS, another encoder than the tiny BERT) -> the path of a checkpoint"""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
-    def make(kind: str):
-        if kind not in made:
-            flags = ["--bert_model", str(tiny_directory), *KINDS[kind]]
+    def make(kind: str, encoder=tiny_directory):
+        if (kind, encoder) not in made:
+            flags = ["--bert_model", str(encoder), *KINDS[kind]]
             flags += ["--cache_dir", str(folder / "cache"), "--data_dir", str(small_data)]
             if kind == "tags":
                 flags += ["--spacy_model", str(request.getfixturevalue("pipeline_directory"))]
@@ -57,8 +59,9 @@ def make_checkpoint_fixture(tmp_path_factory, tiny_directory, small_data, reques
             scores = {"sst": {"accuracy": 0.4321}, "sts": {"pearson": 0.8765}}
             scores = {name: scores[name] for name in options.tasks if name in scores}
             content = checkpoint_content(model, tokenizer, options, 3, scores, tagger)
-            made[kind] = folder / f"{kind.replace(' ', '-')}.pt"
-            write_checkpoint(made[kind], content)
-        return made[kind]
+            path = folder / f"{encoder.name}-{kind.replace(' ', '-')}.pt"
+            write_checkpoint(path, content)
+            made[kind, encoder] = path
+        return made[kind, encoder]
 
     return make

@@ -14,7 +14,7 @@ from sklearn import metrics
 
 import evaluation
 from datasets import TaskDataset
-from evaluation import Evaluation, evaluate, mean_score, predict, score, write_predictions
+from evaluation import Evaluation, evaluate, mean_score, score, write_predictions
 from tasks import CLASS_METRICS, NUMBER_METRICS, TASKS
 
 
@@ -121,7 +121,8 @@ def test_the_mean_takes_each_tasks_first_metric():
 def test_predictions_come_back_in_input_order(tiny_csv, batch_size):
     model = LengthModel()
     model.train()
-    assert predict(model, tiny_csv("sts"), batch_size).tolist() == [3, 0, 1, 5, 2]
+    result = evaluate(model, {"sts": tiny_csv("sts")}, batch_size)["sts"]
+    assert result.predictions.tolist() == [3, 0, 1, 5, 2]
     assert model.training and not any(model.modes)
 
 

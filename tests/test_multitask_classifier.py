@@ -31,6 +31,7 @@ from curvature import gauss_newton_gradients
 from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
 from flags import SMOKETEST
+from heads import PairHead, SequenceHead
 from multitask_classifier import MultitaskBERT
 from optimizer import build_optimizer, build_scheduler, freeze_and_unfreeze
 from options import parse_options
@@ -114,7 +115,7 @@ def test_the_heads_keep_the_size_of_their_signal():
     """Through three ReLU layers the mean square stays within a factor of 2."""
     vectors = torch.randn(500, 384)
     hidden = vectors
-    for linear in mc.SequenceHead(384, TASKS["sst"], n_hidden=3).hidden:
+    for linear in SequenceHead(384, TASKS["sst"], n_hidden=3).hidden:
         hidden = F.relu(linear(hidden))
     assert 0.5 < hidden.square().mean().item() / vectors.square().mean().item() < 2
 
@@ -788,12 +789,13 @@ def test_max_length_of_training_is_kept_for_evaluation(flags, tmp_path, capsys):
     assert read_predictions(tmp_path) != before
 
 
-def test_both_orders_are_for_training_on_pairs_that_are_read_in_one_sequence(minilm_tokenizer):
+def test_both_orders_are_for_pairs_that_are_read_in_one_sequence(minilm_tokenizer):
     chosen = options("--data_dir", str(SAMPLE), "--both_orders", "--sts_encoding", "cross")
     data = load_data(chosen, minilm_tokenizer, 64, SPLITS)
     rows = {split: [len(dataset.n_tokens) for dataset in data[split].values()] for split in SPLITS}
-    assert rows == {"train": [1500, 1500, 3000], "dev": [300] * 3, "test": [300] * 3}
-    assert [len(dataset) for dataset in data["train"].values()] == [1500] * 3
+    assert rows == {"train": [1500, 1500, 3000]} | dict.fromkeys(("dev", "test"), [300, 300, 600])
+    for split, n_rows in {"train": 1500, "dev": 300, "test": 300}.items():
+        assert [len(dataset) for dataset in data[split].values()] == [n_rows] * 3
 
 
 LEVERS = {
@@ -902,13 +904,13 @@ def test_each_lever_changes_what_is_learned(learned):
 def test_few_dev_rows_are_scored_after_an_epoch_and_all_at_the_end(
     flags, tmp_path, monkeypatch, capsys
 ):
-    seen, predict = [], mc.evaluation.predict
+    seen, outputs = [], mc.evaluation.outputs
 
     def note(model, dataset, *arguments):
         seen.append((dataset.task.name, dataset.split, set(dataset.ids)))
-        return predict(model, dataset, *arguments)
+        return outputs(model, dataset, *arguments)
 
-    monkeypatch.setattr(mc.evaluation, "predict", note)
+    monkeypatch.setattr(mc.evaluation, "outputs", note)
     assert mc.main(flags + ["--dev_rows", "10"]) == 0
     sizes = [(name, split, len(ids)) for name, split, ids in seen]
     few = [(name, "dev", 10) for name in TASKS]
@@ -945,8 +947,11 @@ def test_dropout_flag_reaches_the_encoder(flags, tmp_path):
 
 def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
     """After the first epoch, in the middle of the second."""
-    command = [sys.executable, ROOT / "multitask_classifier.py", *flags, "--epochs", "100"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A message with the long paths of tests would be cut.
+    short = [flag.replace(f"{tmp_path}/", "") for flag in flags]
+    command = [sys.executable, ROOT / "multitask_classifier.py", *short, "--epochs", "100"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, cwd=tmp_path, **pipes)
     models = tmp_path / "models_dir"
     deadline = time.monotonic() + 120
     while not (models.exists() and list(models.glob("*.pt"))) and time.monotonic() < deadline:
@@ -955,9 +960,9 @@ def test_ctrl_c_ends_cleanly_and_says_what_was_saved(flags, tmp_path):
     _, errors = run.communicate(timeout=60)
     (checkpoint,) = models.glob("*.pt")  # and no temporary file beside it
     assert run.returncode == 130
-    state = checkpoint.with_suffix(".resume")
-    assert f"interrupted; saved: the best model so far is {checkpoint}; continue with" in errors
-    assert f"--resume {state};" in errors and state.exists()
+    state, shown = checkpoint.with_suffix(".resume"), checkpoint.relative_to(tmp_path)
+    assert f"interrupted; saved: the best model so far is {shown}; continue with" in errors
+    assert f"--resume {state.relative_to(tmp_path)};" in errors and state.exists()
     assert not list(models.glob(".*.tmp"))
     assert "Traceback" not in errors
     mc.load_checkpoint(checkpoint)
@@ -1007,8 +1012,8 @@ def test_an_evaluation_takes_tasks_and_data_from_the_checkpoint(
     )
     tokenizer, path = BertTokenizer.from_pretrained(tiny_directory), tmp_path / "model.pt"
     write_checkpoint(path, checkpoint_content(model, tokenizer, trained, 3, {}))
-    found = options_to_evaluate(["--evaluate", str(path), *flags.split()], str(path))
-    assert found.evaluate == str(path) and found.batch_size == 64
+    found = options_to_evaluate(["--evaluate", str(path), *flags.split()], [str(path)])
+    assert found.evaluate == [str(path)] and found.batch_size == 64
     assert found.tasks == {name: trained.tasks[name] for name in tasks.split()}
     assert found.sts_dev == (sts_dev and sts_dev.split())
     assert found.para_dev == (para_dev and para_dev.split())
@@ -1113,9 +1118,9 @@ def test_heads_and_losses_of_tasks_from_a_file_follow_from_their_rows(own_tasks,
     tokenizer = BertTokenizer.from_pretrained(tiny_directory)
     model = MultitaskBERT(BertModel.from_pretrained(tiny_directory), chosen.tasks).eval()
     assert {name: type(head) for name, head in model.heads.items()} == {
-        "emotion": mc.SequenceHead,
-        "nli": mc.PairHead,
-        "rating": mc.SequenceHead,
+        "emotion": SequenceHead,
+        "nli": PairHead,
+        "rating": SequenceHead,
     }
     (batch,) = windows(load_data(chosen, tokenizer, 128, ["train"])["train"], 10, 1)
     outputs, labels = model(batch), batch.labels
@@ -1169,7 +1174,7 @@ def test_swapping_a_pair_counts_only_where_its_order_does(symmetric):
     """The formula of the head, and that the swapped pair has another answer, or the same."""
     changes = dict(classes=("a", "b", "c"), texts=(), metrics=(), symmetric=symmetric)
     task = dataclasses.replace(TASKS["para"], **changes)
-    head = mc.PairHead(24, task).double()
+    head = PairHead(24, task).double()
     one, two = torch.randn(2, 7, 24, dtype=torch.double)
     u, v = head.project(one), head.project(two)
     kept = [(u - v).abs(), (u + v).abs()] if symmetric else [u, v, (u - v).abs(), u * v]
@@ -1187,7 +1192,7 @@ def test_the_head_of_a_number_starts_in_the_middle_of_its_range(n_hidden):
     task = dataclasses.replace(
         TASKS["sst"], classes=(), texts=(), range=(1.0, 5.0), metrics=(), symmetric=None
     )
-    head = mc.SequenceHead(24, task, n_hidden=n_hidden)
+    head = SequenceHead(24, task, n_hidden=n_hidden)
     vectors = torch.randn(500, 24)
     numbers = head(vectors)
     assert numbers.shape == (500,) and len(head.hidden) == n_hidden

@@ -174,13 +174,13 @@ def test_profiling_changes_no_numbers(profiled, run, monkeypatch):
 
 def test_a_run_of_few_steps_shows_what_there_was(run, monkeypatch):
     """The evaluation after the last step is not recorded."""
-    predict = mc.evaluation.predict
+    outputs = mc.evaluation.outputs
 
     def marked(*arguments):
         with torch.profiler.record_function("evaluation"):
-            return predict(*arguments)
+            return outputs(*arguments)
 
-    monkeypatch.setattr(mc.evaluation, "predict", marked)
+    monkeypatch.setattr(mc.evaluation, "outputs", marked)
     profiled = run(5, "--profiler")
     _, events = trace_of(profiled)
     assert "evaluation" not in {event["name"] for event in events}

@@ -7,8 +7,8 @@ from conftest import ROOT
 
 # From top to bottom: a file imports only files that come after it.
 ORDER = """
-    predict export report synthetic generators experiments result_tables hpo
-    multitask_classifier training checkpoint run_log options flags evaluation moe curvature batches
+    predict predictor export report synthetic generators experiments result_tables hpo
+    multitask_classifier heads training checkpoint run_log options flags evaluation moe curvature batches
     optimizer datasets tables bert base_bert attention tokenizer tagging profiler tasks utils streams
 """.split()
 ALONE = {"attention_pooling"}  # goes into exported folders; uses nothing of ours
