@@ -3,32 +3,58 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
-import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from datasets import checked_max_length
 from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
-from tasks import TASKS, Task, plain_rows
+from tasks import TASKS, Task
 from utils import MINILM, ROOT, UserError, errors_of_writing
 
-POOLING_FOLDER = "1_AttentionPooling"
+CODE = "modeling_multitask.py", "heads.py"  # run in exported folders
+FORMATS = "pytorch", "onnx"
 CARD = """
 # {title}
 
 A BERT fine-tuned on {tasks} at once{origin}.
 
-Exported by Multitask BERT's `predict.py`. This folder holds the encoder and its tokenizer in Hugging
-Face layout. The rest of the model is in `heads.safetensors`, in that project's names: attention pooling
-(`attention_layer.*`) and the heads ({heads}).
+Exported by Multitask BERT's `predict.py`. This folder holds the tokenizer and the whole model: encoder
+(`bert.*` in `model.safetensors`), attention pooling (`attention_layer.*`) and the heads ({heads}).
 
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)
+
+def read(texts, *pairs):
+    return tokenizer(texts, *pairs, padding=True, truncation=True, return_tensors="pt")
+
+sentences = read(["A clever film.", "A bore."])
+first, second = read(["How old are you?"]), read(["What is your age?"])
+print(model(**sentences))  # tasks for one sentence
+print(model(**first, second=second))  # tasks for pairs too
+print(model(**read(["How old are you?"], ["What is your age?"])))  # pairs in one sequence
+```
+
+The outputs are `sentence_embedding` and, by the name of the task, logits or numbers. A pair in one
+sequence is answered only by tasks with the encoding "cross", and a bit faster.
+
+| output | task | sentences | encoding | logits of the classes, or range of the number |
+| --- | --- | --- | --- | --- |
+{outputs}
+{onnx}
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -37,15 +63,10 @@ vectors = model.encode(["How old are you?", "What is your age?"])
 print(model.similarity(vectors, vectors))
 ```
 
-```python
-from transformers import AutoModel, AutoTokenizer
-
-encoder, tokenizer = AutoModel.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-```
-
-`trust_remote_code=True` lets `sentence-transformers` (6.0 or newer) run this folder's
-`attention_pooling.py`, since it has no such pooling of its own. The file is short; read it first.
-`transformers` runs no code from this folder.
+`trust_remote_code=True` lets `transformers` and `sentence-transformers` (6.0 or newer) run this folder's
+`modeling_multitask.py` and `heads.py`. The files are short; read them first. Without it,
+`AutoModel.from_pretrained("FOLDER")` runs no code from this folder and gives the encoder alone; it
+reports the other weights as unexpected.
 
 {similarity}
 
@@ -80,6 +101,23 @@ NOT_BY_COSINE = """\
 **The cosine of two vectors is not the {title} for which the scores below were measured**: {why}"""
 UNTRAINED = """\
 **The cosine of two vectors was not trained**: this model has no task of how similar two sentences are."""
+ONNX_USE = """
+`model.onnx` is the same model for ONNX Runtime, in float32. It answers all tasks at once: those for one
+sentence answer `input_ids`. To ask only these, give empty second sentences, which cost little.
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+names = "input_ids", "attention_mask"
+inputs = {name: first[name].numpy() for name in names}
+"""
+ONNX_SECOND = """inputs |= {f"second_{name}": second[name].numpy() for name in names}
+"""
+ONNX_RUN = """outputs = session.run(None, inputs)
+print(dict(zip([output.name for output in session.get_outputs()], outputs)))
+```
+"""
 WHY_NOT = {
     "cross": "that comes from a head on both sentences in one sequence (`joint_heads.{name}`).",
     "both": "that is the mean of the cosine, on the scale of the labels, and the output of a head on both "
@@ -95,8 +133,9 @@ def about_cosine(task: Task) -> str:
     return NOT_BY_COSINE.format(title=task.title, why=why)
 
 
-def export(checkpoint_path: str, directory: str) -> None:
-    """Write the model as a folder for `transformers` and `sentence-transformers`, all or nothing.
+def export(checkpoint_path: str, directory: str, format: str = "pytorch") -> None:
+    """Write the model as a folder for `transformers` and `sentence-transformers`, all or nothing. The
+    format "onnx" adds `model.onnx`.
 
     Raises:
         UserError: the folder is there and not empty, or these libraries cannot compute the model.
@@ -112,11 +151,15 @@ def export(checkpoint_path: str, directory: str) -> None:
         asked = argparse.Namespace(max_length=content["options"]["max_length"])
         max_length = checked_max_length(asked, checkpoint_path, bert.config, tokenizer)
         tokenizer.max_length = max_length
-        bert.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        write_heads(model, folder)
-        write_sentence_transformers_files(folder, bert.config.hidden_size, max_length)
-        card = model_card(model, content, Path(checkpoint_path).name, max_length)
+        write_model(model, folder, max_length)
+        write_sentence_transformers_files(folder, max_length)
+        about_onnx = ""
+        if format == "onnx":
+            write_onnx(model, folder)
+            has_pairs = any(task.is_pair for task in model.tasks.values())
+            about_onnx = ONNX_USE + ONNX_SECOND * has_pairs + ONNX_RUN
+        card = model_card(model, content, Path(checkpoint_path).name, max_length, about_onnx)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"exported {checkpoint_path} to {directory}")
 
@@ -137,49 +180,92 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.replace(whole, path)
 
 
-def write_heads(model: MultitaskBERT, folder: Path) -> None:
-    """Write all weights outside the encoder, and those of the pooling once more for
-    `sentence-transformers`."""
-    weights = model.state_dict()
-    heads = {name: weight for name, weight in weights.items() if not name.startswith("bert.")}
-    tasks = {name: json.dumps(row) for name, row in plain_rows(model.tasks).items()}
-    write_weights(folder / "heads.safetensors", heads, tasks)
-    (folder / POOLING_FOLDER).mkdir()
-    pooling = folder / POOLING_FOLDER / "model.safetensors"
-    write_weights(pooling, model.attention_layer.state_dict(), {"format": "pt"})
+def write_model(model: MultitaskBERT, folder: Path, max_length: int) -> None:
+    """Write weights, settings and code of the whole model."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    fields = "title", "is_pair", "symmetric", "encoding", "classes", "num_classes", "range"
+    tasks = {
+        name: {field: getattr(task, field) for field in fields}
+        for name, task in model.tasks.items()
+    }
+    config = json.loads(model.bert.config.to_json())
+    config["auto_map"] = {"AutoModel": "modeling_multitask.MultitaskBERT"}
+    config["multitask"] = {"max_length": max_length, "tasks": tasks}
+    write_json(folder / "config.json", config)
+    for name in CODE:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        # `transformers` takes only relative imports from the same folder.
+        text = text.replace("\nfrom heads import", "\nfrom .heads import")
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save
-
-    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-    path.write_bytes(save(contiguous, metadata=metadata))
-
-
-def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:
+def write_sentence_transformers_files(folder: Path, max_length: int) -> None:
     library = "sentence_transformers.base.modules.transformer.Transformer"
-    modules = [("", library), (POOLING_FOLDER, "attention_pooling.AttentionPooling")]
-    contents = {
-        "modules.json": [
-            {"idx": number, "name": str(number), "path": path, "type": type}
-            for number, (path, type) in enumerate(modules)
-        ],
+    contents: dict[str, Any] = {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": library}],
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "similarity_fn_name": "cosine",
             "requirements": {"sentence-transformers": ">=6.0"},
         },
-        # Our pooling reads padded batches. By default the library gives them up for flash attention.
-        "sentence_bert_config.json": {"max_seq_length": max_length, "unpad_inputs": False},
-        f"{POOLING_FOLDER}/config.json": {"hidden_size": hidden_size},
+        "sentence_bert_config.json": {
+            "max_seq_length": max_length,
+            "modality_config": {"text": {"method": "embed", "method_output_name": None}},
+            "module_output_name": "sentence_embedding",
+            # Our pooling reads padded batches. By default the library gives them up for flash attention.
+            "unpad_inputs": False,
+        },
     }
     for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(ROOT / "attention_pooling.py", folder / "attention_pooling.py")
+        write_json(folder / name, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_onnx(model: MultitaskBERT, folder: Path) -> None:
+    """Write encoder, pooling and heads as one graph, for any number of rows and word pieces. If a task
+    has pairs, its inputs are both sentences. Raises UserError if a library is missing."""
+    try:
+        import onnxscript  # noqa: F401
+        from transformers import BertConfig
+
+        from modeling_multitask import MultitaskBERT as Exported
+    except ImportError as error:
+        need = "pip install transformers onnx onnxscript"
+        raise UserError(f"--format onnx: {error.name} is not installed; {need}") from error
+
+    exported = Exported(BertConfig.from_pretrained(folder)).eval()
+    exported.load_state_dict(model.state_dict())
+    names = ["input_ids", "attention_mask"]
+    inputs: dict[str, Any] = {name: torch.ones(2, 7, dtype=torch.long) for name in names}
+    axes: dict[str, Any] = dict.fromkeys(names, {0: "rows", 1: "pieces"})
+    if any(task.is_pair for task in model.tasks.values()):
+        inputs["second"] = {name: torch.ones(2, 5, dtype=torch.long) for name in names}
+        axes["second"] = dict.fromkeys(names, {0: "rows", 1: "second_pieces"})
+        names += [f"second_{name}" for name in names]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):  # about its own insides
+        torch.onnx.export(
+            exported,
+            kwargs=inputs,
+            f=str(folder / "model.onnx"),
+            input_names=names,
+            output_names=["sentence_embedding", *model.tasks],
+            dynamic_shapes=axes,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def model_card(
-    model: MultitaskBERT, checkpoint: Mapping[str, Any], name: str, max_length: int
+    model: MultitaskBERT,
+    checkpoint: Mapping[str, Any],
+    name: str,
+    max_length: int,
+    about_onnx: str = "",
 ) -> str:
     """Return the text of the folder's README.md. It names only paths relative to the checkout."""
     from huggingface_hub import ModelCardData
@@ -202,6 +288,8 @@ def model_card(
         tasks=tasks,
         origin=f", from `{base}`" if base else "",
         heads="`heads.*`, `joint_heads.*`" if model.joint_heads else "`heads.*`",
+        outputs="\n".join(map(about_output, model.tasks.values())),
+        onnx=about_onnx,
         similarity="\n".join(map(about_cosine, by_cosine)) or UNTRAINED,
         about=ABOUT_REAL_DATA if set(model.tasks) <= set(TASKS) else "",
         scores="\n".join(score_rows(checkpoint)),
@@ -212,6 +300,12 @@ def model_card(
         max_length=max_length,
     )
     return f"---\n{front.to_yaml()}\n---\n{card}"
+
+
+def about_output(task: Task) -> str:
+    number = "one" if len(task.sentences) == 1 else "two"
+    meaning = ", ".join(task.classes) or " to ".join(f"{end:g}" for end in task.range)
+    return f"| `{task.name}` | {task.title} | {number} | {task.encoding} | {meaning} |"
 
 
 def score_rows(checkpoint: Mapping[str, Any]) -> Iterator[str]:

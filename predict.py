@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from export import export
+from export import FORMATS, export
 from flags import PRECISIONS
 from predictor import Entries, Predictor, Progress
 from streams import Parser, write_required
@@ -380,6 +380,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="no answers: write the model as a new folder for transformers and sentence-transformers",
     )
+    what = "of --export: onnx adds a graph for ONNX Runtime; default: pytorch"
+    flag("--format", choices=FORMATS, default="pytorch", help=what)
     args = parser.parse_args(argv)
     # The file of sentences may stand behind the checkpoints.
     if args.input is None and len(args.checkpoint) > 1 and not args.checkpoint[-1].endswith(".pt"):
@@ -388,6 +390,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--export writes the whole model and answers nothing")
     if args.export and len(args.checkpoint) > 1:
         parser.error("--export writes one model")
+    if args.format != "pytorch" and not args.export:
+        parser.error("--format is for --export")
     return args
 
 
@@ -395,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         args = parse(argv)
         if args.export:
-            export(args.checkpoint[0], args.export)
+            export(args.checkpoint[0], args.export, args.format)
         else:
             predict(args)
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -6,8 +7,10 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+import transformers
 from checkpoints import make_checkpoint_fixture  # noqa: F401
 from conftest import ROOT
 from huggingface_hub import ModelCard
@@ -16,9 +19,13 @@ from safetensors.torch import load_file
 import export
 import multitask_classifier as mc
 import predict
+from batches import Padded, join
 from bert import BertModel
 from options import parse_options
+from tasks import Task, combine
+from tokenizer import BertTokenizer
 
+LONGEST = 20
 SENTENCES = ["Is it good?", "a", "It is rather good, isn't it?", "", "Why not; no idea. " * 20]
 OPEN = """
 import json, sys
@@ -48,13 +55,13 @@ def exported(make_checkpoint, tmp_path_factory):
     """kind -> the folder"""
     folder, made = tmp_path_factory.mktemp("exported"), {}
 
-    def export(kind: str):
-        if kind not in made:
-            target = folder / kind
+    def export(kind: str, format: str = "pytorch"):
+        if (kind, format) not in made:
+            target = folder / format / kind
             command = ["--checkpoint", str(make_checkpoint(kind)), "--export", str(target)]
-            assert predict.main(command) == 0
-            made[kind] = target
-        return made[kind]
+            assert predict.main([*command, "--format", format]) == 0
+            made[kind, format] = target
+        return made[kind, format]
 
     return export
 
@@ -74,6 +81,177 @@ def test_other_libraries_compute_the_same(exported, make_checkpoint, tmp_path):
         assert_same_vectors(found, make_checkpoint(kind))
     for kind in ("plain", "cut"):
         assert_same_similarities(opened[kind], make_checkpoint(kind), tmp_path)
+
+
+def own_tasks(joint: bool) -> dict[str, Task]:
+    """All kinds of task: classes or a number, of a sentence, or of a pair with any encoding whose order
+    counts or not. Without `joint`, only those that the encoder reads one by one."""
+    labels = {"yesno": dict(classes=("no", "yes")), "three": dict(classes=("a", "b", "c"))}
+    labels["number"] = dict(range=(-2.0, 7.5))
+    tasks = [
+        Task(name=f"one_{kind}", sentences=("s",), label="l", **given)
+        for kind, given in labels.items()
+    ]
+    for encoding in ("bi", "cross", "both") if joint else ("bi",):
+        for (kind, given), symmetric in itertools.product(labels.items(), (True, False)):
+            name = f"{encoding}_{kind}_{'ab'[symmetric]}"
+            given = given | dict(encoding=encoding, symmetric=symmetric or not given.get("classes"))
+            tasks.append(Task(name=name, sentences=("s", "t"), label="l", **given))
+    return {task.name: task for task in tasks}
+
+
+@pytest.fixture(params=[True, False], ids=["joint heads", "no joint heads"])
+def own_export(request, tiny_directory, tmp_path, monkeypatch):
+    """A model with all kinds of task, cut after 20 word pieces, and the folder of its export."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
+    )
+    model = mc.MultitaskBERT(
+        BertModel.from_pretrained(tiny_directory), own_tasks(request.param)
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    tokenizer.max_length = LONGEST
+    tokenizer.save_pretrained(tmp_path)
+    export.write_model(model, tmp_path, LONGEST)
+    return model, tmp_path
+
+
+PAIRS = [
+    ("a dog", "a red dog"),
+    ("", "why not"),
+    ("it is so", ""),
+    ("abcdefgh " * 3, "no"),  # cut alone
+    ("no idea", "one two three four five"),
+    ("abcdefghijkl", "mnopqrstuvw"),  # cut together
+    ("mnopqrstuvw", "abcdefghijkl"),
+    ("abcdefghijklmnop", "abcd"),
+]
+
+
+@torch.no_grad()
+def our_outputs(model, first, second):
+    """name -> outputs of our model for padded batches of first and second sentences"""
+    one, two = (Padded(batch["input_ids"], batch["attention_mask"]) for batch in (first, second))
+    vectors = [model.embed(*one), model.embed(*two), model.embed(*join(one, two, LONGEST))]
+    columns = {"bi": slice(0, 2), "cross": slice(2, 3), "both": slice(0, 3)}
+    outputs = {}
+    for name, task in model.tasks.items():
+        read = vectors[columns[task.encoding]] if task.is_pair else vectors[:1]
+        outputs[name] = combine(task, model._outputs(name, read))
+    return outputs
+
+
+def tokenized(folder, *texts):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer(*texts, padding=True, truncation=True, return_tensors="pt")
+
+
+def assert_same_outputs(found, expected, tolerance=1e-5):
+    assert set(found) == set(expected)
+    for name, output in expected.items():
+        torch.testing.assert_close(
+            torch.as_tensor(found[name]), output, rtol=tolerance, atol=tolerance
+        )
+        assert output.std(dim=0).min() > 100 * tolerance  # they differ from row to row
+
+
+@torch.no_grad()
+def test_transformers_opens_the_whole_model(own_export):
+    model, folder = own_export
+    firsts, seconds = map(list, zip(*PAIRS, strict=True))
+    first, second = tokenized(folder, firsts), tokenized(folder, seconds)
+    expected = our_outputs(model, first, second)
+    opened = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(opened) is not mc.MultitaskBERT and not opened.training
+
+    alone = opened(**first)
+    torch.testing.assert_close(
+        alone.pop("sentence_embedding"),
+        model.embed(first["input_ids"], first["attention_mask"]),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert_same_outputs(alone, {n: expected[n] for n in expected if n.startswith("one_")})
+
+    both = opened(**first, second=second)
+    del both["sentence_embedding"]
+    assert_same_outputs(both, expected)
+
+    joint = opened(**tokenized(folder, firsts, seconds))
+    del joint["sentence_embedding"]
+    assert_same_outputs(joint, {n: expected[n] for n in expected if n.startswith("cross_")})
+
+
+def test_without_code_it_is_the_encoder(own_export):
+    model, folder = own_export
+    opened = transformers.AutoModel.from_pretrained(folder)
+    assert type(opened) is transformers.BertModel
+    for name, tensor in opened.state_dict().items():
+        assert torch.equal(tensor, model.bert.state_dict()[name])
+
+
+@pytest.mark.filterwarnings("error")
+def test_onnx_runtime_answers_the_same(own_export, capfd):
+    model, folder = own_export
+    capfd.readouterr()
+    export.write_onnx(model, folder)
+    assert capfd.readouterr() == ("", "")  # nothing about its insides
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    names = [output.name for output in session.get_outputs()]
+    for pairs in (PAIRS, PAIRS[:3] * 5, PAIRS[-1:]):
+        first, second = (tokenized(folder, list(texts)) for texts in zip(*pairs, strict=True))
+        inputs = {name: first[name].numpy() for name in ("input_ids", "attention_mask")}
+        inputs |= {f"second_{name}": second[name].numpy() for name in inputs}
+        found = dict(zip(names, session.run(None, inputs), strict=True))
+        embedded = model.embed(first["input_ids"], first["attention_mask"]).detach()
+        expected = our_outputs(model, first, second) | {"sentence_embedding": embedded}
+        assert set(found) == set(expected)
+        for name, output in expected.items():
+            np.testing.assert_allclose(found[name], output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cut", "both"])
+def test_the_export_answers_as_predict_does(exported, make_checkpoint, kind, monkeypatch, tmp_path):
+    """With the examples of its README."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    folder = exported(kind, "onnx")
+    card = (folder / "README.md").read_text(encoding="utf-8").replace("FOLDER", str(folder))
+    transformers_example, onnx_example, vectors_example = re.findall(
+        r"```python\n(.*?)```", card, re.S
+    )
+    found: dict = {}
+    for example in (transformers_example, onnx_example, vectors_example):
+        exec(example, found)
+    sentences, pair = ["A clever film.", "A bore."], ("How old are you?", "What is your age?")
+    asked = predict.Predictor(make_checkpoint(kind))
+    *ours, paired = asked.predict([*sentences, pair])
+    model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        shares = model(**found["sentences"])["sst"].softmax(dim=-1)
+        answers = model(**found["first"], second=found["second"])
+    for answer, row in zip(ours, shares.tolist(), strict=True):
+        assert [*answer.probabilities["sentiment"].values()] == pytest.approx(row, abs=1e-5)
+    assert paired.paraphrase == pytest.approx(answers["para"].softmax(-1)[0, 1].item(), abs=1e-5)
+    similarity = answers["sts"].clamp(0, 5).item()
+    assert paired.similarity == pytest.approx(similarity, abs=1e-5)
+    by_onnx = dict(
+        zip([o.name for o in found["session"].get_outputs()], found["outputs"], strict=True)
+    )
+    assert np.clip(by_onnx["sts"], 0, 5).item() == pytest.approx(similarity, abs=1e-4)
+    np.testing.assert_allclose(found["vectors"], asked.embed(pair), atol=1e-5)
+
+
+def test_a_missing_library_is_one_line(make_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    target = tmp_path / "new"
+    command = ["--checkpoint", str(make_checkpoint("plain")), "--export", str(target)]
+    assert predict.main([*command, "--format", "onnx"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --format onnx: onnxscript is not installed; pip install ")
+    assert error.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def assert_same_vectors(found, checkpoint):
@@ -111,9 +289,8 @@ def test_an_export_is_the_whole_model(exported, make_checkpoint, kind):
     folder = exported(kind)
     model, *_ = mc.load_checkpoint(make_checkpoint(kind))
     again = mc.MultitaskBERT(BertModel.from_pretrained(str(folder)), model.tasks)
-    weights = load_file(folder / "heads.safetensors")
-    missing, unexpected = again.load_state_dict(weights, strict=False)
-    assert not unexpected and all(name.startswith("bert.") for name in missing)
+    weights = load_file(folder / "model.safetensors")
+    again.load_state_dict(weights)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert any(name.startswith("joint_heads.sts.") for name in weights) == (kind != "plain")
@@ -129,7 +306,7 @@ def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
     assert ("`joint_heads.*`" in card.content) == (kind in ("cross", "both"))
     (command,) = re.findall(r"^python multitask_classifier.py .*", card.content, re.MULTILINE)
     options = parse_options(shlex.split(command)[2:])
-    assert options.evaluate == f"models/{kind}.pt".replace(" ", "-")
+    assert options.evaluate == [f"models/{kind}.pt".replace(" ", "-")]
     for path in exported(kind).glob("**/*"):
         if path.suffix in (".md", ".json", ".py"):
             text = path.read_text(encoding="utf-8")
