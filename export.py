@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from datasets import checked_max_length
 from moe import MixtureOfExperts
