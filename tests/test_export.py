@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import re
@@ -102,9 +101,9 @@ def own_tasks(joint: bool) -> dict[str, Task]:
         for kind, given in labels.items()
     ]
     for encoding in ("bi", "cross", "both") if joint else ("bi",):
-        for (kind, given), symmetric in itertools.product(labels.items(), (True, False)):
-            name = f"{encoding}_{kind}_{'ab'[symmetric]}"
-            given = given | dict(encoding=encoding, symmetric=symmetric or not given.get("classes"))
+        for kind, symmetric in (("yesno", True), ("three", False), ("number", True)):
+            name = f"{encoding}_{kind}"
+            given = labels[kind] | dict(encoding=encoding, symmetric=symmetric)
             tasks.append(Task(name=name, sentences=("s", "t"), label="l", **given))
     return {task.name: task for task in tasks}
 
@@ -350,13 +349,16 @@ def test_an_export_is_all_or_nothing(make_checkpoint, tmp_path, capsys, monkeypa
     assert predict.main([*command, "/dev/null/x"]) == 1
     assert capsys.readouterr().err.startswith("error: cannot write /dev/null/x: ")
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "model_card", interrupt)  # its last step
         assert predict.main([*command, str(tmp_path / "new")]) == 130
         assert predict.main([*command, str(empty)]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.onnx.export", interrupt)
+        assert predict.main([*command, str(tmp_path / "new"), "--format", "onnx"]) == 130
     assert sorted(path.name for path in tmp_path.glob("**/*")) == ["empty", "full", "mine"]
     assert predict.main([*command, str(empty)]) == 0
     assert (empty / "README.md").exists()

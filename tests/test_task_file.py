@@ -18,7 +18,6 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import mutated
-from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import OFTEN, Killed, nth_call
 
@@ -28,12 +27,11 @@ import predict
 import report
 from batches import collate
 from bert import BertModel
-from checkpoint import read_checkpoint
 from datasets import SMOKETEST_ROWS, Example, TaskDataset, load_data, read_examples
 from evaluation import Evaluation, confusion_figure
 from options import changed_options, parse_options
 from result_tables import BUDGETS, Budget
-from tasks import READERS, TASKS, read_task_file, tasks_of_rows
+from tasks import READERS, TASKS, read_task_file
 from tokenizer import BertTokenizer
 from utils import UserError
 
@@ -484,10 +482,8 @@ def check_report_and_export(checkpoint, tmp_path):
     card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     for row in ("| emotion | `", "| entailment | `", "| rating | `", "| spearman | "):
         assert row in card
-    with safe_open(tmp_path / "exported" / "heads.safetensors", framework="pt") as file:
-        rows = {name: json.loads(row) for name, row in file.metadata().items()}
-    assert rows["emotion"]["classes"] == EMOTIONS
-    assert tasks_of_rows(rows) == read_checkpoint(checkpoint)["options"]["tasks"]
+    config = json.loads((tmp_path / "exported" / "config.json").read_text(encoding="utf-8"))
+    assert config["multitask"]["tasks"]["emotion"]["classes"] == EMOTIONS
 
 
 def test_the_built_in_tasks_get_the_same_numbers(run_flags, my_toml, tmp_path):
