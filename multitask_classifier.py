@@ -452,7 +452,8 @@ def load_from_run(
     tagger = checkpoint.find_tagger(content["tags"], path, options)
     model = MultitaskBERT(trained.bert, options.tasks)
     model.attention_layer.load_state_dict(trained.attention_layer.state_dict())
-    kept, new = [], []
+    kept: list[str] = []
+    new: list[str] = []
     joint = model.joint_heads, trained.joint_heads, " in one sequence"
     for heads, others, what in ((model.heads, trained.heads, ""), joint):
         for name, head in heads.items():
