@@ -11,6 +11,7 @@ read in one sequence are left out.
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,23 +22,31 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as predict.py does
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
-from measuring import in_turns, new_parser, print_table  # noqa: E402
+from measuring import ROOT, in_turns, new_parser, print_table  # noqa: E402
 from onnxruntime.quantization import quantize_dynamic  # noqa: E402
-from throughput import BATCH_SIZE, mc, pad_columns  # noqa: E402
+from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import AutoModel  # noqa: E402
+
+sys.path.insert(0, str(ROOT))
 
 from batches import Batch, evaluation_batches  # noqa: E402
 from checkpoint import options_to_evaluate  # noqa: E402
 from datasets import TaskDataset, load_data  # noqa: E402
 from evaluation import score  # noqa: E402
 from export import export  # noqa: E402
+from multitask_classifier import load_trained  # noqa: E402
 
+BATCH_SIZE = 64
 Answer = Callable[[TaskDataset, Batch], torch.Tensor]  # -> outputs of the batch's rows
 
 
 def padded(dataset: TaskDataset, rows: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-    for ids, mask in pad_columns(dataset, rows, torch.device("cpu")):
-        yield {"input_ids": ids, "attention_mask": mask}
+    """Yield what a tokenizer gives for each sentence column of these rows."""
+    for column in dataset.columns:
+        ids = [torch.from_numpy(column.row(row)[0]).long() for row in rows]
+        mask = pad_sequence([torch.ones_like(sentence) for sentence in ids], batch_first=True)
+        yield {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 
 
 def transformers_answer(folder: str) -> Answer:
@@ -83,7 +92,9 @@ def make_contenders(checkpoint: str, model: torch.nn.Module, parent: str) -> dic
     folder = Path(parent, "exported")
     export(checkpoint, str(folder), "onnx")
     full, small = str(folder / "model.onnx"), str(Path(parent, "int8.onnx"))
-    quantize_dynamic(full, small)
+    # Without this, the weights are behind transpositions, and are left in float32.
+    quant_pre_process(full, small, skip_symbolic_shape=True)
+    quantize_dynamic(small, small)
     sizes = (f"{Path(path).stat().st_size / 1e6:.0f} MB" for path in (full, small))
     print("float32 {}, int8 {}".format(*sizes))
     return {
@@ -104,9 +115,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PT")
     parser.add_argument("--rows", type=int, default=1000, help="of each task; default: 1000")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)  # the quantizer advises a step that changes nothing here
+    logging.disable(logging.WARNING)  # the quantizer advises preprocessing, done or not
     options = options_to_evaluate(["--data_dir", args.data_dir], [args.checkpoint])
-    model, tokenizer, _, _, options = mc.load_trained(args.checkpoint, options)
+    model, tokenizer, _, _, options = load_trained(args.checkpoint, options)
     dev = load_data(options, tokenizer, options.max_length, ("dev",))["dev"].values()
     datasets = [dataset.sample(args.rows) for dataset in dev if dataset.task.encoding == "bi"]
     table = []
