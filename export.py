@@ -48,12 +48,8 @@ print(model(**read(["How old are you?"], ["What is your age?"])))  # pairs in on
 ```
 
 The outputs are `sentence_embedding` and, by the name of the task, logits or numbers. A pair in one
-sequence is answered only by tasks with the encoding "cross", and a bit faster.
-
-| output | task | sentences | encoding | logits of the classes, or range of the number |
-| --- | --- | --- | --- | --- |
-{outputs}
-{onnx}
+sequence is answered only by tasks with the encoding "cross", and a bit faster. `config.json`
+names the classes.
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -101,21 +97,11 @@ NOT_BY_COSINE = """\
 UNTRAINED = """\
 **The cosine of two vectors was not trained**: this model has no task of how similar two sentences are."""
 ONNX_USE = """
-`model.onnx` is the same model for ONNX Runtime, in float32. It answers all tasks at once: those for one
-sentence answer `input_ids`. To ask only these, give empty second sentences, which cost little.
+## ONNX
 
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-names = "input_ids", "attention_mask"
-inputs = {name: first[name].numpy() for name in names}
-"""
-ONNX_SECOND = """inputs |= {f"second_{name}": second[name].numpy() for name in names}
-"""
-ONNX_RUN = """outputs = session.run(None, inputs)
-print(dict(zip([output.name for output in session.get_outputs()], outputs)))
-```
+`model.onnx` is the same model for ONNX Runtime. Its inputs are `input_ids` and `attention_mask`, and, if
+a task has pairs, `second_input_ids` and `second_attention_mask`. All tasks answer at once; to ask only
+those for one sentence, give empty second sentences, which cost little.
 """
 WHY_NOT = {
     "cross": "that comes from a head on both sentences in one sequence (`joint_heads.{name}`).",
@@ -153,12 +139,10 @@ def export(checkpoint_path: str, directory: str, format: str = "pytorch") -> Non
         tokenizer.save_pretrained(str(folder))
         write_model(model, folder, max_length)
         write_sentence_transformers_files(folder, max_length)
-        about_onnx = ""
         if format == "onnx":
             write_onnx(model, folder)
-            has_pairs = any(task.is_pair for task in model.tasks.values())
-            about_onnx = ONNX_USE + ONNX_SECOND * has_pairs + ONNX_RUN
-        card = model_card(model, content, Path(checkpoint_path).name, max_length, about_onnx)
+        card = model_card(model, content, Path(checkpoint_path).name, max_length)
+        card += ONNX_USE if format == "onnx" else ""
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"exported {checkpoint_path} to {directory}")
 
@@ -260,11 +244,7 @@ def write_onnx(model: MultitaskBERT, folder: Path) -> None:
 
 
 def model_card(
-    model: MultitaskBERT,
-    checkpoint: Mapping[str, Any],
-    name: str,
-    max_length: int,
-    about_onnx: str = "",
+    model: MultitaskBERT, checkpoint: Mapping[str, Any], name: str, max_length: int
 ) -> str:
     """Return the text of the folder's README.md. It names only paths relative to the checkout."""
     from huggingface_hub import ModelCardData
@@ -287,8 +267,6 @@ def model_card(
         tasks=tasks,
         origin=f", from `{base}`" if base else "",
         heads="`heads.*`, `joint_heads.*`" if model.joint_heads else "`heads.*`",
-        outputs="\n".join(map(about_output, model.tasks.values())),
-        onnx=about_onnx,
         similarity="\n".join(map(about_cosine, by_cosine)) or UNTRAINED,
         about=ABOUT_REAL_DATA if set(model.tasks) <= set(TASKS) else "",
         scores="\n".join(score_rows(checkpoint)),
@@ -299,12 +277,6 @@ def model_card(
         max_length=max_length,
     )
     return f"---\n{front.to_yaml()}\n---\n{card}"
-
-
-def about_output(task: Task) -> str:
-    number = "one" if len(task.sentences) == 1 else "two"
-    meaning = ", ".join(task.classes) or " to ".join(f"{end:g}" for end in task.range)
-    return f"| `{task.name}` | {task.title} | {number} | {task.encoding} | {meaning} |"
 
 
 def score_rows(checkpoint: Mapping[str, Any]) -> Iterator[str]:

@@ -59,16 +59,18 @@ class MultitaskBERT(BertPreTrainedModel):
             second: a tokenizer's output for the second sentences of pairs. All tasks answer: those for
                 one sentence answer the first.
         """
-        vectors = [self.embed(input_ids, attention_mask, token_type_ids)]
+        vectors = self.embed(input_ids, attention_mask, token_type_ids)
         if second is not None:
             first = {"input_ids": input_ids, "attention_mask": attention_mask}
-            vectors.append(self.embed(second["input_ids"], second["attention_mask"]))
-            if self.joint_heads:
-                joint = join(first, second, self.config.multitask["max_length"])
-                vectors.append(self.embed(*joint))
-        is_joint = second is None and token_type_ids is not None and bool(token_type_ids.any())
-        answers = self.joint_answers(vectors[0]) if is_joint else self.answers(*vectors)
-        return {"sentence_embedding": vectors[0], **answers}
+            others = self.embed(second["input_ids"], second["attention_mask"])
+            joined = join(first, second, self.config.multitask["max_length"])
+            joint = self.embed(*joined) if self.joint_heads else None
+            answers = self.answers(vectors, others, joint)
+        elif token_type_ids is not None and bool(token_type_ids.any()):
+            answers = self.answers(None, None, vectors)
+        else:
+            answers = self.answers(vectors, None, None)
+        return {"sentence_embedding": vectors, **answers}
 
     def embed(
         self,
@@ -81,23 +83,19 @@ class MultitaskBERT(BertPreTrainedModel):
         states = self.bert(input_ids, attention_mask, token_type_ids, position_ids)[0]
         return self.attention_layer(states, attention_mask)
 
-    def joint_answers(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Answer pairs from the vectors [B, D] of both sentences in one sequence."""
-        names = [name for name, task in self.tasks.items() if task.encoding == "cross"]
-        return {name: self.joint_heads[name](vectors) for name in names}
-
-    def answers(self, *vectors: Tensor) -> dict[str, Tensor]:
-        """Answer sentences from their vectors [B, D]; or pairs from those of the first sentences, the
-        second ones and, if there are joint heads, both in one sequence."""
+    def answers(
+        self, first: Tensor | None, second: Tensor | None, joint: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the outputs of all tasks whose vectors [B, D] are there: of the first or only sentences,
+        of the second ones, and of both in one sequence."""
         found = {}
         for name, task in self.tasks.items():
-            if task.is_pair and len(vectors) == 1:
+            separate = [first, second][: 1 + task.is_pair] if name in self.heads else []
+            together = [joint] if name in self.joint_heads else []
+            if any(vectors is None for vectors in separate + together):
                 continue
-            outputs = []
-            if name in self.heads:
-                outputs.append(self.heads[name](*vectors[: 1 + task.is_pair]))
-            if name in self.joint_heads:
-                outputs.append(self.joint_heads[name](vectors[2]))
+            outputs = [self.heads[name](*separate)] if separate else []
+            outputs += [self.joint_heads[name](*together)] if together else []
             if task.classes and len(outputs) == 2:
                 outputs = [output.log_softmax(dim=-1) for output in outputs]
             found[name] = torch.stack(outputs).mean(dim=0)
