@@ -37,19 +37,18 @@ from transformers import AutoModel, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)
 
-def read(texts, *pairs):
-    return tokenizer(texts, *pairs, padding=True, truncation=True, return_tensors="pt")
+def read(*texts):
+    return tokenizer(*texts, padding=True, truncation=True, return_tensors="pt")
 
-sentences = read(["A clever film.", "A bore."])
 first, second = read(["How old are you?"]), read(["What is your age?"])
-print(model(**sentences))  # tasks for one sentence
+print(model(**first))  # tasks for one sentence
 print(model(**first, second=second))  # tasks for pairs too
-print(model(**read(["How old are you?"], ["What is your age?"])))  # pairs in one sequence
 ```
 
 The outputs are `sentence_embedding` and, by the name of the task, logits or numbers. A pair in one
 sequence is answered only by tasks with the encoding "cross", and a bit faster. `config.json`
 names the classes.
+
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -97,11 +96,8 @@ NOT_BY_COSINE = """\
 UNTRAINED = """\
 **The cosine of two vectors was not trained**: this model has no task of how similar two sentences are."""
 ONNX_USE = """
-## ONNX
-
-`model.onnx` is the same model for ONNX Runtime. Its inputs are `input_ids` and `attention_mask`, and, if
-a task has pairs, `second_input_ids` and `second_attention_mask`. All tasks answer at once; to ask only
-those for one sentence, give empty second sentences, which cost little.
+`model.onnx` is the same model for ONNX Runtime. All tasks answer at once; to ask only those for one
+sentence, give empty second sentences.
 """
 WHY_NOT = {
     "cross": "that comes from a head on both sentences in one sequence (`joint_heads.{name}`).",

@@ -235,7 +235,7 @@ def test_the_export_answers_as_predict_does(exported, make_checkpoint, kind, for
     *alone, paired = ours.predict(["A clever film.", "A bore.", pair])
     model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        shares = model(**found["sentences"])["sst"].softmax(dim=-1)
+        shares = model(**found["read"](["A clever film.", "A bore."]))["sst"].softmax(dim=-1)
         answers = model(**found["first"], second=found["second"])
     for answer, row in zip(alone, shares.tolist(), strict=True):
         assert [*answer.probabilities["sentiment"].values()] == pytest.approx(row, abs=1e-5)
