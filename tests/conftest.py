@@ -6,7 +6,11 @@ import csv
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
+
+# Code of exported models is copied there; processes that test at the same time would disturb each other.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]

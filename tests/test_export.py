@@ -314,7 +314,7 @@ def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
     assert ("`joint_heads.*`" in card.content) == (kind in ("cross", "both"))
     (command,) = re.findall(r"^python multitask_classifier.py .*", card.content, re.MULTILINE)
     options = parse_options(shlex.split(command)[2:])
-    assert options.evaluate == [f"models/{kind}.pt".replace(" ", "-")]
+    assert options.evaluate == [f"models/tiny0-{kind}.pt".replace(" ", "-")]
     for path in exported(kind).glob("**/*"):
         if path.suffix in (".md", ".json", ".py"):
             text = path.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """The notebook and the Python examples of docs/using-a-model.md run."""
 
+import importlib
 import json
 import re
 import shutil
@@ -64,12 +65,17 @@ def test_the_python_examples_of_the_page_run(make_checkpoint, tmp_path, monkeypa
     """Beside the checkpoint and the exported model that the page's commands write."""
     (tmp_path / "models").mkdir()
     shutil.copy(make_checkpoint("plain"), tmp_path / "models/RUN.pt")
-    export(str(tmp_path / "models/RUN.pt"), str(tmp_path / "my_model"))
+    export(str(tmp_path / "models/RUN.pt"), str(tmp_path / "my_model"), "onnx")
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # models that other tests have opened
+    importlib.invalidate_caches()
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    found = []
+    found: list[dict] = [{}]
     for number, text in enumerate(blocks):
         names = {"__name__": "__main__"}
+        if "onnxruntime" in text:  # goes on with the variables of the example before it
+            names = found[-1] | names
         exec(compile(text, f"example {number}", "exec"), names)
         found.append(names)
     (ours,) = [names for names in found if "Predictor" in names]

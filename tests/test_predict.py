@@ -179,7 +179,7 @@ def test_tasks_are_chosen(ask, make_checkpoint, tmp_path, capsys):
     assert ask("only sts", lines)[0][1].keys() == {"line", "similarity"}
     path = make_checkpoint("only sts")
     assert predict.main(["--checkpoint", str(path), "--task", "para", os.devnull]) == 1
-    message = "error: the models were not trained on para, only on sts\n"
+    message = "error: the models were not trained on 'para'; known: sts\n"
     assert capsys.readouterr().err == message
 
 

@@ -377,7 +377,7 @@ def test_tasks_from_a_file_go_the_whole_way(
     optimizer, run_flags, my_toml, my_data, tmp_path, monkeypatch, capsys
 ):
     chosen = [*run_flags, "--task_file", my_toml, *ALL, *OPTIMIZER[optimizer]]
-    for place in ((mc, "training_step", 6), (mc.evaluation, "predict", 9)):
+    for place in ((mc, "training_step", 6), (mc.evaluation, "outputs", 9)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(*place[:2], nth_call(place[2], getattr(*place[:2]), before=False))
             mc.main([*chosen, *OFTEN, "--resume", "auto"])
