@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from checkpoints import make_checkpoint_fixture  # noqa: F401
 from conftest import ROOT
 
