@@ -850,29 +850,34 @@ class Peer:
 def test_predictions_of_a_run_with_all_levers_are_those_of_transformers(
     flags, tiny_directory, tmp_path
 ):
-    """For the weights that it kept."""
-    assert mc.main(flags + [flag for lever in LEVERS.values() for flag in lever]) == 0
+    """For the weights that it kept: the answers in its files, and the probabilities behind them."""
+    flags += [flag for lever in LEVERS.values() for flag in lever]
+    assert mc.main(flags) == 0
     (checkpoint,) = (tmp_path / "models_dir").glob("*.pt")
-    peer = Peer(mc.load_checkpoint(checkpoint).model, tiny_directory)
-    for name, task in TASKS.items():
-        rows, predictions = (
-            list(csv.DictReader(open(path, newline=""), delimiter="\t"))
-            for path in (Path(flags[3]) / task.dev[0], tmp_path / f"{name}-dev.csv")
-        )
-        for row, prediction in zip(rows, predictions, strict=True):
-            assert row["id"] == prediction["id"]
-            found = float(prediction[task.prediction_column])
+    model = mc.load_checkpoint(checkpoint).model
+    peer, data = Peer(model, tiny_directory), mc.load_all(options(*flags)).data["dev"]
+    for name, task in model.tasks.items():
+        outputs = mc.evaluation.outputs(model, data[name], 16).double().numpy()
+        answers = list(csv.DictReader(open(tmp_path / f"{name}-dev.csv"), delimiter="\t"))
+        dev = csv.DictReader(open(Path(flags[3]) / task.dev[0], newline=""), delimiter="\t")
+        for row, answer, output in zip(dev, answers, outputs, strict=True):
+            assert row["id"] == answer["id"]
+            found = float(answer[task.prediction_column])
             sentences = [row[column] for column in task.sentences]
-            outputs = peer.outputs(name, sentences)
-            if name != "sst":  # in one sequence, both orders are asked
-                outputs = [*outputs, *peer.outputs(name, sentences[::-1])]
+            expected = peer.outputs(name, sentences)
+            if task.is_pair:  # --both_orders asks both
+                expected = [*expected, *peer.outputs(name, sentences[::-1])]
             if name == "sts":
-                mean = np.mean([output.item() for output in outputs])
-                assert found == pytest.approx(np.clip(mean, 0, 5), abs=1e-4)
+                mean = np.mean([value.item() for value in expected])
+                assert output == pytest.approx(mean, abs=1e-4)
+                assert found == pytest.approx(np.clip(output, 0, 5), abs=1e-4)
                 continue
-            # The mean of their log-probabilities decides.
-            logs = sum(x - np.log(np.exp(x).sum()) for x in outputs)
-            assert logs[int(found)] > logs.max() - 1e-4
+            # Of two heads in two orders: the geometric mean of their probabilities, made to sum to 1.
+            logs = np.mean([x - np.log(np.exp(x).sum()) for x in expected], axis=0)
+            probabilities = np.exp(logs) / np.exp(logs).sum()
+            shown = np.exp(output) / np.exp(output).sum()
+            np.testing.assert_allclose(shown, probabilities, atol=1e-5)
+            assert found == output.argmax()
 
 
 @pytest.fixture
