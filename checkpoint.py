@@ -26,7 +26,7 @@ from flags import DEFAULT_SPACY_MODEL, build_parser
 from options import changed_options, deciding, find_data, named_files, parse_options
 from streams import file_to_replace
 from tagging import Pipeline, Tagger
-from tasks import SPLITS, Task, as_list, plain_rows, tasks_of_rows
+from tasks import SPLITS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -207,13 +207,13 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     names."""
     argv = sys.argv[1:] if argv is None else argv
     options = named_files(argv)
-    if not (options.evaluate or options.resume):
-        options = parse_options(argv)  # a --config may have them
+    if not options.evaluate and options.resume in (None, "auto"):
+        options = parse_options(argv)  # a --config may name a checkpoint too
     if options.evaluate:
-        return options_to_evaluate(argv, as_list(options.evaluate))
-    if options.resume not in (None, "auto"):
-        return options_to_resume(argv, options.resume)
-    return parse_options(argv)
+        return options_to_evaluate(argv, options.evaluate)
+    if options.resume in (None, "auto"):
+        return options
+    return options_to_resume(argv, options.resume)
 
 
 def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Namespace:

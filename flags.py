@@ -123,6 +123,7 @@ def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) 
     training = parser.flags("training")
     add_training_flags(training)
     add_optimizer_flags(training)
+    add_update_flags(training)
     add_schedule_flags(training)
     add_loss_flags(training, tasks)
     add_selection_flags(training, tasks)
@@ -196,6 +197,10 @@ def add_optimizer_flags(flag: FlagAdder) -> None:
             metavar=own.metavar,
             help=f"{own.help}; for {' and '.join(OWNERS[name])}; default: {own.default:g}",
         )
+
+
+def add_update_flags(flag: FlagAdder) -> None:
+    """Add the flags of a step that all optimizers have."""
     betas = "; ".join(
         f"{','.join(map(str, row.betas))} for {name} ({row.why_betas})"
         for name, row in OPTIMIZERS.items()

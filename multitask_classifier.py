@@ -222,8 +222,6 @@ def training_step(
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
     with_graph = prepare_estimate(model, window, optimizer, options)
-    # A task can have no row in a step.
-    here = [name for name in options.tasks if not window or window[0].step_rows[name]]
     names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
     losses = {name: torch.zeros((), device=device) for name in names}
     answers = []
@@ -249,8 +247,9 @@ def training_step(
         else:
             total.backward()
     sum_gradients(model, list(losses.values()))
-    for name in set(options.tasks) - set(here):
-        del losses[name]
+    for name in options.tasks:
+        if window and not window[0].step_rows[name]:  # a task can have no row in a step
+            del losses[name]
     return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from checkpoint import find_files
 from export import FORMATS, export
 from flags import PRECISIONS
 from predictor import Entries, Predictor, Progress
@@ -150,16 +151,15 @@ def read_table_queries(path: str, tasks: list[Task]) -> Iterator[list[Query]] | 
     """Return the rows of a table in chunks; None for a file whose first line does not name the columns
     of a task. Raises UserError if the file cannot be read."""
     layouts = list(dict.fromkeys(task.sentences for task in tasks))
-    # How a file without a header is read, only one task can say.
+    # Several tasks can differ in how a file without a header is read.
     header, rows = open_table(path, layouts, tasks[0] if len(tasks) == 1 else None)
     layout = next((names for names in layouts if set(names) <= set(header)), None)
     if layout is None:
-        wanted = " or ".join(map(", ".join, layouts))
-        if not path.lower().endswith((".csv", ".tsv")):
-            return None
+        unnamed = f"line 1 does not name the columns {' or '.join(map(', '.join, layouts))}"
         if path.lower().endswith(".csv"):
-            raise UserError(f"{path}: line 1 does not name the columns {wanted}")
-        warnings.warn(f"{path}: line 1 does not name the columns {wanted}, so it is answered too")
+            raise UserError(f"{path}: {unnamed}")
+        if path.lower().endswith(".tsv"):
+            warnings.warn(f"{path}: {unnamed}; it is answered like the other lines")
         return None
     columns = find_columns(path, header, list(layout))
     ids = [task.id for task in tasks if task.sentences == layout and task.id in header]
@@ -339,7 +339,7 @@ def predict(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(
         description="Answer new sentences with a trained model. A line holds one sentence, or two "
         "separated by a tab; all tasks of the model answer that take as many sentences."
@@ -382,14 +382,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     what = "of --export: onnx adds a graph for ONNX Runtime; default: pytorch"
     flag("--format", choices=FORMATS, default="pytorch", help=what)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
-    # The file of sentences may stand behind the checkpoints.
+    # The file of sentences may come after the checkpoints.
     if args.input is None and len(args.checkpoint) > 1 and not args.checkpoint[-1].endswith(".pt"):
         args.input = args.checkpoint.pop()
     if args.export and (args.input or args.output or args.task or args.json):
         parser.error("--export writes the whole model and answers nothing")
-    if args.export and len(args.checkpoint) > 1:
-        parser.error("--export writes one model")
     if args.format != "pytorch" and not args.export:
         parser.error("--format is for --export")
     return args
@@ -399,7 +402,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         args = parse(argv)
         if args.export:
-            export(args.checkpoint[0], args.export, args.format)
+            paths = [path for pattern in args.checkpoint for path in find_files(pattern)]
+            if len(paths) > 1:
+                raise UserError(f"--export writes one model, not {len(paths)}")
+            export(paths[0], args.export, args.format)
         else:
             predict(args)
 

@@ -1,9 +1,4 @@
-"""Answers of trained models from Python.
-
-from predict import Predictor
-model = Predictor("models/RUN.pt")
-model.predict(["A clever film.", ("How old are you?", "What is your age?")])
-"""
+"""Answers of trained models from Python: `Predictor`, which predict.py uses too."""
 
 import dataclasses
 import types
@@ -218,7 +213,7 @@ class Member:
             cut |= was_cut[: len(texts)]
             columns = [joint] if encodings == {"cross"} else [first, second, joint]
         # Whose rows they are does not matter: each task takes its columns of a batch.
-        return TextRows([*self.tasks.values()][0], columns, cut)
+        return TextRows(next(iter(self.tasks.values())), columns, cut)
 
     @torch.no_grad()
     def outputs(

@@ -53,7 +53,7 @@ class Guarded:
             problem = f"cannot write {self.name}: {error.strerror}"
             if self.required:
                 raise LostOutput(problem) from error
-            complain(f"warning: {problem}; the program goes on without it")
+            complain(f"warning: {problem}; the program continues without it")
 
 
 def guard_streams() -> None:

@@ -102,7 +102,7 @@ class NearDuplicates:
 
 
 class Draft:
-    """All rounds so far, in a folder beside the output: a line for each, written when it ends. It has
+    """All rounds so far, in a folder next to the output: a line for each, written when it ends. It has
     the new rows, and counts: how many were drawn, how many dropped for which reason, what was used.
     """
 
@@ -365,7 +365,7 @@ def build_parser() -> Parser:
     flag("--data_dir", default="data", help="folder of the real CSVs; default: data")
     flag("--sst_train", metavar="CSV", help="default: the one in DATA_DIR")
     for split in ("dev", "test"):
-        flag(f"--sst_{split}", metavar="CSV", help="default: beside --sst_train, if it is there")
+        flag(f"--sst_{split}", metavar="CSV", help="default: next to --sst_train, if it is there")
     flag("--filter_with", metavar="CHECKPOINT", help="keep what this trained model agrees with")
     lowest = "lowest probability that it may give the label; default: 0.5"
     flag("--min_confidence", type=probability, default=0.5, help=lowest)

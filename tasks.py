@@ -333,7 +333,7 @@ def read_task_file(path: str) -> dict[str, Task]:
 
 
 def _task_of_table(name: str, table: Any) -> Task:
-    """Raises ValueError with the key and the reason."""
+    """Make the task of a table. Raises ValueError with the key and the reason."""
     if not isinstance(table, dict):
         raise ValueError("is no table; write a line such as [my_task] above the keys of a task")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):

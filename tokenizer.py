@@ -28,7 +28,7 @@ UNSUPPORTED = (
     *("init_inputs", "model_specific_special_tokens"),
 )
 EXTRA, OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
-# Files that can stand beside a tokenizer.json or vocab.txt.
+# Files that can be next to a tokenizer.json or vocab.txt.
 TABLES = "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 DEFAULT_MAX_LENGTH = 512
 # Texts that are tokenized per call: enough for all cores, few enough for a progress bar.
@@ -226,7 +226,7 @@ def word_piece_backend(
 
 def _read_backend(path: Path, tables: Mapping[str, dict[str, Any]]) -> tokenizers.Tokenizer:
     """Make the tokenizer that `transformers` makes of a tokenizer.json or vocab.txt, with the tables of
-    the files beside it."""
+    the files next to it."""
     settings, whole = dict(tables["tokenizer_config.json"]), path.name == "tokenizer.json"
     config = tables["config.json"]
     name = settings.get("tokenizer_class", config.get("tokenizer_class"))

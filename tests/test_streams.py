@@ -91,7 +91,7 @@ def test_a_run_goes_on_without_its_streams(tmp_path, output, errors):
     if output in ("file", "pipe"):
         assert out.count(b"\n") == N_LINES
     if errors in ("file", "pipe"):
-        warned = re.findall(rb"warning: cannot write stdout: .*; the program goes on", err)
+        warned = re.findall(rb"warning: cannot write stdout: .*; the program continues", err)
         assert len(warned) == (output in LOST)
 
 
