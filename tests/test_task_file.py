@@ -1,6 +1,7 @@
 """Tasks from a file: docs/tasks.md is true, and the whole run follows from a table."""
 
 import csv
+import functools
 import json
 import math
 import random
@@ -13,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+import test_resume
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import mutated
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import OFTEN, Killed, nth_call
+from test_resume import OFTEN, Killed, assert_same, nth_call
 
 import experiments
 import multitask_classifier as mc
@@ -344,22 +345,7 @@ def my_toml(tmp_path):
     return str(path)
 
 
-def outcome(folder):
-    """(weights of the best model, predictions, TensorBoard's scalars)"""
-    (checkpoint,) = (folder / "models_dir").glob("*.pt")
-    predictions = {path.name: path.read_bytes() for path in folder.glob("predictions_dir/*.csv")}
-    log = EventAccumulator(str(folder / "logdir" / checkpoint.stem)).Reload()
-    scalars = {
-        tag: sorted({(event.step, event.value) for event in log.Scalars(tag)})
-        for tag in log.Tags()["scalars"]
-    }
-    return torch.load(checkpoint, weights_only=True)["model"], predictions, scalars
-
-
-def assert_same(one, other):
-    assert one[0].keys() == other[0].keys()
-    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
-    assert one[1:] == other[1:]
+outcome = functools.partial(test_resume.outcome, files="predictions_dir/*.csv", n_files=None)
 
 
 ALL = ["--tasks", "emotion,nli,rating,sst,para,sts"]
