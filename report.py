@@ -23,9 +23,9 @@ from torch import Tensor
 
 import evaluation
 from batches import Batch, collate
-from checkpoint import options_of
+from checkpoint import find_files, options_of
 from datasets import TaskDataset
-from evaluation import Evaluation, confusion_counts, confusion_figure, mean_score
+from evaluation import Evaluation, confusion_counts, confusion_figure
 from multitask_classifier import MultitaskBERT, Trained, load_trained, outputs_of_models
 from streams import Parser
 from tasks import Task
@@ -43,7 +43,7 @@ from utils import (
 )
 
 TEMPLATE = "report.html.j2"
-SETTINGS = ("bert_model", "option", "optimizer", "epochs", "moe")
+SETTINGS = "config bert_model option optimizer lr batch_size epochs samples_per_epoch seed moe".split()
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 LENGTH_BINS = 5
 # Rows that are shown for each task.
@@ -120,33 +120,79 @@ class Score(NamedTuple):
         return cls(value, *np.quantile(resampled, (0.025, 0.975)).tolist())
 
 
+class Measured(NamedTuple):
+    """Metrics on all rows and on resamples of them."""
+
+    values: dict[str, float]
+    resampled: dict[str, np.ndarray]  # metric -> [n_resamples]
+
+    @classmethod
+    def of(cls, result: Result, n_resamples: int, seed: int) -> "Measured":
+        """Measure a model on a task. The rows of the resamples depend on the seed and the task alone."""
+        pair = result.labels, result.predictions
+        return cls(result.evaluation.scores, resample(result.task, *pair, n_resamples, seed))
+
+    @classmethod
+    def mean(cls, parts: Sequence["Measured"]) -> "Measured":
+        """Average the first metrics of the tasks."""
+        value = np.mean([next(iter(part.values.values())) for part in parts])
+        resampled = np.mean([next(iter(part.resampled.values())) for part in parts], axis=0)
+        return cls({"first metrics": float(value)}, {"first metrics": resampled})
+
+    def minus(self, other: "Measured") -> "Measured":
+        """Subtract the metrics of another model, resample by resample."""
+        return Measured(
+            {name: value - other.values[name] for name, value in self.values.items()},
+            {name: values - other.resampled[name] for name, values in self.resampled.items()},
+        )
+
+    def scores(self) -> dict[str, Score]:
+        return {name: Score.of(value, self.resampled[name]) for name, value in self.values.items()}
+
+
 class ScoreRow(NamedTuple):
     """A line of a table of metrics."""
 
     title: str
     n_rows: int
     scores: dict[str, Score]  # metric -> score
+    constant: dict[str, float] = {}  # of the best answer that is the same for all rows
+    others: dict[str, Score] = {}  # of the model that this one is compared with
+    differences: dict[str, Score] = {}
 
 
-def with_intervals(values: dict[str, float], resampled: dict[str, np.ndarray]) -> dict[str, Score]:
-    """Return the metrics with their intervals."""
-    return {name: Score.of(value, resampled[name]) for name, value in values.items()}
+def constant_scores(result: Result) -> dict[str, float]:
+    """Score the answer that is always the most frequent class, or always the mean of the labels."""
+    values, counts = np.unique(result.labels, return_counts=True)
+    answer = values[counts.argmax()] if result.task.classes else result.labels.mean()
+    return evaluation.score(result.task, result.labels, np.full_like(result.labels, answer))
 
 
-def score_table(results: dict[str, Result], n_resamples: int, seed: int) -> list[ScoreRow]:
+def score_table(
+    results: dict[str, Result], others: dict[str, Result], n_resamples: int, seed: int
+) -> list[ScoreRow]:
     """Return a line for each task, and a line for the mean over tasks, which selects the model."""
-    table, first_metrics = [], []
-    for result in results.values():
-        task = result.task
-        resampled = resample(task, result.labels, result.predictions, n_resamples, seed)
-        scores = with_intervals(result.evaluation.scores, resampled)
-        table.append(ScoreRow(task.title, len(result.rows), scores))
-        first_metrics.append(resampled[task.metrics[0]])
+    own = {name: Measured.of(result, n_resamples, seed) for name, result in results.items()}
+    theirs = {name: Measured.of(result, n_resamples, seed) for name, result in others.items()}
+    table = []
+    for name, result in results.items():
+        row = ScoreRow(
+            result.task.title, len(result.rows), own[name].scores(), constant_scores(result)
+        )
+        table.append(compared(row, own[name], theirs.get(name)))
     if len(table) > 1:
-        mean = mean_score({name: result.evaluation.scores for name, result in results.items()})
-        score = Score.of(mean, np.mean(first_metrics, axis=0))
-        table.append(ScoreRow("mean", sum(row.n_rows for row in table), {"first metrics": score}))
+        mean = Measured.mean([*own.values()])
+        row = ScoreRow("mean", sum(row.n_rows for row in table), mean.scores())
+        all_known = own.keys() == theirs.keys()
+        table.append(compared(row, mean, Measured.mean([*theirs.values()]) if all_known else None))
     return table
+
+
+def compared(row: ScoreRow, own: Measured, other: Measured | None) -> ScoreRow:
+    """Add the scores of the other model, and the difference, to a line."""
+    if other is None:
+        return row
+    return row._replace(others=other.scores(), differences=own.minus(other).scores())
 
 
 # -------------------------------------------------------------------------------- where it errs
@@ -195,7 +241,7 @@ def scores_by_length(result: Result, n_resamples: int, seed: int) -> list[ScoreR
         inside = bins == number
         pair = result.labels[inside], result.predictions[inside]
         values = evaluation.score(result.task, *pair)
-        scores = with_intervals(values, resample(result.task, *pair, n_resamples, seed))
+        scores = Measured(values, resample(result.task, *pair, n_resamples, seed)).scores()
         low, high = lengths[inside].min(), lengths[inside].max()
         title = f"{low}" if low == high else f"{low} to {high}"
         table.append(ScoreRow(title, int(inside.sum()), scores))
@@ -390,8 +436,27 @@ def render(**values: Any) -> str:
     return environment.get_template(TEMPLATE).render(values)
 
 
-def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> None:
-    """Write the page about the checkpoint `options.evaluate`."""
+def compared_results(
+    paths: list[str], results: dict[str, Result], options: argparse.Namespace
+) -> dict[str, Result]:
+    """Return the results of the model that is compared, on the same rows. Raises UserError if it answers
+    none of the tasks, or others of their rows."""
+    members = [load_trained(path, options) for path in paths]
+    answers = outputs_of_models(members, "dev", pick_device(options.use_gpu))
+    others = {name: Result.of(*answers[name]) for name in results if name in answers}
+    if not others:
+        raise UserError(f"{paths[0]}: was trained on none of the tasks {', '.join(results)}")
+    for name, other in others.items():
+        same_classes = other.task.classes == results[name].task.classes
+        if not (same_classes and np.array_equal(other.labels, results[name].labels)):
+            raise UserError(f"{paths[0]}: has other classes or rows of {name}; no comparison")
+    return others
+
+
+def write_report(
+    path: Path, compare: list[str], n_resamples: int, options: argparse.Namespace
+) -> None:
+    """Write the page about the checkpoint `options.evaluate`, compared with another one if given."""
     device = pick_device(options.use_gpu)
     check_writable(path)
     members = [load_trained(path, options) for path in options.evaluate]
@@ -402,10 +467,12 @@ def write_report(path: Path, n_resamples: int, options: argparse.Namespace) -> N
         results[name] = result = Result.of(dataset, outputs)
         examples = weigh_examples(model, tokenizer, result, own.precision)
         sections.append(describe_task(result, examples, n_resamples, options.seed))
+    others = compared_results(compare, results, options) if compare else {}
     text = render(
         title=", ".join(Path(path).stem for path in options.evaluate),
+        other=", ".join(Path(path).stem for path in compare),
         facts=describe_model(members, results),
-        scores=score_table(results, n_resamples, options.seed),
+        scores=score_table(results, others, n_resamples, options.seed),
         sections=sections,
         n_resamples=n_resamples,
         seed=options.seed,
@@ -430,15 +497,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
     what = "a models/RUN.pt; several, or a pattern, are one model, the mean of them"
     flag("--checkpoint", required=True, metavar="CHECKPOINT", nargs="+", help=what)
     flag("--output", required=True, metavar="DIR", help="folder for report.html")
+    what = "put the scores of this model next to them, and the difference with its interval"
+    flag("--compare", metavar="CHECKPOINT", nargs="+", default=[], help=what)
     resamples = "resamples of the rows for the intervals; default: 1000"
     flag("--resamples", type=positive_int, default=1000, metavar="N", help=resamples)
     own, others = parser.parse_known_args(argv)
+    own.compare = [path for pattern in own.compare for path in find_files(pattern)]
     return own, options_of([*others, "--evaluate", *own.checkpoint])
 
 
 def run(argv: list[str] | None) -> None:
     own, options = parse(argv)
-    write_report(Path(own.output) / "report.html", own.resamples, options)
+    write_report(Path(own.output) / "report.html", own.compare, own.resamples, options)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,7 +326,7 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
     scores = {
         (titles[row[0]], row[1].replace(" ", "_")): row[2]
         for row in found.rows
-        if row[0] in titles and len(row) == 5
+        if row[0] in titles and len(row) == 6 and " to " in row[3]
     }
     assert scores == {
         (name, metric): f"{value:.4f}"
@@ -348,7 +349,7 @@ def test_the_report_of_each_kind_of_model(kind, trained, page, tmp_path, request
 
 
 def test_the_mean_has_an_interval_of_its_own(trained, page, no_pictures):
-    rows = [row for row in page(trained()).rows if len(row) == 5 and row[0] != "task"]
+    rows = [row for row in page(trained()).rows if len(row) == 6 and " to " in row[3]]
     (mean,) = [row for row in rows if row[0] == "mean"]
     main = [float(row[2]) for row in rows if row[1] in ("accuracy", "pearson")]
     assert float(mean[2]) == pytest.approx(np.mean(main), abs=1e-4)
@@ -356,6 +357,61 @@ def test_the_mean_has_an_interval_of_its_own(trained, page, no_pictures):
     widths = [np.diff([float(x) for x in row[3].split(" to ")])[0] for row in rows]
     # The accidents of three tasks partly cancel.
     assert 0 < high - low < max(widths)
+
+
+def test_constant_answers_are_scikit_learns(result):
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+
+    for name in TASKS:
+        found = result(name)[0]
+        dummy = DummyClassifier() if found.task.classes else DummyRegressor()
+        answers = dummy.fit(found.labels, found.labels).predict(found.labels)
+        for metric, value in report.constant_scores(found).items():
+            undefined = metric in ("pearson", "spearman")
+            assert value == (
+                0 if undefined else pytest.approx(BY_OTHERS[metric](found.labels, answers))
+            )
+
+
+def test_differences_are_scipys_paired_bootstrap(result):
+    """The difference of two models, and the interval of a paired bootstrap over rows."""
+    seed, n_resamples = 9, 100
+    for name in TASKS:
+        one, other = result(name)[0], result(name)[0]
+        (row,) = report.score_table({name: one}, {name: other}, n_resamples, seed)
+        for metric, difference in row.differences.items():
+
+            def minus(labels, ours, theirs, metric=metric):
+                return BY_OTHERS[metric](labels, ours) - BY_OTHERS[metric](labels, theirs)
+
+            arrays = one.labels, one.predictions, other.predictions
+            theirs = scipy.stats.bootstrap(
+                arrays,
+                minus,
+                n_resamples=n_resamples,
+                vectorized=False,
+                paired=True,
+                method="percentile",
+                rng=np.random.default_rng([seed, zlib.crc32(name.encode())]),
+            ).confidence_interval
+            assert difference == pytest.approx((minus(*arrays), theirs.low, theirs.high))
+
+
+def test_two_checkpoints_next_to_each_other(trained, page, no_pictures, tmp_path):
+    """The same model has no difference to itself; another has its own scores, for the tasks it knows."""
+    first = trained("--sts", "--sst", "--lr", "3e-4", "--seed", "8", "--batch_size", "24")
+    other = str(Path(first).rename(tmp_path / "other.pt"))
+    second = trained("--sst", "--seed", "5")
+    same = page(second, "--compare", second)
+    facts = {row[0]: row[1] for row in page(other).rows if len(row) == 2}
+    assert (facts["lr"], facts["seed"], facts["batch size"]) == ("0.0003", "8", "24")
+    rows = [row for row in same.rows if len(row) == 10 and row[0] == "sentiment"]
+    assert rows and all(row[2] == row[6] and row[8] == "+0.0000" for row in rows)
+    rows = [row for row in page(other, "--compare", second).rows if len(row) == 10]
+    by_task = {row[0]: row for row in rows}
+    assert by_task["sentiment"][6] and not by_task["similarity"][6] and not by_task["mean"][6]
+    own, their, difference = (float(by_task["sentiment"][column]) for column in (2, 6, 8))
+    assert difference == pytest.approx(own - their, abs=2e-4) and difference != 0
 
 
 def test_the_same_command_writes_the_same_page(trained, page, tmp_path):
@@ -402,13 +458,20 @@ def test_attention_shows_each_piece_and_its_weight(trained, page, no_pictures, t
         (["--output", "{file}/below"], "cannot write"),
         (["--data_dir", "nowhere"], "no such file"),
         (["--config", "no.json"], "--config no.json: cannot be read"),
+        (["--compare", "no*.pt"], "no*.pt: no file has such a name"),
+        (["--compare", "{pairs}"], "pairs.pt: was trained on none of the tasks sst"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message, trained, tmp_path, capsys):
+    pairs = Path(trained("--sts")).rename(tmp_path / "pairs.pt")
     (tmp_path / "file").touch()
     (tmp_path / "report.html").write_text("the last one")
     given = ["--checkpoint", trained("--sst"), "--output", str(tmp_path), "--smoketest"]
-    given += ["--data_dir", str(SAMPLE), *(flag.format(file=tmp_path / "file") for flag in flags)]
+    given += [
+        "--data_dir",
+        str(SAMPLE),
+        *(f.format(file=tmp_path / "file", pairs=pairs) for f in flags),
+    ]
     assert report.main(given) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
