@@ -268,6 +268,7 @@ class EncoderWithHeads(nn.Module):
 
     bert: Any  # a BertModel, or a MixtureOfExperts, which has the same interface
     tasks: dict[str, Task]
+    log_variances: nn.ParameterDict  # by task; empty without --loss_weights learned
 
     def head_outputs(self, batch: Any, second_derivative: bool = False) -> dict[str, list[Tensor]]:
         raise NotImplementedError

@@ -266,10 +266,17 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     weights = {name: task.weight for name, task in tasks.items()}
     flag.decides(
         "--loss_weights",
-        type=NumberByTask(weights, non_negative_float),
+        type=WeightByTask(weights, non_negative_float),
         default=weights,
-        metavar=by_task,
-        help="weights of the tasks' losses in their sum; default: 1 for each task that is not named",
+        metavar=f"{by_task}|learned",
+        help="weights of the tasks' losses in their sum; learned: from each task's uncertainty (Kendall "
+        "et al. 2018); default: 1 for each task that is not named",
+    )
+    flag.decides(
+        "--gradient_surgery",
+        choices=("pcgrad",),
+        help="pcgrad: where the encoder's gradients of two tasks conflict, project each onto the normal "
+        "plane of the other (Yu et al. 2020); default: their sum",
     )
     flag.decides(
         "--label_smoothing",
@@ -615,6 +622,13 @@ class NumberByTask:
             check_task(name, self.defaults, values)
             values[name] = self.number(value)
         return dict(self.defaults) | values
+
+
+class WeightByTask(NumberByTask):
+    """Like NumberByTask, or the word `learned`."""
+
+    def __call__(self, text: str) -> Any:
+        return text if text == "learned" else super().__call__(text)
 
 
 def check_task(name: str, known: Mapping[str, Any], earlier: Collection[str]) -> None:

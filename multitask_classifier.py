@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import checkpoint
 import evaluation
 from attention import Sequences
+from balancing import GradientSurgery, loss_weight, weighted_loss
 from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack
@@ -104,7 +105,12 @@ class MultitaskBERT(EncoderWithHeads):
     """One BERT, attention pooling, and the heads of all tasks. A task with the encoding "both" has two
     heads, whose answers are averaged."""
 
-    def __init__(self, bert: BertModel | MixtureOfExperts, tasks: Mapping[str, Task] = TASKS):
+    def __init__(
+        self,
+        bert: BertModel | MixtureOfExperts,
+        tasks: Mapping[str, Task] = TASKS,
+        learned_weights: bool = False,
+    ):
         super().__init__()
         size = bert.config.hidden_size
         self.bert = bert
@@ -121,6 +127,8 @@ class MultitaskBERT(EncoderWithHeads):
         self.joint_heads = nn.ModuleDict(
             {name: SequenceHead(size, tasks[name], n_hidden=1) for name in joint}
         )
+        learned = tasks if learned_weights else ()
+        self.log_variances = nn.ParameterDict({name: torch.zeros(()) for name in learned})
 
     def forward(self, batch: Batch, second_derivative: bool = False) -> dict[str, Tensor]:
         """Return the outputs of each task for its rows: logits [B, classes] or numbers [B]."""
@@ -224,32 +232,40 @@ def training_step(
     with_graph = prepare_estimate(model, window, optimizer, options)
     names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
     losses = {name: torch.zeros((), device=device) for name in names}
+    surgery = GradientSurgery(model, optimizer, options) if options.gradient_surgery else None
     answers = []
     for batch in window:
         with autocast(device, options.precision):
             outputs = model.head_outputs(batch, second_derivative=with_graph)
-        total = torch.zeros((), device=device)
+        terms: dict[str, Tensor] = {}
         for name, task_outputs in outputs.items():
             task, labels = model.tasks[name], batch.labels[name]
             task_outputs = [output.float() for output in task_outputs]
             # The batch's share of the rows of the step: all batches and processes add up to the mean.
             share = len(labels) / batch.step_rows[name]
             loss = task_loss(task, task_outputs, labels, options) * share
-            total = total + options.loss_weights[name] * loss
+            terms[name] = weighted_loss(model, task, loss, share, options)
             losses[name] += loss.detach()
-            losses["sum"] += options.loss_weights[name] * loss.detach()
+            losses["sum"] += terms[name].detach()
             combined = combine(task, [output.detach() for output in task_outputs])
             answers.append(Answers(name, labels, task.decode(combined)))
         if options.moe:
-            total = total + add_routing(losses, model, batch, options)
-        if with_graph:
-            backward_with_graph(total, model)
+            terms["balance"] = add_routing(losses, model, batch, options)
+        if surgery:
+            surgery.backward(terms)
+        elif with_graph:
+            backward_with_graph(torch.stack([*terms.values()]).sum(), model)
         else:
-            total.backward()
+            torch.stack([*terms.values()]).sum().backward()
     sum_gradients(model, list(losses.values()))
+    if surgery:
+        surgery.project()
     for name in options.tasks:
         if window and not window[0].step_rows[name]:  # a task can have no row in a step
             del losses[name]
+    for name in model.log_variances:
+        weight = loss_weight(model, model.tasks[name], options)
+        losses[f"loss_weight/{name}"] = torch.as_tensor(weight).detach()
     return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
@@ -370,7 +386,9 @@ class LoadedCheckpoint(NamedTuple):
 
 def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
     """Load a checkpoint. Raises UserError with the reason if it cannot be used."""
-    return model_from_checkpoint(checkpoint.read_checkpoint(path), path)
+    loaded = model_from_checkpoint(checkpoint.read_checkpoint(path), path)
+    loaded.model.log_variances = nn.ParameterDict()  # only training needs them
+    return loaded
 
 
 def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCheckpoint:
@@ -382,7 +400,8 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCh
         config = BertConfig(**content["bert_config"])
         with without_weights():
             encoder = new_encoder(config, content["options"].get("moe"))
-            model = MultitaskBERT(encoder, content["options"]["tasks"])
+            learned = content["options"].get("loss_weights") == "learned"
+            model = MultitaskBERT(encoder, content["options"]["tasks"], learned)
         model.load_state_dict(content["model"], assign=True)
         tokenizer = BertTokenizer.from_json(content["tokenizer"])
         checkpoint.check_entries(content, config)
@@ -427,7 +446,8 @@ def load_pretrained(
     checkpoint.check_encoder(bert, source, tagger, options.tasks, options.moe)
     encoder = MixtureOfExperts.of(bert, options.moe) if options.moe else bert
     tokenizer = BertTokenizer.from_pretrained(source, local)
-    return MultitaskBERT(encoder, options.tasks), tokenizer, tagger
+    learned = options.loss_weights == "learned"
+    return MultitaskBERT(encoder, options.tasks, learned), tokenizer, tagger
 
 
 def same_shapes(one: nn.Module, other: nn.Module) -> bool:
@@ -449,7 +469,7 @@ def load_from_run(
     trained, tokenizer, _ = model_from_checkpoint(content, path)
     checkpoint.check_pairs(trained.bert.config, path, options.tasks)
     tagger = checkpoint.find_tagger(content["tags"], path, options)
-    model = MultitaskBERT(trained.bert, options.tasks)
+    model = MultitaskBERT(trained.bert, options.tasks, options.loss_weights == "learned")
     model.attention_layer.load_state_dict(trained.attention_layer.state_dict())
     kept: list[str] = []
     new: list[str] = []

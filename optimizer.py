@@ -452,6 +452,12 @@ OPTIMIZERS = {
 # --------------------------------------------------------------- which weights train, at which rate
 
 
+PARTS = {"bert": "encoder", "log_variances": "loss weights"}
+# An Adam step moves a weight by about its rate. With the rate of the heads, log-variances would move by
+# less than 0.1 in a run.
+LOSS_WEIGHTS_RATE = 100
+
+
 def freeze_and_unfreeze(model: EncoderWithHeads, options: argparse.Namespace, epoch: int) -> None:
     """Choose the weights that train in this epoch (counted from 0).
 
@@ -501,10 +507,11 @@ def parameter_groups(model: EncoderWithHeads, options: argparse.Namespace) -> li
     unused = {p for stack in model.bert.stacks for p in stack.pooler.parameters()} - new
     depths = layers_below_heads(model)
     for name, parameter in model.named_parameters():
-        part = "encoder" if name.startswith("bert.") else "heads"
+        part = PARTS.get(name.split(".")[0], "heads")
         if parameter in unused or (part == "encoder" and options.option == "pretrain"):
             continue
         lr = options.lr * options.layer_lr_decay ** depths.get(parameter, 0)
+        lr *= LOSS_WEIGHTS_RATE if part == "loss weights" else 1
         weight_decay = options.weight_decay if parameter.ndim > 1 else 0.0
         groups[part, lr, weight_decay].append(parameter)
     # Each weight is in one group, and none that trains is left out.

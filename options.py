@@ -91,6 +91,12 @@ def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[T
         "--moe has a gate to train, --option pretrain trains the heads only": (
             options.moe and pretrain
         ),
+        "--gradient_surgery: only with --optimizer adamw and without --moe": (
+            options.gradient_surgery and (options.optimizer != "adamw" or options.moe)
+        ),
+        "--loss_weights learned: SophiaG draws labels, which say nothing of the weights' curvature; "
+        "take adamw or sophiah": options.loss_weights == "learned"
+        and options.optimizer == "sophiag",
         "--moe_balance: only with --moe": options.moe_balance is not None and not options.moe,
         f"--warmup: only with --scheduler {' or '.join(STEP_SCHEDULES)}": (
             options.warmup and options.scheduler not in STEP_SCHEDULES
@@ -118,6 +124,7 @@ def task_problems(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[st
         f"--both_orders: only with {flags} cross or both": options.both_orders
         and encodings <= {"bi"},
         "give --tasks or the flags of single tasks, not both": twice,
+        "--gradient_surgery: needs two tasks or more": options.gradient_surgery and len(tasks) < 2,
         "no task has a dev file, so no epoch can be chosen": not with_dev,
         f"--select {options.select}: this task is not trained, or has no dev file": (
             options.select and options.select not in [task.name for task in with_dev]
@@ -172,7 +179,8 @@ def fill_defaults(
             loss_name=getattr(filled, f"{name}_loss", "cross_entropy"),
         )
     for by_task in ("loss_weights", "rdrop", "batch_shares"):
-        setattr(filled, by_task, {name: getattr(filled, by_task)[name] for name in filled.tasks})
+        if (values := getattr(filled, by_task)) != "learned":
+            setattr(filled, by_task, {name: values[name] for name in filled.tasks})
     return filled
 
 

@@ -79,8 +79,9 @@ class RunLog:
         values: dict[str, Any] = {
             name if "/" in name else f"loss/{name}": loss for name, loss in losses.items()
         }
-        # The largest rate is that of the heads.
-        values["lr"] = max(group["lr"] for group in optimizer.param_groups)
+        # Besides the weights of losses, the largest rate is that of the heads.
+        groups = [g for g in optimizer.param_groups if g.get("part") != "loss weights"]
+        values["lr"] = max(group["lr"] for group in groups)
         self.waiting.append((self.n_steps, values))
         if len(self.waiting) == LOG_EVERY:
             self.flush(optimizer, bar)
@@ -95,7 +96,9 @@ class RunLog:
             with self._uncritical():
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, step)
-            losses = {t.removeprefix("loss/"): v for t, v in values.items() if t.startswith("loss")}
+            losses = {
+                t.removeprefix("loss/"): v for t, v in values.items() if t.startswith("loss/")
+            }
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
             self.clipped += [v for tag, v in values.items() if tag == "sophia/clipped"]
         self.waiting.clear()

@@ -47,6 +47,11 @@ SETTINGS = {
         *("--batch_shares", "1,1.5,0.5", "--scheduler", "linear", "--layer_lr_decay", "0.9"),
         *("--sst_loss", "ordinal", "--label_smoothing", "0.1"),
     ],
+    "learned weights": ["--loss_weights", "learned", "--rdrop", "sst=1"],
+    "pcgrad, batches accumulated": [
+        *("--gradient_surgery", "pcgrad", "--batch_size", "5", "--grad_accumulation", "3"),
+        *("--samples_per_epoch", "300"),
+    ],
     # the last step of an epoch has one row of each task, so that a process may have none of some
     "adamw, steps of one row": ["--batch_size", "1", "--samples_per_epoch", "20"],
     "sophiah, steps that lack tasks": [
