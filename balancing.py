@@ -1,6 +1,7 @@
 """Balance the tasks of a step: learned weights of their losses, and projected gradients."""
 
 import argparse
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ def loss_weight(model: EncoderWithHeads, task: Task, options: argparse.Namespace
     if options.loss_weights != "learned":
         return options.loss_weights[task.name]
     return (1 if task.classes else 0.5) * (-model.log_variances[task.name]).exp()
+
+
+def learned_weights(model: EncoderWithHeads, options: argparse.Namespace) -> dict[str, Tensor]:
+    """Return the weights that are learned, under their names in TensorBoard."""
+    return {
+        f"loss_weight/{name}": torch.as_tensor(loss_weight(model, task, options)).detach()
+        for name, task in model.tasks.items()
+        if name in model.log_variances
+    }
 
 
 def weighted_loss(
@@ -55,7 +65,7 @@ class GradientSurgery:
         n_steps = max((state.get("step", 0) for state in optimizer.state.values()), default=0)
         self.generator = seeded_generator(torch.device("cpu"), options.seed, n_steps)
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
+    def backward(self, terms: Mapping[str, Tensor]) -> None:
         """Add the gradients of each task's weighted loss, with one backward pass for each."""
         for name, term in terms.items():
             both = torch.autograd.grad(

@@ -2,10 +2,12 @@
 in optimizer.py."""
 
 import argparse
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from balancing import GradientSurgery
 from batches import Batch, step_noise
 from bert import EncoderWithHeads
 from optimizer import Sophia, SophiaG, SophiaH
@@ -61,6 +63,22 @@ def gauss_newton_gradients(
                 total = total + scale * loss
         total.backward()
     sum_gradients(model, [])
+
+
+def add_gradients(
+    terms: Mapping[str, Tensor],
+    model: nn.Module,
+    surgery: GradientSurgery | None,
+    with_graph: bool,
+) -> None:
+    """Add the gradients of a batch's losses, with their graph if asked for."""
+    if surgery:
+        return surgery.backward(terms)
+    total = torch.stack([*terms.values()]).sum()
+    if with_graph:
+        backward_with_graph(total, model)
+    else:
+        total.backward()
 
 
 def backward_with_graph(loss: Tensor, model: nn.Module) -> None:

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 import checkpoint
 import evaluation
 from attention import Sequences
-from balancing import GradientSurgery, loss_weight, weighted_loss
+from balancing import GradientSurgery, learned_weights, weighted_loss
 from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack
-from curvature import backward_with_graph, prepare_estimate
+from curvature import add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from heads import SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
@@ -251,21 +251,14 @@ def training_step(
             answers.append(Answers(name, labels, task.decode(combined)))
         if options.moe:
             terms["balance"] = add_routing(losses, model, batch, options)
-        if surgery:
-            surgery.backward(terms)
-        elif with_graph:
-            backward_with_graph(torch.stack([*terms.values()]).sum(), model)
-        else:
-            torch.stack([*terms.values()]).sum().backward()
+        add_gradients(terms, model, surgery, with_graph)
     sum_gradients(model, list(losses.values()))
     if surgery:
         surgery.project()
     for name in options.tasks:
         if window and not window[0].step_rows[name]:  # a task can have no row in a step
             del losses[name]
-    for name in model.log_variances:
-        weight = loss_weight(model, model.tasks[name], options)
-        losses[f"loss_weight/{name}"] = torch.as_tensor(weight).detach()
+    losses |= learned_weights(model, options)
     return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
