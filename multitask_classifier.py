@@ -41,7 +41,7 @@ from curvature import add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from heads import SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
-from optimizer import freeze_and_unfreeze
+from optimizer import AdamW, freeze_and_unfreeze
 from options import changed_options
 from run_log import RunLog, describe_run
 from tagging import Pipeline, Tagger
@@ -225,7 +225,7 @@ def training_step(
 
     `window` lists the batches whose gradients are accumulated; each process gets its share of their
     rows. The losses that it returns are means over all rows of the step. If the loss or a gradient is
-    not finite, the step is not taken and the weights stay as they were.
+    not finite, the step is not taken and the weights stay as they were. Does not wait for a GPU.
     """
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
@@ -259,22 +259,29 @@ def training_step(
         if window and not window[0].step_rows[name]:  # a task can have no row in a step
             del losses[name]
     losses |= learned_weights(model, options)
-    return Step(losses, answers, clip_and_step(model, optimizer, losses["sum"], options.clip))
+    return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
 def clip_and_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
-) -> str | None:
-    """Clip the gradients and let the optimizer take its step. Return why it was not taken, if so."""
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    finite = bool((norm + loss).isfinite())  # on a GPU, this waits for the step
-    if finite:
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).to(loss.device)
+    total = norm + loss
+    check = torch.stack([loss, norm, total]).to("cpu", non_blocking=True)
+    arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+    # A GPU itself decides whether AdamW takes the step, and the host asks it one step later. On this
+    # depends whether Sophia's next step makes an estimate, so Sophia has to wait here.
+    if isinstance(optimizer, AdamW):
+        scale = ((norm + 1e-6) / clip).clamp_min(1) if clip else None
+        optimizer.step(grad_scale=scale, found_inf=1 - total.isfinite().float())
+    elif total.isfinite():
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return None if finite else f"loss {float(loss):g}, norm of the gradients {float(norm):g}"
+    return check, arrival
 
 
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:

@@ -81,7 +81,17 @@ class Step(NamedTuple):
 
     losses: dict[str, Tensor]  # name -> scalar, on the device
     answers: list[Answers]  # of each batch and task
-    problem: str | None  # why the step was not taken; None if it was
+    check: Tensor  # loss, norm of the gradients, and their sum, on their way to the host
+    arrival: torch.cuda.Event | None  # of `check`; None without a GPU
+
+    @property
+    def problem(self) -> str | None:
+        """Why the step was not taken; None if it was. Waits for the step, not for what follows it."""
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, norm, total = self.check.tolist()
+        finite = math.isfinite(total)
+        return None if finite else f"loss {loss:g}, norm of the gradients {norm:g}"
 
 
 class Training:
@@ -104,6 +114,9 @@ class Training:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)
             self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(self.model, options)
+        # The last step and its batches, while `settle` is to come.
+        self.unsettled: tuple[Step, list[Batch]] | None = None
+        self.optimizer.register_step_pre_hook(lambda *_: self.settle())
         self.scheduler = build_scheduler(self.optimizer, options)
         self.samplers = {
             name: EpochSampler(len(rows), options.seed, rows.both_orders)
@@ -178,10 +191,11 @@ class Training:
             total=round(options.samples_per_epoch * sequences),
         ) as self.bar:
             yield from itertools.islice(windows, self.n_windows, None)
+            with uninterrupted():
+                self.settle()
+                self.log.flush(self.optimizer, self.bar)
             if self.profiler:
                 self.profiler.close()
-            with uninterrupted():
-                self.log.flush(self.optimizer, self.bar)
         self.seconds = time.perf_counter() - self.began
 
     def _rows_seen(self) -> int:
@@ -190,9 +204,20 @@ class Training:
         return min(rows, self.options.samples_per_epoch)
 
     def record(self, step: Step, window: list[Batch]) -> None:
-        """Update everything that follows a step: moving average, log, learning rate, progress bar.
+        """Settle a step: at once, or on a GPU just before the optimizer's next step, while the GPU is
+        busy with gradients."""
+        self.settle()
+        self.unsettled = step, window
+        if not step.arrival:
+            self.settle()
+
+    def settle(self) -> None:
+        """Update everything that follows the last step: moving average, log, learning rate, progress bar.
         Raises UserError after too many steps in a row that were not taken."""
-        if step.problem is None:
+        if self.unsettled is None:
+            return
+        (step, window), self.unsettled = self.unsettled, None
+        if (problem := step.problem) is None:
             self.consecutive_skips = 0
             if self.average:
                 self.average.update_parameters(self.model)
@@ -209,7 +234,7 @@ class Training:
         if self.profiler:
             self.profiler.step()
         if self.consecutive_skips >= self.options.max_bad_steps:
-            self._give_up(window, step.problem)
+            self._give_up(window, problem)
 
     def _give_up(self, window: list[Batch], problem: str | None) -> None:
         """Save, print the rows of the last step, and raise UserError."""
@@ -296,6 +321,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state. All processes must call it together. A full disk is only a warning."""
+        self.settle()
         start = time.perf_counter()
         self._write(self.state())
         self.saved_at = time.monotonic()

@@ -1271,7 +1271,7 @@ def test_both_orders_of_each_pair_are_trained_on(flags, monkeypatch, capsys):
     def note(model, window, *arguments):
         seen.extend(row for batch in window for row in batch.rows["sts"])
         step = training_step(model, window, *arguments)
-        return step._replace(problem="none" if len(seen) == 128 else None)
+        return step._replace(check=step.check * (torch.nan if len(seen) == 128 else 1))
 
     monkeypatch.setattr(mc, "training_step", note)
     more = ["--sts", "--sts_encoding", "cross", "--both_orders", "--max_bad_steps", "1"]

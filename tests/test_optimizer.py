@@ -1,4 +1,5 @@
 import copy
+import functools
 import gc
 import weakref
 
@@ -6,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import optimizer as optimizer_module
 from optimizer import CPU_BLOCK, AdamW, SophiaG, SophiaH
 from tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the GPU is CUDA's")
 SETTINGS = dict(lr=3e-3, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.1)
 
 
@@ -504,3 +509,132 @@ def test_sophia_refuses_settings_out_of_range(optimizer_class, settings, message
 def test_a_hess_interval_of_zero_is_refused():
     with pytest.raises(ValueError, match="hess_interval must be at least 1"):
         SophiaH([torch.ones(1)], hess_interval=0)
+
+
+# --------------------------------------------------------- the fused form, steps that are left out
+
+
+@pytest.fixture
+def fused_on(monkeypatch):
+    """Choose on which devices AdamW's step is the fused kernel."""
+    return lambda *devices: monkeypatch.setattr(optimizer_module, "FUSED_DEVICES", set(devices))
+
+
+def scalars(device, scale, bad):
+    return dict(
+        grad_scale=torch.tensor(scale, device=device),
+        found_inf=torch.tensor(float(bad), device=device),
+    )
+
+
+def trained_by(optimizer_class, steps, device="cpu", unfrozen_at=3, switch=lambda number: None):
+    """Train two tensors, one of which gets its first gradient in step `unfrozen_at`. `steps` has (scale,
+    whether it is bad) of each; an optimizer that takes neither sees what it should come to. Return
+    parameters and states."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (700,), (31, 17)
+    params = [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+    groups = [{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:]}]
+    optimizer = optimizer_class(groups, **SETTINGS)
+    for number, (scale, bad) in enumerate(steps):
+        switch(number)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        if number < unfrozen_at:
+            params[1].grad = None
+        if isinstance(optimizer, AdamW):
+            if bad:
+                params[0].grad[5] = torch.nan
+            optimizer.step(**scalars(device, scale, bad))
+        elif not bad:
+            for param in params:
+                if param.grad is not None:
+                    param.grad /= scale
+            optimizer.step()
+    return [param.detach() for param in params], [optimizer.state[param] for param in params]
+
+
+STEPS = [(1.0, True), (1.0, False), (3.0, False), (1.0, True)] + [
+    (2.5, n % 7 == 0) for n in range(60)
+]
+ON = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("devices", [(), ("cpu", "cuda")], ids=["own form", "fused"])
+@pytest.mark.parametrize("peer", ["foreach", "fused"])
+def test_scaled_and_bad_steps_equal_torch_adamw_without_the_bad_steps(
+    fused_on, devices, device, peer
+):
+    fused_on(*devices)
+    theirs = functools.partial(torch.optim.AdamW, **{peer: True})
+    (ours, states), (expected, peers) = (
+        trained_by(kind, STEPS, device) for kind in (AdamW, theirs)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    for state, of_peer in zip(states, peers, strict=True):
+        assert set(state) == set(of_peer) and float(state["step"]) == float(of_peer["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state[name], of_peer[name], rtol=1e-4, atol=1e-6)
+    assert float(states[0]["step"]) > float(states[1]["step"]) > 0
+
+
+@pytest.mark.parametrize("device", ON)
+@given(bad=st.lists(st.booleans(), min_size=1, max_size=12), fused=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_a_masked_step_equals_no_step_bit_for_bit(device, bad, fused):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer_module, "FUSED_DEVICES", {device} if fused else set())
+        params = [torch.linspace(-1, 1, n, device=device).requires_grad_() for n in (40, 7)]
+        twins = [param.detach().clone().requires_grad_() for param in params]
+        masked, other = AdamW(params, **SETTINGS), AdamW(twins, **SETTINGS)
+        for number, is_bad in enumerate(bad):
+            for param, twin in zip(params, twins, strict=True):
+                param.grad = torch.full_like(param, torch.inf) if is_bad else (param * number).cos()
+                twin.grad = param.grad.detach().clone()
+            masked.step(**scalars(device, 1.5, is_bad))
+            if not is_bad:
+                other.step(**scalars(device, 1.5, False))
+            for param, twin in zip(params, twins, strict=True):
+                assert torch.equal(param, twin)
+                for name, value in other.state[twin].items():
+                    assert torch.equal(masked.state[param][name], value)
+
+
+@pytest.mark.parametrize("device", ON)
+def test_own_and_fused_form_continue_each_other(fused_on, device):
+    """One optimizer that changes its form every other step comes to the same as PyTorch's."""
+    ours, states = trained_by(
+        AdamW, STEPS, device, switch=lambda number: fused_on(*[device] * (number // 2 % 2))
+    )
+    expected, _ = trained_by(torch.optim.AdamW, STEPS, device)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [int, torch.Tensor.detach], ids=["plain", "shared"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_with_plain_or_shared_step_numbers_is_read(fused_on, kind, fused):
+    """Loading copies the numbers: the optimizer that was saved does not count the other's steps."""
+    fused_on(*["cpu"] * fused)
+    pairs = []
+    for _ in range(2):
+        param = torch.linspace(-1, 1, 9).requires_grad_()
+        pairs.append((param, AdamW([param], **SETTINGS)))
+    (param, first), (twin, second) = pairs
+    for _ in range(5):
+        param.grad = param.detach().cos()
+        first.step()
+    saved = first.state_dict()
+    saved["state"] = {0: saved["state"][0] | {"step": kind(first.state[param]["step"])}}
+    second.load_state_dict(saved)
+    assert type(second.state[twin]["step"]) is torch.Tensor
+    second.state[twin] |= {
+        name: second.state[twin][name].clone() for name in ("exp_avg", "exp_avg_sq")
+    }
+    with torch.no_grad():
+        twin.copy_(param)
+    for mine, optimizer in pairs:
+        mine.grad = torch.ones(9)
+        optimizer.step()
+    assert torch.equal(param, twin)
+    assert first.state[param]["step"] == second.state[twin]["step"] == 6

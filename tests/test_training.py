@@ -32,6 +32,7 @@ from datasets import Example
 from flags import flags_page
 from optimizer import build_optimizer
 from options import parse_options
+from run_log import RunLog
 from tasks import TASKS
 from training import Training, prepare_device
 
@@ -174,6 +175,68 @@ def test_steps_of_a_run_that_are_not_taken_change_nothing(watched, capsys, name)
     printed = capsys.readouterr().out
     assert "steps skipped so far, because they were not finite: 3" in printed
     assert name == "adamw" or "0 estimates skipped so far" in printed
+
+
+@pytest.fixture
+def late_run(flags, monkeypatch, tmp_path):
+    """Train as on a GPU, with the fused kernel, and infinite losses in the steps with these numbers, from
+    0. Return the run, the windows of its steps, and its UserError if there was one."""
+
+    def train(late, bad, *more):
+        clip_and_step, training_step, windows = mc.clip_and_step, mc.training_step, []
+        arrival = SimpleNamespace(synchronize=lambda: None) if late else None
+
+        def step(model, window, *rest):
+            windows.append(window)
+            return training_step(model, window, *rest)
+
+        def spoiled(model, steps_of, loss, clip):
+            factor = torch.inf if len(windows) - 1 in bad else 1
+            check, _ = clip_and_step(model, steps_of, loss * factor, clip)
+            return check, arrival
+
+        more = ["--ema", "0.9", "--scheduler", "linear", "--clip", "0.1", *more]
+        parts = mc.load_all(parse_options([*flags, *more]))
+        run = Training(parts, tmp_path / "run.resume", RunLog(tmp_path / f"log{late}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "FUSED_DEVICES", {"cpu"})
+            patch.setattr(mc, "training_step", step)
+            patch.setattr(mc, "clip_and_step", spoiled)
+            try:
+                mc.fit(run)
+            except utils.UserError as error:
+                return run, windows, error
+        return run, windows, None
+
+    return train
+
+
+@pytest.mark.parametrize("bad", [(0, 3, 4), (2, 3, 7)], ids=str)
+def test_a_run_that_learns_late_of_bad_steps_equals_one_that_learns_at_once(late_run, bad):
+    """Weights, averages, rates, scores and counts are the same, bit for bit."""
+    results = []
+    for late in (False, True):
+        run, windows, _ = late_run(late, bad)
+        assert run.unsettled is None and run.skipped_steps == 3 and len(windows) == 8
+        parts = content(run.model, run.optimizer, run.average, run.scheduler)
+        results.append([parts, run.scores, run.train_scores, run.log.state()["n_steps"]])
+    assert same(*results)
+    assert results[0][-1] == 5
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_gives_up_names_the_rows_of_the_last_bad_step(late_run, capsys, late):
+    """And takes no step after it. One step later it has the next batch, but not its update."""
+    run, windows, error = late_run(late, (2, 3), "--max_bad_steps", "2")
+    assert len(windows) == (
+        5 if late else 4
+    ) and "2 steps in a row were not finite (loss inf" in str(error)
+    named = re.search("rows of the last step, by id: (.*)", capsys.readouterr().err)[1]
+    rows = run.data["train"]["sst"].examples
+    ids = ", ".join(rows[row].id for batch in windows[3] for row in batch.rows["sst"])
+    assert f"sst {ids}" in named
+    steps = {float(state["step"]) for state in run.optimizer.state.values()}
+    assert steps == {2} and run.n_windows == 4
 
 
 @pytest.mark.parametrize("bad", [(), (0, 2)])
