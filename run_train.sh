@@ -5,6 +5,8 @@
 #   sbatch -G A100:4 run_train.sh ...            four GPUs of one node
 #   sbatch -N 2 -G A100:8 run_train.sh ...       and of two
 #
+# A search for hyper-parameters has run_hpo.sh.
+#
 # Before its time limit, the run saves, is queued again and continues. The same happens if another job
 # preempts it, or if a node fails.
 #SBATCH --job-name=multitask-bert
@@ -19,55 +21,19 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
-fail() {
-  echo "run_train.sh: $*" >&2
+if [[ -z ${SLURM_JOB_ID:-} || ! -f $SLURM_SUBMIT_DIR/slurm_job.sh ]]; then
+  echo "run_train.sh: submit it from the folder of the repository, with: sbatch run_train.sh" >&2
   exit 1
-}
-
-[[ -n ${SLURM_JOB_ID:-} ]] || fail "is for SLURM; submit it with: sbatch run_train.sh"
+fi
 cd "$SLURM_SUBMIT_DIR"
-[[ -f multitask_classifier.py ]] || fail "submit it from the folder of the repository"
-
-if command -v conda >/dev/null && conda env list | awk '{print $1}' | grep -qx dnlp2; then
-  python=$(conda run -n dnlp2 python -c 'import sys; print(sys.executable)')
-elif [[ -x .venv/bin/python ]]; then
-  python=$PWD/.venv/bin/python
-else
-  fail "there is neither a conda environment dnlp2 nor a .venv; run ./setup.sh first"
-fi
-
-has() { # whether a flag is among those given
-  local flag=$1 given
-  for given in "${flags[@]}"; do
-    [[ $given == "$flag" || $given == "$flag="* ]] && return
-  done
-  return 1
-}
-
-flags=("$@")
-n_gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)), $(date)"
-command -v nvidia-smi >/dev/null && nvidia-smi -L || true
-"$python" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}")'
-echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
-if ((n_gpus > 0)); then
-  echo "PyTorch sees $n_gpus GPUs here: --use_gpu"
-  flags+=(--use_gpu)
-else
-  echo "PyTorch sees no GPU: training on the CPU"
-fi
+source ./slurm_job.sh
+! has --hpo || fail "a search is started with: sbatch run_hpo.sh"
 if ((${SLURM_RESTART_COUNT:-0} > 0)) && ! has --resume && ! has --evaluate; then
-  if ! has --hpo; then
-    flags+=(--resume auto)
-  elif ! has --hpo_resume; then
-    flags+=(--hpo_resume auto)
-  fi
+  flags+=(--resume auto)
 fi
 
 command=("$python" -u)
-stopped=143 # what a run ends with that has saved on SIGTERM
-stop_run() { kill -TERM "$run"; }
-if ((n_gpus > 1 || SLURM_NNODES > 1)) && ! has --hpo; then
+if ((n_gpus > 1 || SLURM_NNODES > 1)); then
   nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   first=${nodes%%$'\n'*}
   command=(srun "--nodes=$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none
@@ -79,22 +45,4 @@ if ((n_gpus > 1 || SLURM_NNODES > 1)) && ! has --hpo; then
   stop_run() { scancel --signal=TERM "$SLURM_JOB_ID"; } # the steps; srun itself would kill them
 fi
 
-# USR1 comes to this shell alone (B: above). On SIGTERM the run saves within a step.
-time_is_over=
-trap 'time_is_over=yes; echo "time is nearly over: saving"; stop_run' USR1
-trap 'echo "to be stopped: saving"; [[ $stopped == any ]] || stop_run' TERM # steps get it from SLURM
-(
-  trap '' USR1
-  exec "${command[@]}" multitask_classifier.py "${flags[@]}"
-) &
-run=$!
-while wait "$run" || kill -0 "$run" 2>/dev/null; do # a signal ends the wait, not the run
-  kill -0 "$run" 2>/dev/null || break
-done
-code=0
-wait "$run" || code=$?
-if [[ -n $time_is_over && $code != 0 && ($stopped == any || $stopped == "$code") ]]; then
-  echo "queued again"
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"
+run_until_time_is_over "${command[@]}" multitask_classifier.py "${flags[@]}"

@@ -65,6 +65,8 @@ def arguments_of(command):
         if word in PARSERS:
             own = itertools.takewhile(lambda word: word[:1] not in ("|", "<", ">"), words[number:])
             return word, list(own)[1:]
+        if word.removeprefix("./") == "run_hpo.sh":
+            return "hpo.py", words[number + 1 :]
         if word.removeprefix("./") in ("run_train.sh", "run_demo.sh"):
             return "multitask_classifier.py", words[number + 1 :]
         if word.startswith("benchmarks/"):

@@ -1,9 +1,12 @@
-"""run_train.sh with recorders in place of SLURM's commands and of Python. tests/slurm_check.sh runs it on
-a real SLURM."""
+"""run_train.sh and run_hpo.sh with recorders in place of SLURM's commands and of Python.
+tests/slurm_check.sh runs them on a real SLURM."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -11,7 +14,11 @@ from conftest import ROOT
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *device_count*) echo "$N_GPUS" ;;
+  *node_ip*) echo 127.0.0.1 secret ;;
   -c*) echo "Python, PyTorch" ;;
+  "-m ray"*) echo "ray of $SLURMD_NODENAME $*"; 
+    [[ $* == *--head* ]] && role=HEAD; exec $RAY $role ;;
+  "- "*) exec $REAL_PYTHON "$@" ;;
   *) echo "ran: python $*"; exec {run} ;;
 esac
 """
@@ -22,7 +29,8 @@ def submit(tmp_path):
     """Start the script as a job with these flags. Return what it prints and its exit status."""
     folder = tmp_path / "checkout"
     (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / "multitask_classifier.py").touch()
+    (folder / "slurm_files").mkdir()
+    shutil.copy(ROOT / "slurm_job.sh", folder)
     commands = tmp_path / "bin"
     commands.mkdir()
 
@@ -37,14 +45,14 @@ def submit(tmp_path):
     }.items():
         write(commands / name, f"#!/bin/sh\n{line}")
 
-    def submit(*flags, run="true", gpus=0, signals=(), **variables):
+    def submit(*flags, script="run_train.sh", run="true", gpus=0, signals=(), **variables):
         write(folder / ".venv" / "bin" / "python", PYTHON.format(run=run))
         job = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(folder), SLURM_JOB_NODELIST="n[1-2]")
         job |= dict(SLURM_NNODES="1", N_GPUS=str(gpus), STEP="true") | variables
         # This path has no conda.
         path = f"{commands}:/usr/bin:/bin"
         with subprocess.Popen(
-            [ROOT / "run_train.sh", *flags],
+            [ROOT / script, *flags],
             env={"PATH": path, "HOME": os.environ.get("HOME", "/")} | job,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,11 +114,9 @@ def test_several_gpus_or_nodes_start_torchrun_on_each_node(submit, gpus, nodes):
     "flags, added",
     [
         ([], ["--resume", "auto"]),
-        (["--hpo"], ["--hpo_resume", "auto"]),
         (["--resume", "a.resume"], []),
         (["--resume=a.resume"], []),
         (["--evaluate", "a.pt"], []),
-        (["--hpo", "--hpo_resume=x"], []),
     ],
 )
 def test_a_job_that_starts_again_continues(submit, flags, added):
@@ -162,18 +168,130 @@ def test_the_exit_status_is_the_runs(submit, code):
     assert submit(run=f"bash -c 'exit {code}'")[1] == int(code)
 
 
-def test_what_a_job_needs_is_said(submit, tmp_path):
-    assert "submit it with: sbatch run_train.sh" in submit(SLURM_JOB_ID="")[0]
-    elsewhere = submit(SLURM_SUBMIT_DIR=str(tmp_path))
-    assert "submit it from the folder of the repository" in elsewhere[0] and elsewhere[1] == 1
+@pytest.mark.parametrize("script", ["run_train.sh", "run_hpo.sh"])
+def test_what_a_job_needs_is_said(submit, tmp_path, script):
+    for variables in (dict(SLURM_JOB_ID=""), dict(SLURM_SUBMIT_DIR=str(tmp_path))):
+        shown, code = submit(script=script, **variables)
+        wanted = f"{script}: submit it from the folder of the repository, with: sbatch {script}\n"
+        assert shown == wanted and code == 1
 
 
-def test_the_job_asks_for_what_the_cluster_has():
-    script = (ROOT / "run_train.sh").read_text()
-    options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH ")]
-    assert {"--partition=grete:shared", "--gpus=A100:1", "--time=12:00:00", "--requeue"} < set(
-        options
-    )
+@pytest.mark.parametrize(
+    "script, gpus", [("run_train.sh", "--gpus=A100:1"), ("run_hpo.sh", "--gpus-per-node=A100:1")]
+)
+def test_the_job_asks_for_what_the_cluster_has(script, gpus):
+    text = (ROOT / script).read_text()
+    options = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {"--partition=grete:shared", gpus, "--time=12:00:00", "--requeue"} < set(options)
     assert any(option.startswith("--mem-per-gpu=") for option in options)
-    assert "module load" not in script and "--mail" not in script
+    assert "module load" not in text and "--mail" not in text
     assert (ROOT / "slurm_files").is_dir()  # SLURM makes no folder for its logs
+
+
+# ----------------------------------------------------------------------------- searches on all nodes
+
+# The task of srun on each node, its output in the file that --output names. Both are signalled like
+# the tasks of a step.
+SRUN = """#!/bin/bash
+for word; do case $word in --output=*) exec > "${word#--output=}" 2>&1;; esac; done
+echo "srun $*"
+while [[ $1 == --* ]]; do shift; done
+for number in 0 1; do
+  SLURM_NODEID=$number SLURMD_NODENAME=n$((number + 1)) SLURM_CPUS_ON_NODE=$((number + 2)) "$@" &
+  echo $! >> "$TASKS"
+done
+wait -n || { kill $(cat "$TASKS"); wait; exit 1; }
+wait
+"""
+# A node of Ray's. It has joined when it has made a file of its name. N2 may never join.
+RAY = """
+import os, pathlib, signal, socket, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("ray has ended"))
+server = socket.create_server(("127.0.0.1", 10014)) if "HEAD" in sys.argv else None
+if os.environ["SLURMD_NODENAME"] in os.environ["JOINING"]:
+    pathlib.Path(__file__).with_name(os.environ["SLURMD_NODENAME"] + ".joined").touch()
+signal.pause()
+"""
+# In place of the module `ray`, for which five minutes are shorter.
+RAY_MODULE = """
+import os, pathlib, time
+time.sleep = lambda _, real=time.sleep: real(float(os.environ["SECOND"]))
+init = lambda address, **_: None
+joined = lambda: pathlib.Path(__file__).parent.glob("*.joined")
+nodes = lambda: [dict(NodeName=path.stem, Alive=True) for path in joined()]
+"""
+
+
+@pytest.fixture
+def search(submit, tmp_path):
+    """Start a search on two nodes. Return what the job prints, its exit status, Ray's output."""
+    tasks, daemon = tmp_path / "tasks", tmp_path / "daemon.py"
+    daemon.write_text(RAY)
+    (tmp_path / "bin" / "srun").write_text(SRUN)
+    scancel = '#!/bin/sh\necho "scancel $@"\nkill $(cat "$TASKS")\n'
+    (tmp_path / "bin" / "scancel").write_text(scancel)
+
+    (tmp_path / "ray.py").write_text(RAY_MODULE)
+
+    def search(*flags, **more):
+        variables = dict(SLURM_NNODES="2", TASKS=str(tasks), RAY=f"{sys.executable} {daemon}")
+        variables |= dict(REAL_PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+        variables |= dict(JOINING="n1 n2", SECOND="0.1") | more
+        shown, code = submit(*flags, script="run_hpo.sh", **variables)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in tasks.read_text().split())
+        assert subprocess.run(["pgrep", "-f", daemon]).returncode == 1  # none is left
+        return shown, code, (tmp_path / "checkout" / "slurm_files" / "ray-7.out").read_text()
+
+    return search
+
+
+def test_ray_runs_on_all_nodes_during_a_search(search):
+    shown, code, log = search("--hpo_trials", "3", gpus=1)
+    assert code == 0 and ran(shown)[2:] == (
+        "hpo.py --ray_address 127.0.0.1:10014 --hpo_trials 3 --use_gpu".split()
+    )
+    assert "srun --nodes=2 --ntasks-per-node=1" in log and log.count("ray has ended") == 2
+    (head,) = [line for line in log.splitlines() if line.startswith("ray of n1 ")]
+    (worker,) = [line for line in log.splitlines() if line.startswith("ray of n2 ")]
+    assert "--head --port 10014 " in head and "--num-cpus 2 " in head
+    assert "--address 127.0.0.1:10014 " in worker and "--num-cpus 3 " in worker
+    assert all("--temp-dir /tmp/ray-7" in line for line in (head, worker))
+
+
+@pytest.mark.parametrize("number, again", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_search_whose_time_is_over_is_queued_again(search, number, again):
+    shown, code, log = search(run=SAVES, signals=[number])
+    assert code == 143 and ("requeue 7" in shown) == again and log.count("ray has ended") == 2
+
+
+def test_a_search_that_starts_again_continues(search):
+    assert ran(search(SLURM_RESTART_COUNT="1")[0])[-2:] == ["--hpo_resume", "auto"]
+
+
+def test_a_search_continues_where_it_is_told_to(search):
+    shown, _, _ = search("--hpo_resume", "x", SLURM_RESTART_COUNT="1")
+    assert ran(shown)[-2:] == ["--hpo_resume", "x"]
+
+
+def test_ray_ends_with_a_search_that_fails(search):
+    _, code, log = search(run="bash -c 'exit 3'")
+    assert code == 3 and log.count("ray has ended") == 2
+
+
+def test_a_head_that_does_not_start_ends_the_job(search):
+    shown, code, log = search(RAY="false")
+    assert code == 1 and "Ray does not start; slurm_files/ray-7.out says why" in shown
+    assert "ray of n1" in log and "ran:" not in shown
+
+
+def test_nodes_that_do_not_join_are_named(search):
+    shown, code, _ = search(JOINING="n1", SECOND="0.001")
+    assert code == 1 and "after 5 minutes, Ray is missing on n2\n" in shown
+    assert "ran:" not in shown
+
+
+def test_one_script_trains_and_the_other_searches(submit):
+    shown, code = submit("--hpo")
+    assert code == 1 and "a search is started with: sbatch run_hpo.sh" in shown
+    shown, code = submit("--ray_address", "a:1", script="run_hpo.sh")
+    assert code == 1 and "leave --ray_address out" in shown
