@@ -188,7 +188,11 @@ def test_the_job_asks_for_what_the_cluster_has(script, gpus):
     assert (ROOT / "slurm_files").is_dir()  # SLURM makes no folder for its logs
 
 
-# ----------------------------------------------------------------------------- searches on all nodes
+# ---------------------------------------------------------------------------- searches on all nodes
+
+# As many tests as pytest has processes run at the same time, each with its own port.
+JOB = os.getpid()
+PORT = 10000 + JOB % 5000 * 2
 
 # The task of srun on each node, its output in the file that --output names. Both are signalled like
 # the tasks of a step.
@@ -207,7 +211,8 @@ wait
 RAY = """
 import os, pathlib, signal, socket, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("ray has ended"))
-server = socket.create_server(("127.0.0.1", 10014)) if "HEAD" in sys.argv else None
+if "HEAD" in sys.argv:
+    server = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
 if os.environ["SLURMD_NODENAME"] in os.environ["JOINING"]:
     pathlib.Path(__file__).with_name(os.environ["SLURMD_NODENAME"] + ".joined").touch()
 signal.pause()
@@ -230,17 +235,20 @@ def search(submit, tmp_path):
     (tmp_path / "bin" / "srun").write_text(SRUN)
     scancel = '#!/bin/sh\necho "scancel $@"\nkill $(cat "$TASKS")\n'
     (tmp_path / "bin" / "scancel").write_text(scancel)
-
     (tmp_path / "ray.py").write_text(RAY_MODULE)
 
     def search(*flags, **more):
         variables = dict(SLURM_NNODES="2", TASKS=str(tasks), RAY=f"{sys.executable} {daemon}")
         variables |= dict(REAL_PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
-        variables |= dict(JOINING="n1 n2", SECOND="0.1") | more
+        variables |= dict(JOINING="n1 n2", SECOND="0.1", PORT=str(PORT))
+        variables |= dict(SLURM_JOB_ID=str(JOB)) | more
         shown, code = submit(*flags, script="run_hpo.sh", **variables)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in tasks.read_text().split())
-        assert subprocess.run(["pgrep", "-f", daemon]).returncode == 1  # none is left
-        return shown, code, (tmp_path / "checkout" / "slurm_files" / "ray-7.out").read_text()
+        left = [pid for pid in tasks.read_text().split() if Path(f"/proc/{pid}").exists()]
+        found = subprocess.run(["pgrep", "-f", daemon], capture_output=True, text=True)
+        left += found.stdout.split()
+        subprocess.run(["kill", "-KILL", *left], stderr=subprocess.DEVNULL)
+        assert not left
+        return shown, code, (tmp_path / "checkout" / "slurm_files" / f"ray-{JOB}.out").read_text()
 
     return search
 
@@ -248,20 +256,21 @@ def search(submit, tmp_path):
 def test_ray_runs_on_all_nodes_during_a_search(search):
     shown, code, log = search("--hpo_trials", "3", gpus=1)
     assert code == 0 and ran(shown)[2:] == (
-        "hpo.py --ray_address 127.0.0.1:10014 --hpo_trials 3 --use_gpu".split()
+        f"hpo.py --ray_address 127.0.0.1:{PORT} --hpo_trials 3 --use_gpu".split()
     )
     assert "srun --nodes=2 --ntasks-per-node=1" in log and log.count("ray has ended") == 2
     (head,) = [line for line in log.splitlines() if line.startswith("ray of n1 ")]
     (worker,) = [line for line in log.splitlines() if line.startswith("ray of n2 ")]
-    assert "--head --port 10014 " in head and "--num-cpus 2 " in head
-    assert "--address 127.0.0.1:10014 " in worker and "--num-cpus 3 " in worker
-    assert all("--temp-dir /tmp/ray-7" in line for line in (head, worker))
+    assert f"--head --port {PORT} " in head and "--num-cpus 2 " in head
+    assert f"--address 127.0.0.1:{PORT} " in worker and "--num-cpus 3 " in worker
+    assert all(f"--temp-dir /tmp/ray-{JOB}" in line for line in (head, worker))
 
 
 @pytest.mark.parametrize("number, again", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_a_search_whose_time_is_over_is_queued_again(search, number, again):
     shown, code, log = search(run=SAVES, signals=[number])
-    assert code == 143 and ("requeue 7" in shown) == again and log.count("ray has ended") == 2
+    assert code == 143 and (f"requeue {JOB}" in shown) == again
+    assert log.count("ray has ended") == 2
 
 
 def test_a_search_that_starts_again_continues(search):
@@ -280,7 +289,7 @@ def test_ray_ends_with_a_search_that_fails(search):
 
 def test_a_head_that_does_not_start_ends_the_job(search):
     shown, code, log = search(RAY="false")
-    assert code == 1 and "Ray does not start; slurm_files/ray-7.out says why" in shown
+    assert code == 1 and f"Ray does not start; slurm_files/ray-{JOB}.out says why" in shown
     assert "ray of n1" in log and "ran:" not in shown
 
 
