@@ -24,7 +24,7 @@ from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
 from flags import DEFAULT_SPACY_MODEL, build_parser
 from options import changed_options, deciding, find_data, named_files, parse_options
-from streams import file_to_replace
+from streams import complain, file_to_replace
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
@@ -42,6 +42,7 @@ from utils import (
 )
 
 CHECKPOINT_FORMAT = 4
+PREDICTIONS = "predictions"  # the folder of those folders that are named after runs
 STILL_RUNNING = "is the state of a run that is still running"
 
 
@@ -344,11 +345,14 @@ def data_digests(data: Mapping[str, Mapping[str, TaskDataset]]) -> dict[str, str
 # ------------------------------------------------------------------------------- names and locks
 
 
-def new_run(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:
-    """Choose a name that no other run has. Return the path of the run's state, and its TensorBoard
-    folder, which is made here."""
+def new_name(options: argparse.Namespace, kind: str) -> str:
+    """Choose a name that no other run has."""
     start = f"{datetime.now():%Y%m%d-%H%M%S}"
-    run = f"{start}-{kind}-{options.optimizer}-{secrets.token_hex(2)}"
+    return f"{start}-{kind}-{options.optimizer}-{secrets.token_hex(2)}"
+
+
+def new_run(options: argparse.Namespace, run: str) -> tuple[Path, Path]:
+    """Return the path of a new run's state, and its TensorBoard folder, which is made here."""
     directory = Path(options.logdir) / (options.tensorboard_subfolder or "") / run
     try:
         directory.mkdir(parents=True)
@@ -366,6 +370,32 @@ def remove_leftovers(models_dir: Path) -> None:
         # its lock, so its files stay.
         with contextlib.suppress(UserError), lock_files(paths, STILL_RUNNING):
             pass
+
+
+def name_predictions(options: argparse.Namespace, run: str) -> argparse.Namespace:
+    """Return the options with the prediction files in a folder of the run's name, unless flags choose
+    others."""
+    folder = options.predictions_dir or os.path.join(PREDICTIONS, run)
+    keys = [(name, split) for name in options.tasks for split in ("dev", "test")]
+    paths = {
+        f"{name}_{split}_out": os.path.join(folder, f"{name}-{split}-output.csv")
+        for name, split in keys
+        if getattr(options, f"{name}_{split}_out") is None
+    }
+    return changed_options(options, predictions_dir=folder, **paths)
+
+
+def link_latest(options: argparse.Namespace) -> None:
+    """Let `predictions/latest` lead to the folder of a run's predictions, if it is one of those there."""
+    folder, link = Path(options.predictions_dir), Path(PREDICTIONS) / "latest"
+    if rank() or folder.parent != link.parent or not folder.is_dir():
+        return
+    temporary = link.with_name(f".{folder.name}.latest")
+    try:
+        temporary.symlink_to(folder.name)
+        temporary.replace(link)
+    except OSError as error:  # such as a file system without links
+        complain(f"warning: {link} does not lead to {folder.name} ({error.strerror})")
 
 
 def lock_predictions(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

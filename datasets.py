@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from base_bert import BertConfig
 from streams import Parser, complain
@@ -30,7 +29,7 @@ from tables import check_cells, find_columns, of_table, open_table
 from tagging import Tagger
 from tasks import Task
 from tokenizer import BertTokenizer
-from utils import UserError, atomic_write, exit_status, one_line
+from utils import UserError, atomic_write, exit_status, one_line, progress_bar
 
 SMOKETEST_ROWS = 32  # read of each file with --smoketest
 NAMED_REASONS, NAMED_ROWS = 3, 4  # a warning about rows names so many, and counts the others
@@ -339,7 +338,9 @@ def tokenize_cached(
 
     def tokenize():
         chunks = dict(desc=f"tokenizing {name}", unit="chunk", leave=False, delay=1)
-        ids, lengths = tokenizer.packed_ids(sentences, max_length, lambda it: tqdm(it, **chunks))
+        ids, lengths = tokenizer.packed_ids(
+            sentences, max_length, lambda it: progress_bar(it, **chunks)
+        )
         if tagger is None:
             return ids[None], lengths
         starts = tokenizer.packed_starts(sentences, max_length)
@@ -540,7 +541,9 @@ def _fetch(url: str, part: Path) -> None:
         start = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None else None
-        with tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True) as bar:
+        with progress_bar(
+            total=total, initial=start, desc=part.stem, unit="B", unit_scale=True
+        ) as bar:
             while block := response.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))

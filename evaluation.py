@@ -4,18 +4,19 @@ import argparse
 import csv
 import dataclasses
 import itertools
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from batches import evaluation_batches
 from datasets import TaskDataset, rows_in_train
 from tasks import Task, combine, mean
-from utils import atomic_write, autocast, gather, n_processes, rank
+from utils import atomic_write, autocast, gather, n_processes, progress_bar, rank
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 NAMED_CLASSES = 20  # a confusion matrix of more classes has no names and numbers
@@ -119,14 +120,21 @@ class Evaluation:
     dataset: TaskDataset
     predictions: np.ndarray  # [n_rows], on the label's scale
     scores: dict[str, float]  # empty for a dataset without labels
+    loss: float = math.nan  # of the labelled rows, as in `Task.loss`
 
     @classmethod
     def of(cls, dataset: TaskDataset, outputs: torch.Tensor) -> "Evaluation":
         """Read and score the outputs of a model [n_rows, ...]."""
         predictions = dataset.task.decode(outputs).double().numpy()
         labelled = not np.isnan(dataset.labels).all()
-        scores = score(dataset.task, dataset.labels, predictions) if labelled else {}
-        return cls(dataset, predictions, scores)
+        if not labelled:
+            return cls(dataset, predictions, {})
+        rows = np.flatnonzero(~np.isnan(dataset.labels))
+        labels = torch.from_numpy(dataset.labels[rows]).to(
+            torch.long if dataset.task.classes else outputs.dtype
+        )
+        loss = float(dataset.task.loss(outputs[rows], labels))
+        return cls(dataset, predictions, score(dataset.task, dataset.labels, predictions), loss)
 
 
 @torch.no_grad()
@@ -144,7 +152,7 @@ def outputs(
     progress: dict[str, Any] = dict(
         total=len(dataset.n_tokens), desc=f"{task.name}-{dataset.split}", unit="row"
     )
-    with tqdm(**progress, leave=False) as bar, autocast(device, precision):
+    with progress_bar(**progress, leave=False) as bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
             rows = batch.rows[task.name]
             parts.append((rows, model(batch.to(device))[task.name].float()))
@@ -256,7 +264,8 @@ def show_results(
             unseen[name] = metrics
             print(f"{name} without the dev rows that are in train: {format_scores(metrics)}")
     print(f"checkpoint: {source}")
-    print(f"predictions: {', '.join(targets)}")
+    for folder, paths in itertools.groupby(sorted(targets), os.path.dirname):
+        print(f"predictions in {folder or '.'}: {', '.join(map(os.path.basename, paths))}")
     return scores, unseen
 
 

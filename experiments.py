@@ -35,6 +35,7 @@ from typing import IO, TextIO, cast
 import torch
 from filelock import FileLock
 
+from checkpoint import read_checkpoint
 from datasets import digest_files
 from flags import DEFAULT_SPACY_MODEL
 from options import config_arguments, given_flags, parse_options
@@ -250,11 +251,11 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
     row = {
         "run": run.digest,
         **run.identity,
-        "rows": "/".join(dict(re.findall(r"^(\w+): (\d+) training rows", text, re.M)).values()),
+        "rows": "/".join(dict(re.findall(r"(\w+) (\d+) training rows", text)).values()),
         **{
             tag.removeprefix("best/"): f"{events.Scalars(tag)[-1].value:.6f}"
             for tag in tags
-            if tag.startswith("best/")
+            if tag.startswith("best/") and tag != "best/mean"
         },
         "best_epoch": epoch,
         "seconds_per_epoch": f"{sum(epochs.values()) / len(epochs):.1f}",
@@ -263,7 +264,7 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
         "clipped": " ".join(re.findall(r"clipped share of coordinates (\d\S*),", text)),
         "threads": re.findall(r", (\d+) CPU threads", text)[-1],
         "jobs": processes[-1][-1],
-        "commit": re.findall(r"'commit': '(.*?)'", text)[-1],
+        "commit": read_checkpoint(checkpoint)["versions"]["commit"],
     }
     curves = [
         {key: row[key] for key in CURVE_COLUMNS[:4]}

@@ -485,7 +485,7 @@ def add_output_flags(flag: FlagAdder) -> None:
     flag.free(
         "--predictions_dir",
         metavar="DIR",
-        help="folder for predictions; default: predictions",
+        help="folder for predictions; default: predictions/RUN, to which predictions/latest leads",
     )
 
 

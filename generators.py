@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from attention import Sequences
 from base_bert import BertConfig
@@ -27,7 +26,7 @@ from datasets import Example
 from optimizer import AdamW
 from tasks import TASKS
 from tokenizer import BertTokenizer
-from utils import UserError, atomic_write, autocast, load_torch_file, one_line
+from utils import UserError, atomic_write, autocast, load_torch_file, one_line, progress_bar
 
 SST = TASKS["sst"]
 LABELS = range(len(SST.classes))
@@ -235,7 +234,7 @@ class LanguageModelGenerator(Generator):
             self.model.train()
             batches = self._batches(rng.sample(rows, len(rows)))
             rng.shuffle(batches)
-            for batch in tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False):
+            for batch in progress_bar(batches, desc=f"epoch {epoch}", unit="batch", leave=False):
                 self._train_step(batch, optimizer)
                 schedule.step()
             perplexity = self.perplexity(dev) if dev else math.nan

@@ -44,7 +44,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 import evaluation
-from checkpoint import checkpoint_content, new_run, plain, read_state
+from checkpoint import checkpoint_content, new_name, new_run, plain, read_state
 from datasets import TaskDataset
 from flags import SEARCH_SPACE, build_parser
 from multitask_classifier import fit, load_all, model_from_checkpoint
@@ -213,7 +213,7 @@ class SavedSearch(NamedTuple):
 
 def new_search(options: argparse.Namespace) -> Path:
     """Make the folder of a new search and return it."""
-    path, logs = new_run(options, "hpo")
+    path, logs = new_run(options, new_name(options, "hpo"))
     directory = path.with_suffix("").absolute()
     write_json(directory / "search.json", {"options": plain(options), "logs": str(logs.absolute())})
     return directory

@@ -14,8 +14,6 @@ if __name__ == "__main__":  # before PyTorch is imported
     # OpenMP threads wait actively. GNU's wait so long that two runs on the same cores nearly stop each
     # other. A shorter wait costs a single run a few per cent.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if os.environ.get("RANK", "0") != "0":  # the first process of a run shows the bars
-        os.environ["TQDM_DISABLE"] = "1"
 
 import argparse
 import contextlib
@@ -41,13 +39,21 @@ from curvature import add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from heads import SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
-from optimizer import AdamW, freeze_and_unfreeze
+from optimizer import freeze_and_unfreeze
 from options import changed_options
 from run_log import RunLog, describe_run
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, TASKS, Task, combine, task_loss
 from tokenizer import BertTokenizer
-from training import Answers, Parts, Step, Training, prepare_device, restored_training
+from training import (
+    Answers,
+    Parts,
+    Step,
+    Training,
+    clip_and_step,
+    prepare_device,
+    restored_training,
+)
 from utils import (
     ROOT,
     UserError,
@@ -262,28 +268,6 @@ def training_step(
     return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options.clip))
 
 
-def clip_and_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
-) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).to(loss.device)
-    total = norm + loss
-    check = torch.stack([loss, norm, total]).to("cpu", non_blocking=True)
-    arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-    # A GPU itself decides whether AdamW takes the step, and the host asks it one step later. On this
-    # depends whether Sophia's next step makes an estimate, so Sophia has to wait here.
-    if isinstance(optimizer, AdamW):
-        scale = ((norm + 1e-6) / clip).clamp_min(1) if clip else None
-        optimizer.step(grad_scale=scale, found_inf=1 - total.isfinite().float())
-    elif total.isfinite():
-        if clip:
-            nn.utils.clip_grads_with_norm_(trained, clip, norm)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return check, arrival
-
-
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:
     """Train the epochs that are left. After each epoch, evaluate on dev and keep the best model."""
     model, options = training.model, training.options
@@ -310,9 +294,15 @@ def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
     """Train, keep the best model and write its predictions; with `--resume`, continue a saved run.
     Return the best model's dev scores."""
     device = pick_device(options.use_gpu)
-    checkpoint.check_outputs(options)
     with contextlib.ExitStack() as locks:
         path, state = checkpoint.lock_state(options, locks)
+        run = (
+            path.stem
+            if path and state
+            else by_first(lambda: checkpoint.new_name(options, options.option))
+        )
+        options = checkpoint.name_predictions(options, run)
+        checkpoint.check_outputs(options)
         if path and state and state["training"] == "finished":
             print(f"{path.stem} is finished; its predictions are written again")
             return evaluate_only(changed_options(options, evaluate=[str(path.with_suffix(".pt"))]))
@@ -322,16 +312,17 @@ def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
         if path and state:
             checkpoint.check_unchanged(parts.data, state, path)
         else:
-            path, log_directory = by_first(lambda: checkpoint.new_run(options, options.option))
+            path, log_directory = by_first(lambda: checkpoint.new_run(options, run))
             locks.enter_context(lock_files([path], checkpoint.STILL_RUNNING))
         if rank() == 0:
-            describe_run(options, path.stem, device, parts.data, parts.tokenizer, parts.tagger)
+            print(describe_run(options, run, device, parts.model, parts.data))
         prepare_device(parts.model, device, options)
         if state:
             training = restored_training(parts, path, state)
             state = None  # on a GPU, it would keep a second copy of everything on the host
         else:
             training = Training(parts, path, RunLog(log_directory))
+            training.log.start(options, parts.data["train"], parts.tokenizer, parts.tagger)
         return train_and_evaluate(training, device)
 
 
@@ -344,6 +335,7 @@ def train_and_evaluate(training: Training, device: torch.device) -> evaluation.S
         with waiting as training.signals:
             start = time.perf_counter()
             fit(training)
+            training.print_epochs()
             training.print_costs(time.perf_counter() - start, device)
             scores = evaluate_best(training, device)
             training.save_finished()
@@ -371,6 +363,7 @@ def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores
     }
     source, train = f"{path} (epoch {content['epoch']})", training.data["train"]
     scores, unseen = evaluation.show_results(results, source, options, train)
+    checkpoint.link_latest(options)
     log.best(model, training.data["dev"], options, scores, unseen)
     return scores
 
@@ -549,6 +542,9 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
     predictions, return the scores."""
     device = pick_device(options.use_gpu)
     members = [load_trained(path, options) for path in options.evaluate]
+    first, *others = (Path(path).stem for path in options.evaluate)
+    run = f"{first}+{len(others)}" if others else first
+    options = checkpoint.name_predictions(options, run)
     checkpoint.check_outputs(options)
     with checkpoint.lock_predictions(options):
         results = {
@@ -562,7 +558,9 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
             f"{p} (epoch {m.content['epoch']})"
             for p, m in zip(options.evaluate, members, strict=True)
         ]
-        return evaluation.show_results(results, ", ".join(epochs), options, {})[0]
+        scores, _ = evaluation.show_results(results, ", ".join(epochs), options, {})
+        checkpoint.link_latest(options)
+        return scores
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -505,13 +505,6 @@ def build_optimizer(model: EncoderWithHeads, options: argparse.Namespace) -> tor
     With `--layer_lr_decay`, each layer of the encoder has groups of its own.
     """
     groups = parameter_groups(model, options)
-    for group in groups:
-        n_weights = sum(parameter.numel() for parameter in group["params"])
-        rate = f", rate {group['lr']:.3g}" if options.layer_lr_decay != 1 else ""
-        print(
-            f"{group['part']}: {len(group['params'])} tensors, {n_weights:,} weights, "
-            f"weight decay {group['weight_decay']:g}{rate}"
-        )
     row = OPTIMIZERS[options.optimizer]
     own = {name: getattr(options, name) for name in row.flags}
     return row.new(groups, lr=options.lr, betas=options.betas, **own)

@@ -160,8 +160,6 @@ def fill_defaults(
     # A checkpoint knows its own pipeline.
     if filled.additional_input and not filled.evaluate and filled.spacy_model is None:
         filled.spacy_model = DEFAULT_SPACY_MODEL
-    if filled.predictions_dir is None:
-        filled.predictions_dir = "predictions/smoketest" if filled.smoketest else "predictions"
     filled.tasks = {}
     for task in tasks:
         name = task.name
@@ -170,9 +168,6 @@ def fill_defaults(
             if getattr(filled, key) is None:
                 files = [find_data(filled.data_dir, file) for file in getattr(task, split)]
                 setattr(filled, key, files)
-            if split != "train" and getattr(filled, f"{key}_out") is None:
-                target = os.path.join(filled.predictions_dir, f"{name}-{split}-output.csv")
-                setattr(filled, f"{key}_out", target)
         filled.tasks[name] = dataclasses.replace(
             task,
             encoding=getattr(filled, f"{name}_encoding", "bi"),

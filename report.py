@@ -43,7 +43,9 @@ from utils import (
 )
 
 TEMPLATE = "report.html.j2"
-SETTINGS = "config bert_model option optimizer lr batch_size epochs samples_per_epoch seed moe".split()
+SETTINGS = (
+    "config bert_model option optimizer lr batch_size epochs samples_per_epoch seed moe".split()
+)
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 LENGTH_BINS = 5
 # Rows that are shown for each task.

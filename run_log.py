@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import datetime
 import gc
 import textwrap
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,24 @@ from tqdm import tqdm
 
 from batches import collate
 from bert import EncoderWithHeads
-from datasets import TaskDataset, rows_in_train
-from evaluation import Evaluation, confusion_figure
+from datasets import TaskDataset
+from evaluation import Evaluation, confusion_figure, mean_score
 from optimizer import Sophia
-from options import deciding
+from options import deciding, parse_options
 from streams import complain
 from tagging import Tagger
-from tasks import SPLITS
+from tasks import SPLITS, TASKS
 from tokenizer import BertTokenizer
-from utils import autocast, current_versions, rank
+from utils import autocast, current_versions, progress_bar, rank
 
 # Optimizer steps between two writes to TensorBoard, since each write waits for the GPU. A prime, so
 # that the steps that are looked at have changing distances from an estimate of the Hessian.
 LOG_EVERY = 7
 # Sentences in TensorBoard's projector; the vector of each takes some kilobytes of text.
 PROJECTED_ROWS = 256
+
+# Seconds between two lines about the progress of an epoch, at least.
+PROGRESS_SECONDS = 5.0
 
 
 class NoWriter:
@@ -59,6 +64,8 @@ class RunLog:
         self.n_steps = state["n_steps"]
         # (step, tag -> value) that are not written yet.
         self.waiting: list[tuple[int, dict[str, Any]]] = list(state["waiting"])
+        # Tokens of this process since the first step that is not written yet.
+        self.n_tokens, self.since = 0, 0.0
         # Sophia's shares of clipped coordinates in this epoch.
         self.clipped: list[float] = list(state["clipped"])
 
@@ -71,10 +78,35 @@ class RunLog:
             directory=directory, n_steps=self.n_steps, waiting=self.waiting, clipped=self.clipped
         )
 
-    def step(
-        self, losses: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, bar: tqdm
+    def start(
+        self,
+        options: argparse.Namespace,
+        train: Mapping[str, TaskDataset],
+        tokenizer: BertTokenizer,
+        tagger: Tagger | None,
     ) -> None:
-        """Log a step."""
+        """Log all options and versions, and the first row of each task as the model reads it."""
+        values = shown(vars(options)) | current_versions()
+        texts = {
+            "options": "\n".join(f"{name}: {value}" for name, value in sorted(values.items())),
+            "first rows": describe_examples(train, tokenizer, tagger),
+        }
+        with self._uncritical():
+            for tag, text in texts.items():
+                self.writer.add_text(tag, textwrap.indent(text, "    "))  # as code in Markdown
+
+    def step(
+        self,
+        losses: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        bar: tqdm,
+        n_tokens: int,
+    ) -> None:
+        """Log a step of `n_tokens` tokens in this process."""
+        if self.waiting:
+            self.n_tokens += n_tokens
+        else:  # the time of the step before the first one has other things in it
+            self.n_tokens, self.since = 0, time.perf_counter()
         self.n_steps += 1
         values: dict[str, Any] = {
             name if "/" in name else f"loss/{name}": loss for name, loss in losses.items()
@@ -91,6 +123,9 @@ class RunLog:
         if self.waiting and isinstance(optimizer, Sophia):
             statistics = {f"sophia/{key}": value for key, value in optimizer.statistics().items()}
             self.waiting[-1][1].update(statistics)
+        if self.waiting and self.n_tokens:
+            speed = self.n_tokens / (time.perf_counter() - self.since)
+            self.waiting[-1][1]["tokens_per_second"] = speed
         for step, values in self.waiting:
             values = {tag: float(value) for tag, value in values.items()}
             with self._uncritical():
@@ -132,6 +167,7 @@ class RunLog:
             for name, n in n_rows.items():
                 self.writer.add_scalar(f"rows/{name}", n, epoch)
             for name, evaluation in dev.items():
+                self.writer.add_scalar(f"dev_loss/{name}", evaluation.loss, epoch)
                 if evaluation.dataset.task.classes:
                     figure = confusion_figure(evaluation)
                     self.writer.add_figure(f"dev/{name}_confusion", figure, epoch)
@@ -177,6 +213,7 @@ class RunLog:
             for name, metrics in scores.items():
                 for metric, value in metrics.items():
                     self.writer.add_scalar(f"best/{name}_{metric}", value)
+            self.writer.add_scalar("best/mean", mean_score(scores))
 
     @torch.no_grad()
     def sentences(
@@ -223,6 +260,29 @@ class RunLog:
             self.broken = True
 
 
+class Progress:
+    """The rows of an epoch that are done, of all tasks: a bar on a terminal, elsewhere a line for every
+    tenth of the epoch. Only the first process shows it."""
+
+    def __init__(self, epoch: int, done: int, total: int):
+        self.epoch, self.first, self.total = epoch, done, total
+        self.bar = progress_bar(desc=f"epoch {epoch}", unit=" rows", initial=done, total=total)
+        self.tenth, self.start = 10 * done // total, time.perf_counter()
+        self.shown = self.start
+
+    def update(self, done: int) -> None:
+        """Show that this many rows are done."""
+        self.bar.update(done - self.bar.n)
+        tenth, now = 10 * done // self.total, time.perf_counter()
+        due = self.tenth < tenth < 10 and now - self.shown >= PROGRESS_SECONDS
+        if not self.bar.disable or rank() or not due:
+            return
+        self.tenth, self.shown = tenth, now
+        speed = (done - self.first) / (now - self.start)
+        left = datetime.timedelta(seconds=round((self.total - done) / speed))
+        print(f"epoch {self.epoch}: {10 * tenth}%, {speed:,.0f} rows/s, {left} left", flush=True)
+
+
 def shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options for people: of the tasks their names."""
     return dict(options) | {"tasks": ",".join(options["tasks"])}
@@ -232,31 +292,66 @@ def describe_run(
     options: argparse.Namespace,
     run: str,
     device: torch.device,
+    model: EncoderWithHeads,
     data: Mapping[str, Mapping[str, TaskDataset]],
-    tokenizer: BertTokenizer,
-    tagger: Tagger | None,
-) -> None:
-    """Print the options, one example of each task as the model sees it, and how many dev and test
-    rows are also in the training set."""
-    threads = torch.get_num_threads()
-    print(f"run {run} on {device}, {threads} CPU threads, {current_versions()}")
-    values = ", ".join(f"{key}={value}" for key, value in sorted(shown(vars(options)).items()))
-    wrapper = textwrap.TextWrapper(
-        100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-    )
-    print(wrapper.fill(f"options: {values}"))
+) -> str:
+    """Return the heading of a run: where and with what it trains, how its flags differ from the defaults,
+    and where it writes."""
+    rows = []
     for name, train in data["train"].items():
         orders = " in both orders" if train.both_orders else ""
-        label = train.task.name_of(train.labels[0])
-        print(f"{name}: {len(train)} training rows{orders}; the first: label {label}")
-        for column in train.columns:
+        others = [f"{len(data[s][name])} {s}" for s in SPLITS[1:] if name in data[s]]
+        rows.append(", ".join([f"{name} {len(train)} training rows{orders}", *others]))
+    config, n_weights = model.bert.config, sum(weight.numel() for weight in model.parameters())
+    sizes = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    heading = {
+        "run": run,
+        "device": f"{device}, {torch.get_num_threads()} CPU threads, precision {options.precision}",
+        "data": "; ".join(rows),
+        "model": f"{options.bert_model}, {sizes}, {n_weights / 1e6:.1f} million weights with the heads",
+        "flags": " ".join(changed_flags(options)) or "all as by default",
+        "writes": f"{options.models_dir}/{run}.pt, {options.predictions_dir}, {options.logdir}",
+    }
+    return "\n".join(
+        textwrap.fill(
+            f"{name:<8}{text}",
+            100,
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        for name, text in heading.items()
+    )
+
+
+def changed_flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags that decide a run's numbers and differ from their defaults, as they are typed."""
+    tasks = {name: TASKS.get(name, task) for name, task in options.tasks.items()}
+    defaults = shown(vars(parse_options(["--data_dir", options.data_dir], tasks=tasks)))
+    flags = [f"--config {options.config}"] if options.config else []
+    for name, value in shown(deciding(vars(options))).items():
+        if value == defaults[name] or name in ("bert_model", "precision"):
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{task}={number:g}" for task, number in value.items())
+        elif isinstance(value, list | tuple):
+            value = " ".join(map(str, value))
+        flags.append(f"--{name}" if value is True else f"--{name} {value}")
+    return flags
+
+
+def describe_examples(
+    train: Mapping[str, TaskDataset], tokenizer: BertTokenizer, tagger: Tagger | None
+) -> str:
+    """Return the first row of each task as the model reads it, a sequence on each line."""
+    lines = []
+    for name, dataset in train.items():
+        lines.append(f"{name}: label {dataset.task.name_of(dataset.labels[0])}")
+        for column in dataset.columns:
             ids, *tags = column.row(0)
             pieces = tokenizer.pieces_of(ids)
             if tagger:
                 rows = zip(pieces, *tags, strict=True)
                 pieces = [f"{piece}{tagger.describe(*ids)}" for piece, *ids in rows]
-            print(f"    {' '.join(pieces)}")
-        others = {s: data[s][name].examples for s in SPLITS[1:] if name in data[s]}
-        known = {split: rows_in_train(rows, train.examples) for split, rows in others.items()}
-        counts = [f"{rows.sum()} of {len(rows)} {split} rows" for split, rows in known.items()]
-        print(f"    known from training: {', '.join(counts) or 'no other files'}")
+            lines.append(f"    {' '.join(pieces)}")
+    return "\n".join(lines)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from datasets import Example, read_examples
 from flags import PRECISIONS
@@ -44,6 +43,7 @@ from utils import (
     positive_float,
     positive_int,
     probability,
+    progress_bar,
     seed,
     seed_everything,
     share,
@@ -221,7 +221,7 @@ def fill(draft: Draft, generator: Generator, screen: Screen, args: argparse.Name
     quota, rest = divmod(args.num_samples, len(LABELS))
     wanted = Counter({label: quota + 1 if label < rest else quota for label in LABELS})
     fruitless = 0
-    with tqdm(total=args.num_samples, initial=len(draft.rows), unit="sentence") as bar:
+    with progress_bar(total=args.num_samples, initial=len(draft.rows), unit="sentence") as bar:
         while fruitless < FRUITLESS_ROUNDS:
             missing = wanted - Counter(sentence.label for sentence in draft.rows)
             if not missing:

@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
-from tqdm import tqdm
 
-from utils import UserError, one_line
+from utils import UserError, one_line, progress_bar
 
 NONE = "none"  # the label of id 0
 # Characters of a sentence that spaCy reads: more than any encoder has positions for.
@@ -319,7 +318,7 @@ class Tagger:
         found: dict[str, bytes] = {}
         unlisted: Counter[str] = Counter()
         description = f"tagging {title}"
-        with tqdm(total=len(sentences), desc=description, unit="sentence", delay=1) as bar:
+        with progress_bar(total=len(sentences), desc=description, unit="sentence", delay=1) as bar:
             for part in run_spacy(self._nlp, self.pipeline, sentences):
                 self._write(part.tokens)
                 found |= part.tokens

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluation
@@ -29,13 +29,14 @@ from checkpoint import (
 from datasets import TaskDataset
 from optimizer import (
     STEP_SCHEDULES,
+    AdamW,
     Sophia,
     build_optimizer,
     build_scheduler,
     freeze_and_unfreeze,
 )
 from profiler import StepProfiler
-from run_log import RunLog
+from run_log import Progress, RunLog
 from streams import complain
 from tagging import Tagger
 from tasks import Task
@@ -94,6 +95,28 @@ class Step(NamedTuple):
         return None if finite else f"loss {loss:g}, norm of the gradients {norm:g}"
 
 
+def clip_and_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival."""
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).to(loss.device)
+    total = norm + loss
+    check = torch.stack([loss, norm, total]).to("cpu", non_blocking=True)
+    arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+    # A GPU itself decides whether AdamW takes the step, and the host asks it one step later. On this
+    # depends whether Sophia's next step makes an estimate, so Sophia has to wait here.
+    if isinstance(optimizer, AdamW):
+        scale = ((norm + 1e-6) / clip).clamp_min(1) if clip else None
+        optimizer.step(grad_scale=scale, found_inf=1 - total.isfinite().float())
+    elif total.isfinite():
+        if clip:
+            nn.utils.clip_grads_with_norm_(trained, clip, norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return check, arrival
+
+
 class Training:
     """Everything that a run changes while it trains.
 
@@ -101,7 +124,7 @@ class Training:
     process needs to `restore` it and to get the same numbers.
     """
 
-    bar: tqdm  # of this epoch
+    progress: Progress  # of this epoch
 
     def __init__(self, parts: Parts, path: Path, log: RunLog):
         self.model, self.tokenizer, self.tagger, self.data, self.options = parts
@@ -126,6 +149,8 @@ class Training:
         if options.dev_rows:
             self.dev = {name: rows.sample(options.dev_rows) for name, rows in self.dev.items()}
         self.best: float | None = None  # dev score that selected the saved model
+        # For each epoch: seconds, scores on train and on dev, mean score.
+        self.history: list[tuple[float, evaluation.Scores, evaluation.Scores, float]] = []
         self.best_epoch = 0
         # Scores on dev after the last epoch, and on train during it (with dropout).
         self.scores: evaluation.Scores = {}
@@ -179,29 +204,23 @@ class Training:
             row_multiples=self.row_multiples,
             twice=[name for name, weight in options.rdrop.items() if weight],
         )
-        sequences = sum(
-            multiple * options.tasks[name].sequences_per_row(twice=options.rdrop[name] > 0)
-            for name, multiple in self.row_multiples.items()
-        )
         self.model.train()
-        with tqdm(
-            desc=f"epoch {self.epoch + 1}",
-            unit=" sentences",
-            initial=round(self._rows_seen() * sequences),
-            total=round(options.samples_per_epoch * sequences),
-        ) as self.bar:
+        total = round(options.samples_per_epoch * sum(self.row_multiples.values()))
+        self.progress = Progress(self.epoch + 1, self._rows_seen(), total)
+        with self.progress.bar:
             yield from itertools.islice(windows, self.n_windows, None)
             with uninterrupted():
                 self.settle()
-                self.log.flush(self.optimizer, self.bar)
+                self.log.flush(self.optimizer, self.progress.bar)
             if self.profiler:
                 self.profiler.close()
         self.seconds = time.perf_counter() - self.began
 
     def _rows_seen(self) -> int:
-        """Return the rows of each task that this epoch has seen."""
+        """Return the rows of all tasks that this epoch has seen."""
         rows = self.n_windows * self.options.batch_size * self.options.grad_accumulation
-        return min(rows, self.options.samples_per_epoch)
+        multiples = sum(self.row_multiples.values())
+        return round(min(rows, self.options.samples_per_epoch) * multiples)
 
     def record(self, step: Step, window: list[Batch]) -> None:
         """Settle a step: at once, or on a GPU just before the optimizer's next step, while the GPU is
@@ -222,15 +241,16 @@ class Training:
             if self.average:
                 self.average.update_parameters(self.model)
             self.answers.extend(step.answers)
-            self.log.step(step.losses, self.optimizer, self.bar)
+            values = step.losses | {"gradients/norm": step.check[1]}
+            n_tokens = sum(len(batch.input_ids) for batch in window)
+            self.log.step(values, self.optimizer, self.progress.bar, n_tokens)
         else:
             self.skipped_steps += 1
             self.consecutive_skips += 1
         if self.options.scheduler in STEP_SCHEDULES:
             self.scheduler.step()
         self.n_windows += 1
-        done = self.bar.total * self._rows_seen() // self.options.samples_per_epoch
-        self.bar.update(done - self.bar.n)
+        self.progress.update(self._rows_seen())
         if self.profiler:
             self.profiler.step()
         if self.consecutive_skips >= self.options.max_bad_steps:
@@ -277,6 +297,7 @@ class Training:
             train_text = evaluation.format_scores(self.train_scores.get(name, {}))
             dev_text = evaluation.format_scores(self.scores.get(name, {})) or "none"
             print(f"  {name}: {n} rows, train {train_text}; dev {dev_text}")
+        self.history.append((self.seconds, self.train_scores, self.scores, mean))
         self._start_epoch()
 
     def _keep_if_best(self, mean: float) -> str:
@@ -356,6 +377,7 @@ class Training:
                 "best_epoch": self.best_epoch,
                 "n_windows": self.n_windows,
                 "train_scores": self.train_scores,
+                "history": self.history,
                 "skipped_steps": self.skipped_steps,
                 "consecutive_skips": self.consecutive_skips,
                 "seconds": time.perf_counter() - self.began,
@@ -377,7 +399,7 @@ class Training:
         for name, sampler in self.samplers.items():
             sampler.load_state_dict(saved["samplers"][name])
         self.epoch, self.scores = state["epoch"], state["dev_scores"]
-        self.train_scores = saved["train_scores"]
+        self.train_scores, self.history = saved["train_scores"], list(saved["history"])
         self._start_epoch()
         self.n_windows = saved["n_windows"]
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
@@ -392,6 +414,22 @@ class Training:
         self.consecutive_skips = saved["consecutive_skips"]
         self.began -= saved["seconds"]
 
+    def print_epochs(self) -> None:
+        """Print a table of the epochs, with the first score of each task on train and dev."""
+        names = list(self.options.tasks)
+        table = [["epoch", "seconds", *names, self.options.select or "mean", ""]]
+        for epoch, (seconds, *scores, mean) in enumerate(self.history, 1):
+            cells = []
+            for name in names:
+                firsts = [next(iter(split.get(name, {}).values()), math.nan) for split in scores]
+                cells.append("/".join(f"{value:.3f}" for value in firsts))
+            best = "best" if epoch == self.best_epoch else ""
+            table.append([f"{epoch}", f"{seconds:.0f}", *cells, f"{mean:.4f}", best])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print("\ntrain/dev scores after each epoch")
+        for row in table:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+
     def print_costs(self, seconds: float, device: torch.device) -> None:
         """Print how much of the training time was spent on saving, and the peak memory of a GPU."""
         print(f"saving took {self.saving_seconds:.1f} s of {seconds:.0f} s")
@@ -402,7 +440,8 @@ class Training:
     def describe_saved(self) -> str:
         """Return what is on the disk, for people to read."""
         checkpoint = self.path.with_suffix(".pt")
-        model = f"the best model so far is {checkpoint}" if checkpoint.exists() else "no model yet"
+        none = "no epoch is done yet, so there is no model"
+        model = f"the best model so far is {checkpoint}" if checkpoint.exists() else none
         return f"{model}; continue with --resume {self.path}" if self.path.exists() else model
 
 

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from streams import (
     LostOutput,
@@ -434,6 +435,11 @@ def cpu_features() -> list[str]:
         "amx": torch.cpu._is_amx_tile_supported(),
     }
     return [name for name, is_there in supported.items() if is_there]
+
+
+def progress_bar(*args: Any, **settings: Any) -> tqdm:
+    """Make a progress bar, which the first process shows on a terminal: a log file would be full of it."""
+    return tqdm(*args, disable=True if rank() else None, **settings)
 
 
 def autocast(device: torch.device, precision: str = "auto"):
