@@ -2,6 +2,7 @@
 
     python experiments.py run NAME... --data_dir data --bert_model minilm
     python experiments.py table --write
+    python experiments.py compare baseline best
     python experiments.py plot
 
 Start it in the folder of the repository. A recipe is `recipes/NAME.json`, a table of flags of
@@ -16,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -30,13 +32,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
+import numpy as np
 import torch
 from filelock import FileLock
 
 from checkpoint import read_checkpoint
-from datasets import digest_files
+from datasets import digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
 from options import config_arguments, given_flags, parse_options
 from result_tables import (
@@ -45,21 +48,28 @@ from result_tables import (
     CURVE_COLUMNS,
     CURVES,
     FIGURE,
+    HEADINGS,
     IDENTITY,
+    PREDICTIONS,
     RECIPES,
     RESULTS,
     Budget,
     block_of,
+    by_setting,
+    format_difference,
+    format_table,
     main_scores,
+    pairs_of,
     read_table,
     recipe_path,
     recorded_flags,
     summarize,
     write_tables,
 )
-from streams import Parser
+from significance import difference, holm, permutation_test
+from streams import Parser, write_required
 from tagging import Pipeline
-from tasks import TASKS, plain_rows
+from tasks import TASKS, Task, plain_rows
 from utils import (
     ROOT,
     UserError,
@@ -73,7 +83,7 @@ from utils import (
 )
 
 SEEDS = (11711, 1, 2, 3, 4)
-RUNS, PREDICTIONS = Path("models/experiments"), Path("results/predictions")
+RUNS = Path("models/experiments")
 # Flags that this program sets itself.
 OWN_FLAGS = set("config seed resume evaluate hpo models_dir logdir predictions_dir".split())
 WITH_PREDICTIONS = ("baseline", "best")  # recipes whose test predictions are kept
@@ -105,6 +115,10 @@ class Run:
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
+
+    @property
+    def kept(self) -> Path:
+        return PREDICTIONS / f"{self.name.replace('/', '-')}.npz"
 
 
 def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
@@ -243,6 +257,7 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
     checkpoint, epoch = re.findall(r"^checkpoint: (.*) \(epoch (\d+)\)$", text, re.M)[-1]
     directory = run.folder / "logdir" / Path(checkpoint).stem
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    versions = read_checkpoint(checkpoint)["versions"]
     epochs = {n: int(s) for n, s in re.findall(r"^epoch (\d+): (\d+) s,", text, re.M)}
     processes = re.findall(r"^process: .*, (\d+) s, (\d+) MB(?:, (\d+) at once)?$", text, re.M)
     gpu_peaks = re.findall(r"^memory of .*: ([\d,]+) MB at most$", text, re.M)
@@ -264,7 +279,8 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
         "clipped": " ".join(re.findall(r"clipped share of coordinates (\d\S*),", text)),
         "threads": re.findall(r", (\d+) CPU threads", text)[-1],
         "jobs": processes[-1][-1],
-        "commit": read_checkpoint(checkpoint)["versions"]["commit"],
+        "commit": versions["commit"],
+        "torch": versions["torch"],
     }
     curves = [
         {key: row[key] for key in CURVE_COLUMNS[:4]}
@@ -281,13 +297,43 @@ def record(run: Run) -> dict[str, str]:
     """Write the results of a finished run. Its row comes last: with it, the run is done."""
     row, curves = read_outcome(run)
     add_rows(CURVES, curves, CURVE_COLUMNS, CURVE_COLUMNS[:-1])
-    if row["recipe"] in WITH_PREDICTIONS and row["budget"] == str(BUDGETS["full"]):
-        for path in (run.folder / "predictions").glob("*-test-output.csv"):
-            target = PREDICTIONS / f"{row['recipe']}-seed{row['seed']}" / path.name
-            with atomic_write(target) as temporary:
-                shutil.copyfile(path, temporary)
+    keep_predictions(run)
     add_rows(RESULTS, [row], COLUMNS, ["run"])
     return row
+
+
+def keep_predictions(run: Run) -> None:
+    """Keep a finished run's labels and predictions of dev, score -> [2, labelled rows], and of some
+    recipes its prediction files of test."""
+    arrays: dict[str, Any] = {}
+    for task, both in dev_predictions(run).items():
+        kind = np.min_scalar_type(len(task.classes)) if task.classes else np.float32
+        arrays[f"{task.name}_{task.metrics[0]}"] = both.astype(kind)
+    if run.identity["recipe"] in WITH_PREDICTIONS and run.identity["budget"] == str(
+        BUDGETS["full"]
+    ):
+        for path in (run.folder / "predictions").glob("*-test-output.csv"):
+            with atomic_write(run.kept.with_suffix("") / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+    with atomic_write(run.kept) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def dev_predictions(run: Run) -> dict[Task, np.ndarray]:
+    """Read the labels and predictions of each task, [2, labelled dev rows]."""
+    import pandas as pd
+
+    options, found = parse_options(list(run.arguments)), {}
+    for name, task in options.tasks.items():
+        if files := getattr(options, f"{name}_dev"):
+            numbers = itertools.count(1)
+            rows = [row for file in files for row in read_examples(file, task, "dev", numbers)]
+            path = run.folder / "predictions" / f"{name}-dev-output.csv"
+            table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+            predicted = table[task.prediction_column].map(task.parse_label)
+            both = np.array([[row.label for row in rows], predicted])
+            found[task] = both[:, ~np.isnan(both[0])]
+    return found
 
 
 def add_rows(path: Path, rows: list[dict[str, str]], columns: list[str], key: list[str]) -> None:
@@ -312,6 +358,9 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
     wanted = [plan_run(name, seed, args.budget, flags) for seed in seeds for name in args.names]
     done = set(read_table(RESULTS, COLUMNS)["run"])
     missing = {run.digest: run for run in wanted if run.digest not in done}.values()
+    for run in wanted:
+        if run.digest in done and not run.kept.exists() and (run.folder / "predictions").is_dir():
+            keep_predictions(run)
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already")
     children, failed = Children(), []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -337,6 +386,34 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
         raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
+# --------------------------------------------------------------------------------------- comparison
+
+
+def compare_recipes(names: list[str], budget: str) -> None:
+    """Do `compare`: print how recipes differ from the first, in each setting that they share."""
+    shown = summarize(read_table(RESULTS, COLUMNS))
+    shown = [s for s in shown if not s.remark and s.cells["budget"] == BUDGETS[budget].title]
+    rows, p_values = [], []
+    for group in by_setting(shown):
+        of_recipe = {summary.recipe: summary for summary in group}
+        first = of_recipe.get(names[0])
+        for name in names[1:]:
+            pairs = pairs_of(first, of_recipe[name]) if first and name in of_recipe else {}
+            scores = {score: [pair] for score, pair in pairs.items()}
+            for score, of_score in (scores | {"mean": [*pairs.values()]} if pairs else {}).items():
+                found = difference(of_score)
+                p_values.append(max(found.p, permutation_test(of_score)))
+                row = {"recipe": name, "setting": ", ".join(group[0].setting[:3])}
+                row |= {"seeds": str(len(of_score[0].first)), "score": HEADINGS.get(score, score)}
+                rows.append(row | {"difference (95% interval)": format_difference(found)})
+    if not rows:
+        wanted = f"of two of these recipes, with the same seeds and --budget {budget}"
+        raise UserError(f"{PREDICTIONS}: no dev predictions {wanted}; `run` makes them")
+    for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
+        row |= {"p": f"{p:.4f}", "p, Holm": f"{corrected:.4f}"}
+    write_required(f"Differences from {names[0]}:\n\n{format_table(rows, list(rows[0]))}\n")
+
+
 # ------------------------------------------------------------------------------------------- curves
 
 
@@ -355,7 +432,7 @@ def plot_curves(names: list[str], budget: str) -> None:
             or (not names and block_of(summary.recipe) == "main")
         )
     ]
-    runs = set().union(*(summary.runs for summary in shown))
+    runs = {run for summary in shown for run in summary.runs.values()}
     curves = curves[curves["run"].isin(runs) & (curves["split"] == "dev")]
     scores = main_scores(curves["metric"].unique())
     if not scores:
@@ -365,7 +442,7 @@ def plot_curves(names: list[str], budget: str) -> None:
     for summary in shown:
         name = f"{summary.recipe} {summary.remark}".strip()
         label = f"{name} ({', '.join(summary.setting[:3])}, seeds: {summary.cells['seeds']})"
-        own = curves[curves["run"].isin(summary.runs)]
+        own = curves[curves["run"].isin(summary.runs.values())]
         for panel, score in zip(panels, scores, strict=True):
             values = own[own["metric"] == score].groupby("epoch")["value"]
             (line,) = panel.plot(values.mean(), label=label, marker=".")
@@ -414,6 +491,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     table = commands.add_parser("table", help="print the tables of results")
     pages = "write them into README.md and docs/, between their markers"
     table.add_argument("--write", action="store_true", help=pages)
+    compare = commands.add_parser("compare", help="say how recipes differ from the first one")
+    compare.add_argument("names", nargs="+", metavar="NAME", help="recipes, two or more")
+    compare.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
     curves = commands.add_parser("plot", help="draw the learning curves, results/curves.png")
     default = "default: those of docs/results.md"
     curves.add_argument("names", nargs="*", metavar="NAME", help=default)
@@ -433,6 +513,8 @@ def main(argv: list[str] | None = None) -> int:
             run_missing(args, flags)
         elif args.command == "table":
             write_tables(args.write)
+        elif args.command == "compare":
+            compare_recipes(args.names, args.budget)
         else:
             plot_curves(args.names, args.budget)
 

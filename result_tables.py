@@ -1,5 +1,6 @@
 """Tables of the results that `experiments.py` writes, and the pages that show them."""
 
+import functools
 import json
 import re
 import textwrap
@@ -9,7 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from evaluation import METRICS
 from options import config_arguments, deciding, given_flags
+from significance import Difference, Pair
 from streams import write_required
 from tasks import CLASS_METRICS, NUMBER_METRICS, TASKS
 from utils import UserError, atomic_write
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
 
 RECIPES, README, DOCS = Path("recipes"), Path("README.md"), Path("docs")
 RESULTS, CURVES = Path("results/results.csv"), Path("results/curves.csv")
-FIGURE = Path("results/curves.png")
+FIGURE, PREDICTIONS = Path("results/curves.png"), Path("results/predictions")
 
 
 class Budget(NamedTuple):
@@ -40,7 +45,7 @@ MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.i
 METRIC_OF_SCORE = re.compile(rf"(\w+?)_({'|'.join((*CLASS_METRICS, *NUMBER_METRICS))})")
 IDENTITY = "recipe budget seed encoder precision flags data pipeline device".split()
 COLUMNS = ["run", *IDENTITY, "rows", *SCORES, "best_epoch", "seconds_per_epoch", "seconds"]
-COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit"]
+COLUMNS += ["peak_memory_mb", "clipped", "threads", "jobs", "commit", "torch"]
 CURVE_COLUMNS = ["run", "recipe", "budget", "seed", "epoch", "split", "metric", "value"]
 # Flags that are not in the column "flags", since other columns say what they choose.
 WITH_COLUMNS = set("seed epochs samples_per_epoch bert_model precision data_dir use_gpu".split())
@@ -56,13 +61,9 @@ PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
 VARIANTS = ["best", "ablations", "sophia"]
-SETTING = [
-    "encoder",
-    "precision",
-    "device",
-    "budget",
-    "tasks",
-]  # rows that differ in these do not compare
+SETTING = (
+    "encoder precision device budget tasks".split()
+)  # rows that differ in these do not compare
 HEADINGS = MAIN_SCORES | {
     "sst_macro_f1": "sentiment, macro-F1",
     "para_macro_f1": "paraphrase, macro-F1",
@@ -128,8 +129,9 @@ def read_table(path: Path, columns: list[str]) -> "pd.DataFrame":
         return pd.DataFrame(columns=columns, dtype=str)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        # Rows from before a task was added lack its scores.
-        table[[name for name in columns if name in SCORES and name not in table]] = ""
+        # Rows from before a task or a column was added lack it.
+        later = *SCORES, "torch"
+        table[[name for name in columns if name in later and name not in table]] = ""
         own = [c for c in table if c not in columns and METRIC_OF_SCORE.fullmatch(c)]
         return table[[*columns, *own]]
     except (OSError, ValueError, KeyError) as error:
@@ -141,7 +143,7 @@ class Summary(NamedTuple):
 
     recipe: str
     remark: str  # how its flags differ from those in its file
-    runs: set[str]
+    runs: dict[str, str]  # seed -> run
     means: "pd.Series"  # seed -> mean score
     n_rows: int  # of each task in all epochs
     seconds: float  # of an epoch
@@ -188,9 +190,35 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     cells |= {column: format_spread(group[column]) for column in scores}
     cells |= {"mean": format_spread(means)}
     cells["tasks"] = "" if names == set(TASKS) else ", ".join(sorted(names))
-    remark, runs = describe_flags(flags, known.get(recipe)), set(group["run"])
+    remark, runs = describe_flags(flags, known.get(recipe)), dict(
+        zip(group["seed"], group["run"], strict=True)
+    )
     n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
     return Summary(recipe, remark, runs, means, n_rows, seconds, setting, cells)
+
+
+def pairs_of(first: Summary, second: Summary) -> dict[str, Pair]:
+    """Return the dev predictions of two recipes for the seeds that both have: score -> pair. Empty if
+    a run has none, or other rows."""
+    seeds = [seed for seed in second.runs if seed in first.runs]
+    runs = [read_predictions(recipe.runs[seed]) for recipe in (first, second) for seed in seeds]
+    pairs = {}
+    for score, (labels, _) in runs[0].items() if runs else ():
+        if not all(score in run and np.array_equal(run[score][0], labels) for run in runs):
+            return {}
+        predictions = np.stack([run[score][1] for run in runs])
+        metric = METRICS[METRIC_OF_SCORE.sub(r"\2", score)]
+        pairs[score] = Pair(metric, labels, *np.split(predictions, 2))
+    return pairs
+
+
+@functools.cache
+def read_predictions(run: str) -> dict[str, np.ndarray]:
+    """Read the labels and predictions of dev that a run left, score -> [2, rows]; {} if it left none."""
+    for path in PREDICTIONS.glob(f"*-{run}.npz"):
+        with np.load(path) as arrays:
+            return {name: arrays[name].astype(float) for name in arrays}
+    return {}
 
 
 def by_setting(summaries: list[Summary]) -> list[list[Summary]]:
@@ -217,6 +245,10 @@ def format_spread(values: "pd.Series", form: str = ".3f") -> str:
         return ""
     mean = f"{values.mean():{form}}"
     return mean if len(values) == 1 else f"{mean} ± {values.std():{form.removeprefix('+')}}"
+
+
+def format_difference(found: Difference) -> str:
+    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
 
 
 def describe_flags(flags: dict[str, Any], known: dict[str, Any] | None) -> str:

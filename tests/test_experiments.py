@@ -113,15 +113,34 @@ def test_a_row_is_what_the_run_gave(trained, small_data):
     assert all(line in output for line in re.findall(r"^epoch \d: \d+ s,.*", log, re.M))
 
 
-def test_test_predictions_are_kept(trained):
-    """In a folder with the names of the recipe and the seed, so that no other run replaces them."""
+def test_predictions_are_kept(trained, small_data):
+    """Those of dev give the scores again; those of test have the name of the run, so that a run on
+    another device does not replace them."""
     folder, _, _ = trained
-    predictions = folder / "results" / "predictions"
-    kept = {path.relative_to(predictions): path.read_bytes() for path in predictions.rglob("*.csv")}
-    (run,) = folder.glob("models/experiments/baseline-*")
-    written = {path.name: path.read_bytes() for path in run.glob("predictions/*-test-output.csv")}
-    assert kept == {Path("baseline-seed11711", name): text for name, text in written.items()}
-    assert len(kept) == 3
+    (row,), (run,) = rows_of(folder / RESULTS), folder.glob("models/experiments/baseline-*")
+    kept = folder / "results/predictions" / f"{run.name}.npz"
+    with np.load(kept) as arrays:
+        assert set(arrays) == {"sst_accuracy", "para_accuracy", "sts_pearson"}
+        for name in ("sst_accuracy", "para_accuracy"):
+            assert float(row[name]) == pytest.approx(accuracy_score(*arrays[name]), abs=1e-6)
+            assert arrays[name].dtype == np.uint8
+        expected = pytest.approx(np.corrcoef(*arrays["sts_pearson"])[0, 1], abs=1e-5)
+        assert float(row["sts_pearson"]) == expected
+    copies = {path.name: path.read_bytes() for path in kept.with_suffix("").iterdir()}
+    tests = {path.name: path.read_bytes() for path in run.glob("predictions/*-test-output.csv")}
+    assert copies == tests and len(tests) == 3
+    assert row["torch"] == torch.__version__
+
+
+def test_predictions_of_an_earlier_run_are_kept_too(trained, flags, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setitem(BUDGETS, "full", BUDGET)
+    (kept,) = Path("results/predictions").glob("*.npz")
+    before = kept.read_bytes()
+    kept.unlink()
+    monkeypatch.setattr(ex, "train", None)
+    assert ex.main(["run", "baseline", "--seeds", "1", *flags]) == 0
+    assert kept.read_bytes() == before
 
 
 def test_a_failed_run_stops_no_other(trained):

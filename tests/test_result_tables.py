@@ -15,6 +15,7 @@ from scipy import stats
 from test_experiments import RECIPE, write_recipes
 
 import experiments as ex
+import result_tables
 from result_tables import (
     COLUMNS,
     CURVE_COLUMNS,
@@ -33,6 +34,7 @@ PAGE = Path("docs/page.md")
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """The working folder, empty but for a recipe and a folder for pages."""
+    result_tables.read_predictions.cache_clear()
     monkeypatch.chdir(tmp_path)
     write_recipes(baseline=RECIPE)
     PAGE.parent.mkdir()
@@ -203,6 +205,68 @@ def test_the_summary_has_one_setting_and_the_figures_of_others():
         "| best published single-task models | one each | 0.598 | 0.924 (doubtful) | 0.929 |",
     ]
     assert "4 epochs of 10,000 rows" in " ".join(text.split()) and "](docs/results.md)" in text
+
+
+def keep(recipe, seed, run, scores):
+    """Keep predictions: score -> labels and predictions."""
+    path = Path("results/predictions", f"{recipe}-4x10000-seed{seed}-{run}.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **scores)
+
+
+def made_up(generator, labels, share):
+    """Return labels, and predictions of which this share is right."""
+    return np.stack([labels, np.where(generator.random(len(labels)) < share, labels, 1 - labels)])
+
+
+def write_compared(n_tasks=3, gain=0.35):
+    """Five seeds of recipes with so many tasks. `far` is better by `gain`."""
+    names = [*MAIN_SCORES][:1] + [f"task{n}_matthews" for n in range(2, n_tasks + 1)]
+    generator = np.random.default_rng(0)
+    labels = {name: generator.integers(2, size=300) for name in names}
+    write_recipes(near=RECIPE, far=RECIPE)
+    rows = []
+    for recipe, share in {"baseline": 0.6, "near": 0.6, "far": 0.6 + gain}.items():
+        for seed in range(1, 6):
+            run = f"{recipe}{seed}"
+            scores = {name: made_up(generator, labels[name], share) for name in names}
+            keep(recipe, seed, run, scores)
+            row = result(recipe, seed, (0.5, 0.5, 0.5)) | {"run": run}
+            row |= dict.fromkeys(MAIN_SCORES, "")
+            rows.append(row | {n: f"{np.mean(a[0] == a[1]):.6f}" for n, a in scores.items()})
+    write_results(*rows)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 5])
+def test_recipes_are_compared_for_each_task_and_the_mean(n_tasks, capsys):
+    write_compared(n_tasks)
+    assert ex.main(["compare", "baseline", "far", "near"]) == 0
+    first = capsys.readouterr().out
+    lines = [line[2:-2].split(" | ") for line in first.splitlines() if line.startswith("| ")]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    tasks = ["sentiment", *(f"task{n}_matthews" for n in range(2, n_tasks + 1)), "mean"]
+    assert [(row["recipe"], row["score"]) for row in rows] == [
+        (recipe, task) for recipe in ("far", "near") for task in tasks
+    ]
+    for row in rows:
+        text = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", row["difference (95% interval)"])
+        value, low, high = map(float, text.groups())
+        assert low < value < high and row["seeds"] == "5"
+        assert (low > 0) == (row["recipe"] == "far")
+        assert float(row["p"]) <= float(row["p, Holm"]) <= 1
+        assert (float(row["p, Holm"]) < 0.05) == (row["recipe"] == "far")
+    assert ex.main(["compare", "baseline", "far", "near"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_recipes_with_other_rows_or_seeds_are_not_compared(capsys):
+    write_compared()
+    scores = {name: np.zeros((2, 9)) for name in MAIN_SCORES}
+    keep("far", 2, "far2", scores)
+    result_tables.read_predictions.cache_clear()
+    assert ex.main(["compare", "baseline", "far"]) == 1
+    assert "no dev predictions of two of these recipes" in capsys.readouterr().err
+    assert ex.main(["compare", "baseline", "near", "--budget", "gpu"]) == 1
 
 
 @pytest.mark.parametrize("name, end", [("main", ""), ("other", END)])
