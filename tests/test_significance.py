@@ -36,16 +36,24 @@ def test_the_covariance_is_that_of_scipys_bootstrap(pair):
 
 def test_the_permutation_test_is_scipys(pair):
     """For one seed, where both exchange single rows."""
-    weaker = pair.first.copy()
-    weaker[0, :60] = pair.second[0, :60]
-    data, single = (weaker[0], pair.second[0]), Pair(
-        pair.metric, pair.labels, weaker[:1], pair.second[:1]
-    )
+    weaker = pair.first[0].copy()
+    weaker[:40] = pair.second[0, :40]
+    data = weaker, pair.second[0]
     gain = functools.partial(gain_of, pair, pair.labels)
     options = dict(permutation_type="samples", n_resamples=4000, vectorized=True, axis=-1)
-    expected = stats.permutation_test(data, gain, rng=1, **options).pvalue
-    assert expected < 0.99
-    assert permutation_test([single]) == pytest.approx(expected, abs=0.05)
+    found = stats.permutation_test(data, gain, rng=1, **options)
+    expected = np.mean(np.abs(found.null_distribution) >= abs(found.statistic) - 1e-12)
+    single = Pair(pair.metric, pair.labels, weaker[None], pair.second[:1])
+    assert permutation_test([single]) == pytest.approx(expected, abs=0.06)
+
+
+def test_the_permutation_test_of_an_accuracy_is_the_sign_test():
+    generator = np.random.default_rng(3)
+    first, second = (generator.random((2, 1, 300)) < [[[0.6]], [[0.67]]]).astype(float)
+    wins, losses = int((second > first).sum()), int((second < first).sum())
+    expected = stats.binomtest(wins, wins + losses).pvalue
+    pair = Pair(METRICS["accuracy"], np.ones(300), first, second)
+    assert permutation_test([pair]) == pytest.approx(expected, abs=0.06)
 
 
 def test_a_repeated_seed_adds_nothing(pair):
