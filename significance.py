@@ -25,7 +25,7 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What two recipes predict for the same labelled rows. A single model is a recipe of one seed."""
+    """The predictions of two recipes for the same labelled rows. A single model has one seed."""
 
     metric: Callable[[np.ndarray, np.ndarray], np.ndarray]  # as in evaluation.METRICS
     labels: np.ndarray  # [n_rows]
@@ -45,7 +45,7 @@ class Pair:
 
     @functools.cached_property
     def covariance(self) -> np.ndarray:
-        """How the choice of rows makes `gains` vary together, [seeds, seeds]: a bootstrap over rows
+        """The covariance of `gains` over other choices of rows, [seeds, seeds]: a bootstrap over rows
         (Efron 1979), the same ones for both recipes and all seeds."""
         resamples = (
             Pair(self.metric, self.labels[rows], self.first[:, rows], self.second[:, rows])
