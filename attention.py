@@ -1,16 +1,20 @@
-"""Ways to compute attention on packed sequences: one for CPUs, one for CUDA, one for everything else.
+"""Ways to compute attention on packed sequences: one for CPUs, some for CUDA, one for everything else.
 
 Each takes qkv [N, 3, H, K], the queries, keys and values as one linear layer gives them, and
 returns the context [N, H, K]. Axes as in bert.py: N tokens of all sequences, B sequences, S tokens
 of one sequence, H heads, K width of a head.
 """
 
+import functools
 import itertools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from streams import complain
 
 
 class Sequences(NamedTuple):
@@ -53,7 +57,7 @@ def by_head(tokens: Tensor, run: tuple[int, int]) -> Tensor:
 
 def plain_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
     """Compute attention for one run after the other, with plain operations. Works on any device, and
-    is the only one of the four that has a second derivative."""
+    is the only one here that has a second derivative."""
     contexts = []
     for part, run in zip(qkv.split(sequences.sizes), sequences.runs, strict=True):
         query, key, value = by_head(part, run)  # 3 x [B, H, S, K]
@@ -98,6 +102,42 @@ def flash_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor
         *qkv.unbind(1), *limits, dropout_p=dropout, is_causal=False, return_debug_mask=False
     )
     return context
+
+
+@functools.cache
+def load_kernels(device: torch.device) -> ModuleType | None:
+    """Return kernels.py, or None if it cannot run: without Triton, on a GPU without bfloat16, or, after a
+    warning, where Triton cannot compile."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        import kernels
+    except ImportError:
+        return None
+    qkv, offsets = torch.zeros(1, 3, 1, 32, device=device), torch.arange(2, device=device)
+    try:
+        kernels.ShortAttention.apply(qkv, offsets, 0.0)
+    # Triton has no common class for a missing C compiler, a missing Python.h or an old driver.
+    except Exception as failure:
+        complain(f"warning: attention is slower, because Triton cannot compile: {failure}")
+        return None
+    return kernels
+
+
+def cuda_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
+    """Compute attention on CUDA: with kernels.py for short sequences, with flash attention for long ones
+    and where kernels.py cannot run. Like `flash_attention`, it does not wait for the GPU."""
+    kernels, lengths = load_kernels(qkv.device), sequences.lengths
+    if not kernels or not kernels.takes(qkv) or min(lengths, default=0) > kernels.LONGEST:
+        return flash_attention(qkv, sequences, dropout)
+    if max(lengths, default=0) <= kernels.LONGEST:
+        return kernels.ShortAttention.apply(qkv, sequences.offsets, dropout)
+    # Batches are sorted by length, so this makes two groups.
+    by_kind = itertools.groupby(lengths, key=lambda length: length <= kernels.LONGEST)
+    groups = [Sequences.of(list(group), qkv.device) for _, group in by_kind]
+    parts = qkv.split([sum(group.lengths) for group in groups])
+    pairs = zip(parts, groups, strict=True)
+    return torch.cat([cuda_attention(part, group, dropout) for part, group in pairs])
 
 
 def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -155,7 +195,7 @@ class FusedAttention(torch.autograd.Function):
         return grad_qkv, None, None
 
 
-ATTENTION = {"cpu": FusedAttention.apply, "cuda": flash_attention}
+ATTENTION = {"cpu": FusedAttention.apply, "cuda": cuda_attention}
 
 
 def attend(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:

@@ -3,8 +3,7 @@
     python benchmarks/attention.py --data_dir data [--use_gpu]
 
 The peer is PyTorch's `scaled_dot_product_attention` with a mask, as `transformers` calls it: once
-for each sentence column of each task, padded to its longest sentence. All take turns, with MiniLM's
-12 heads of width 32 and dropout.
+for each sentence column of each task, padded to its longest sentence. All take turns, with dropout.
 """
 
 import functools
@@ -18,17 +17,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from attention import FusedAttention, Sequences, flash_attention, jagged_attention, plain_attention
+from attention import (
+    FusedAttention,
+    Sequences,
+    cuda_attention,
+    flash_attention,
+    jagged_attention,
+    plain_attention,
+)
 from datasets import TaskDataset
 from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
 
-N_HEADS, WIDTH, DROPOUT = 12, 32, 0.1
+DROPOUT = 0.1
 OURS: dict[str, dict[str, Callable]] = {
     "cpu": {"fused (ours, CPU)": FusedAttention.apply, "plain (ours)": plain_attention},
     "cuda": {
-        "flash (ours, CUDA)": flash_attention,
+        "short sequences (ours, CUDA)": cuda_attention,
+        "flash (ours, for long ones)": flash_attention,
         "jagged (ours, where flash is not possible)": jagged_attention,
         "plain (ours)": plain_attention,
     },
@@ -51,8 +58,11 @@ def batch_lengths(data_dir: str, batch_size: int) -> list[list[int]]:
 class PaddedColumn:
     """The peer's attention for one sentence column."""
 
-    def __init__(self, lengths: list[int], device: torch.device, dtype: torch.dtype):
-        size = 3, len(lengths), N_HEADS, max(lengths), WIDTH
+    def __init__(
+        self, lengths: list[int], heads: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ):
+        n_heads, width = heads
+        size = 3, len(lengths), n_heads, max(lengths), width
         self.qkv = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
         positions = torch.arange(max(lengths), device=device)
         mask = positions < torch.tensor(lengths, device=device)[:, None]
@@ -77,6 +87,10 @@ def main() -> None:
     flag = parser.add_argument
     flag("--batch_size", type=int, default=64, help="rows of each task; default: 64")
     flag("--precision", choices=["float32", "bfloat16"], default="bfloat16")
+    flag("--heads", type=int, default=12, help="default: 12, as in MiniLM and BERT-base")
+    flag(
+        "--width", type=int, default=32, help="of a head; default: 32, as in MiniLM; BERT-base: 64"
+    )
     flag("--use_gpu", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -84,20 +98,20 @@ def main() -> None:
     columns, dtype = batch_lengths(args.data_dir, args.batch_size), getattr(torch, args.precision)
     lengths = sorted(sum(columns, []))
     sequences = Sequences.of(lengths, device)
-    size = sum(lengths), 3, N_HEADS, WIDTH
+    size = sum(lengths), 3, args.heads, args.width
     qkv = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
     contenders: dict[str, list[Call]] = {
         name: [(functools.partial(attention, qkv, sequences, DROPOUT), qkv)]
         for name, attention in OURS[device.type].items()
     }
-    padded = [PaddedColumn(column, device, dtype) for column in columns]
+    padded = [PaddedColumn(column, (args.heads, args.width), device, dtype) for column in columns]
     contenders[PEER] = [(column, column.qkv) for column in padded]
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(WARM_UP + args.steps):
         for name, calls in contenders.items():
             times[name].append(seconds(functools.partial(forward_and_backward, calls), device))
     print(
-        f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens, "
+        f"{args.heads} heads of {args.width}, {len(lengths)} sequences of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens, "
         f"{args.precision}, {device}, {torch.get_num_threads()} threads"
     )
     median = medians(times)

@@ -15,6 +15,11 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
 import transformers  # noqa: E402
 from transformers.utils import is_datasets_available  # noqa: E402
 
@@ -24,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402

@@ -9,10 +9,10 @@ from conftest import ROOT
 ORDER = """
     predict predictor export modeling_multitask report synthetic generators experiments result_tables hpo
     multitask_classifier heads training checkpoint run_log options flags evaluation significance moe curvature
-    balancing
-    batches optimizer datasets tables bert base_bert attention tokenizer tagging profiler tasks utils streams
+    balancing batches optimizer datasets tables bert base_bert attention kernels tokenizer tagging profiler
+    tasks utils streams
 """.split()
-LATE = {"modeling_multitask"}  # needs transformers
+LATE = {"modeling_multitask", "kernels"}  # need transformers, Triton
 LONGEST_FILE, LONGEST_FUNCTION = 650, 50
 FLAGS = {"flags"}  # a flag takes lines, not thought
 
