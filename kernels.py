@@ -71,47 +71,46 @@ def place(offsets):
 
 
 @triton.jit
-def forward_kernel(qkv, offsets, seed, context, log_sums, scale, P: constexpr, SHAPE: constexpr):
+def forward_kernel(qkv, offsets, seed, context, log_sums, scale, P: constexpr, WIDTH: constexpr):
     """Write the context [N, H, K] and the log of the sum of each query's exponential scores [N, H]."""
-    HEADS: constexpr = SHAPE[0]
-    WIDTH: constexpr = SHAPE[1]
-    SIZE: constexpr = HEADS * WIDTH
+    n_heads = tl.num_programs(1)
+    size = n_heads * WIDTH
     start, length, head = place(offsets)
-    first_query = start * HEADS + head
-    queries = qkv + (start * 3 * HEADS + head) * WIDTH
+    first_query = start * n_heads + head
+    queries = qkv + (start * 3 * n_heads + head) * WIDTH
     for row in range(0, length, BLOCK):
-        query = load_rows(queries, row, length, 3 * SIZE, WIDTH)
+        query = load_rows(queries, row, length, 3 * size, WIDTH)
         highest = tl.full([BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         output = tl.zeros([BLOCK, WIDTH], tl.float32)
         for column in range(0, length, BLOCK):
-            key = load_rows(queries + SIZE, column, length, 3 * SIZE, WIDTH)
-            value = load_rows(queries + 2 * SIZE, column, length, 3 * SIZE, WIDTH)
+            key = load_rows(queries + size, column, length, 3 * size, WIDTH)
+            value = load_rows(queries + 2 * size, column, length, 3 * size, WIDTH)
             scores = masked_scores(query, key, column, length, scale)
             higher = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp(scores - higher[:, None])
             shrunk = tl.exp(highest - higher)
             total = total * shrunk + tl.sum(weights, 1)
-            weights *= dropout_factors(seed, first_query + row * HEADS, column, HEADS, P)
+            weights *= dropout_factors(seed, first_query + row * n_heads, column, n_heads, P)
             output = output * shrunk[:, None] + product(weights, value)
             highest = higher
         output /= total[:, None]
-        store_rows(context + first_query * WIDTH, output, row, length, SIZE, WIDTH)
+        store_rows(context + first_query * WIDTH, output, row, length, size, WIDTH)
         rows = row + tl.arange(0, BLOCK)
         log_sum = highest + tl.log(total)
-        tl.store(log_sums + first_query + rows * HEADS, log_sum, mask=rows < length)
+        tl.store(log_sums + first_query + rows * n_heads, log_sum, mask=rows < length)
 
 
 @triton.jit
-def query_side(queries, contexts, log_sums, grads, row, length, HEADS, WIDTH):
+def query_side(queries, contexts, log_sums, grads, row, length, n_heads, WIDTH: constexpr):
     """Load 16 queries, the gradients of their contexts, their log-sums, and for each query the mean
     gradient of its weights. What is loaded from `length` on adds nothing to any gradient."""
-    query = load_rows(queries, row, length, 3 * HEADS * WIDTH, WIDTH)
-    grad = load_rows(grads, row, length, HEADS * WIDTH, WIDTH)
-    context = load_rows(contexts, row, length, HEADS * WIDTH, WIDTH)
+    query = load_rows(queries, row, length, 3 * n_heads * WIDTH, WIDTH)
+    grad = load_rows(grads, row, length, n_heads * WIDTH, WIDTH)
+    context = load_rows(contexts, row, length, n_heads * WIDTH, WIDTH)
     mean = tl.sum(grad.to(tl.float32) * context.to(tl.float32), 1)
     rows = row + tl.arange(0, BLOCK)
-    return query, grad, tl.load(log_sums + rows * HEADS, mask=rows < length, other=0.0), mean
+    return query, grad, tl.load(log_sums + rows * n_heads, mask=rows < length, other=0.0), mean
 
 
 @triton.jit
@@ -124,42 +123,41 @@ def score_gradients(query, grad, log_sum, mean, key, value, factors, column, len
 
 @triton.jit
 def backward_kernel(
-    qkv, offsets, seed, context, log_sums, grads, grad_qkv, scale, P: constexpr, SHAPE: constexpr
+    qkv, offsets, seed, context, log_sums, grads, grad_qkv, scale, P: constexpr, WIDTH: constexpr
 ):
     """Write the gradient of qkv [N, 3, H, K]: first each query's, then each key's and value's."""
-    HEADS: constexpr = SHAPE[0]
-    WIDTH: constexpr = SHAPE[1]
-    SIZE: constexpr = HEADS * WIDTH
+    n_heads = tl.num_programs(1)
+    size = n_heads * WIDTH
     start, length, head = place(offsets)
-    first_query = start * HEADS + head
-    queries = qkv + (start * 3 * HEADS + head) * WIDTH
-    grad_queries = grad_qkv + (start * 3 * HEADS + head) * WIDTH
+    first_query = start * n_heads + head
+    queries = qkv + (start * 3 * n_heads + head) * WIDTH
+    grad_queries = grad_qkv + (start * 3 * n_heads + head) * WIDTH
     context += first_query * WIDTH
     grads += first_query * WIDTH
     log_sums += first_query
     for row in range(0, length, BLOCK):
-        side = query_side(queries, context, log_sums, grads, row, length, HEADS, WIDTH)
+        side = query_side(queries, context, log_sums, grads, row, length, n_heads, WIDTH)
         grad_query = tl.zeros([BLOCK, WIDTH], tl.float32)
         for column in range(0, length, BLOCK):
-            key = load_rows(queries + SIZE, column, length, 3 * SIZE, WIDTH)
-            value = load_rows(queries + 2 * SIZE, column, length, 3 * SIZE, WIDTH)
-            factors = dropout_factors(seed, first_query + row * HEADS, column, HEADS, P)
+            key = load_rows(queries + size, column, length, 3 * size, WIDTH)
+            value = load_rows(queries + 2 * size, column, length, 3 * size, WIDTH)
+            factors = dropout_factors(seed, first_query + row * n_heads, column, n_heads, P)
             _, grad = score_gradients(*side, key, value, factors, column, length, scale)
             grad_query += product(grad, key)
-        store_rows(grad_queries, grad_query, row, length, 3 * SIZE, WIDTH)
+        store_rows(grad_queries, grad_query, row, length, 3 * size, WIDTH)
     for column in range(0, length, BLOCK):
-        key = load_rows(queries + SIZE, column, length, 3 * SIZE, WIDTH)
-        value = load_rows(queries + 2 * SIZE, column, length, 3 * SIZE, WIDTH)
+        key = load_rows(queries + size, column, length, 3 * size, WIDTH)
+        value = load_rows(queries + 2 * size, column, length, 3 * size, WIDTH)
         grad_key = tl.zeros([BLOCK, WIDTH], tl.float32)
         grad_value = tl.zeros([BLOCK, WIDTH], tl.float32)
         for row in range(0, length, BLOCK):
-            side = query_side(queries, context, log_sums, grads, row, length, HEADS, WIDTH)
-            factors = dropout_factors(seed, first_query + row * HEADS, column, HEADS, P)
+            side = query_side(queries, context, log_sums, grads, row, length, n_heads, WIDTH)
+            factors = dropout_factors(seed, first_query + row * n_heads, column, n_heads, P)
             weights, grad = score_gradients(*side, key, value, factors, column, length, scale)
             grad_key += product(tl.trans(grad), side[0])
             grad_value += product(tl.trans(weights), side[1])
-        store_rows(grad_queries + SIZE, grad_key, column, length, 3 * SIZE, WIDTH)
-        store_rows(grad_queries + 2 * SIZE, grad_value, column, length, 3 * SIZE, WIDTH)
+        store_rows(grad_queries + size, grad_key, column, length, 3 * size, WIDTH)
+        store_rows(grad_queries + 2 * size, grad_value, column, length, 3 * size, WIDTH)
 
 
 def takes(qkv: Tensor) -> bool:
@@ -180,11 +178,7 @@ class ShortAttention(torch.autograd.Function):
         seed = torch.randint(2**63 - 1, (1,), device=qkv.device) if dropout else None
         context = torch.empty_like(qkv[:, 0])
         log_sums = qkv.new_empty(context.shape[:2], dtype=torch.float32)
-        ctx.grid, ctx.settings = (len(offsets) - 1, n_heads), (
-            width**-0.5,
-            dropout,
-            (n_heads, width),
-        )
+        ctx.grid, ctx.settings = (len(offsets) - 1, n_heads), (width**-0.5, dropout, width)
         forward_kernel[ctx.grid](qkv, offsets, seed, context, log_sums, *ctx.settings, **LAUNCH)
         ctx.save_for_backward(qkv, offsets, seed, context, log_sums)
         return context
