@@ -38,11 +38,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+import evaluation
 from checkpoint import read_checkpoint
 from datasets import digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
 from options import config_arguments, given_flags, parse_options
 from result_tables import (
+    AVERAGED,
     BUDGETS,
     COLUMNS,
     CURVE_COLUMNS,
@@ -55,7 +57,6 @@ from result_tables import (
     RESULTS,
     Budget,
     block_of,
-    by_setting,
     format_difference,
     format_table,
     main_scores,
@@ -76,6 +77,7 @@ from utils import (
     atomic_write,
     check_writable,
     cpu_features,
+    current_versions,
     exit_status,
     pick_device,
     positive_int,
@@ -386,6 +388,29 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
         raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
+def average(name: str, budget: str, flags: list[str]) -> None:
+    """Do `average`: add the row of the mean of a recipe's models, one for each seed that is done."""
+    done = set(read_table(RESULTS, COLUMNS)["run"])
+    runs = [plan_run(name, seed, budget, flags) for seed in SEEDS]
+    runs = [run for run in runs if run.digest in done and [*run.folder.glob("*.pt")]]
+    if len(runs) < 2:
+        raise UserError(f"{name}: fewer than two models of its runs are in {RUNS}")
+    seeds = " ".join(run.identity["seed"] for run in runs)
+    identity = runs[0].identity | {"recipe": f"{name}{AVERAGED}", "seed": seeds}
+    mean = Run(identity, runs[0].arguments)
+    models = [str(path) for run in runs for path in run.folder.glob("*.pt")]
+    use_gpu = ["--use_gpu"] if "--use_gpu" in flags else []
+    command = [sys.executable, str(ROOT / "multitask_classifier.py"), "--evaluate", *models]
+    command += [*use_gpu, "--predictions_dir", str(mean.folder / "predictions")]
+    subprocess.run(command, check=True)
+    row = {"run": mean.digest, **identity} | current_versions()
+    for task, (labels, predictions) in dev_predictions(mean).items():
+        scores = evaluation.score(task, labels, predictions)
+        row |= {f"{task.name}_{metric}": f"{value:.6f}" for metric, value in scores.items()}
+    keep_predictions(mean)
+    add_rows(RESULTS, [{key: row[key] for key in row.keys() - {"python"}}], COLUMNS, ["run"])
+
+
 # --------------------------------------------------------------------------------------- comparison
 
 
@@ -394,8 +419,10 @@ def compare_recipes(names: list[str], budget: str) -> None:
     shown = summarize(read_table(RESULTS, COLUMNS))
     shown = [s for s in shown if not s.remark and s.cells["budget"] == BUDGETS[budget].title]
     rows, p_values = [], []
-    for group in by_setting(shown):
-        of_recipe = {summary.recipe: summary for summary in group}
+    # Recipes with other tasks can be compared in the tasks that they share.
+    for _, rows_of in itertools.groupby(shown, key=lambda summary: summary.setting[:-1]):
+        of_recipe = {summary.recipe: summary for summary in rows_of}
+        setting = [*of_recipe.values()][0].setting
         first = of_recipe.get(names[0])
         for name in names[1:]:
             pairs = pairs_of(first, of_recipe[name]) if first and name in of_recipe else {}
@@ -403,7 +430,7 @@ def compare_recipes(names: list[str], budget: str) -> None:
             for score, of_score in (scores | {"mean": [*pairs.values()]} if pairs else {}).items():
                 found = difference(of_score)
                 p_values.append(max(found.p, permutation_test(of_score)))
-                row = {"recipe": name, "setting": ", ".join(group[0].setting[:3])}
+                row = {"recipe": name, "setting": ", ".join(setting[:3])}
                 row |= {"seeds": str(len(of_score[0].first)), "score": HEADINGS.get(score, score)}
                 rows.append(row | {"difference (95% interval)": format_difference(found)})
     if not rows:
@@ -488,6 +515,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default=1,
         help="runs at a time, on equal shares of the cores; default: 1",
     )
+    mean = commands.add_parser("average", help="add the mean of the models of a recipe's seeds")
+    mean.add_argument("name", metavar="NAME", help="a recipe that `run` has trained, same flags")
+    mean.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
     table = commands.add_parser("table", help="print the tables of results")
     pages = "write them into README.md and docs/, between their markers"
     table.add_argument("--write", action="store_true", help=pages)
@@ -499,7 +529,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     curves.add_argument("names", nargs="*", metavar="NAME", help=default)
     curves.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
     args, flags = parser.parse_known_args(argv)
-    if flags and args.command != "run":
+    if flags and args.command not in ("run", "average"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return args, flags
 
@@ -511,6 +541,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{RECIPES} is not here; start this in the folder of the repository")
         if args.command == "run":
             run_missing(args, flags)
+        elif args.command == "average":
+            average(args.name, args.budget, flags)
         elif args.command == "table":
             write_tables(args.write)
         elif args.command == "compare":

@@ -39,6 +39,7 @@ class Budget(NamedTuple):
         return f"{self.epochs} × {self.samples:,}"  # in tables
 
 
+AVERAGED = "-averaged"  # behind a recipe's name: the mean of the models of its seeds
 BUDGETS = {"short": Budget(2, 4000), "full": Budget(4, 10000), "gpu": Budget(10, 10000)}
 SCORES = {f"{name}_{metric}": task for name, task in TASKS.items() for metric in task.metrics}
 MAIN_SCORES = {f"{name}_{task.metrics[0]}": task.title for name, task in TASKS.items()}
@@ -58,6 +59,8 @@ ORIGINAL = {
 }
 # The best single-task models that it lists; docs/results.md has their papers.
 PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_pearson": "0.929"}
+# The README's rows: recipe -> name of the row, if it is not the recipe's own.
+SUMMARIZED = {"baseline": "", "best": "", f"best{AVERAGED}": "the three best models averaged"}
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
 VARIANTS = ["best", "ablations", "sophia"]
@@ -170,6 +173,7 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     """Summarize runs that differ in their seeds only."""
     shared = group.iloc[0]
     recipe, flags = shared["recipe"], json.loads(shared["flags"])
+    own = known.get(recipe.removesuffix(AVERAGED))
     budget = Budget(*map(int, shared["budget"].split("x")))
     seconds = group["seconds_per_epoch"].mean()
     at_once = group["jobs"].map(lambda jobs: f" × {jobs}" if jobs else "")
@@ -180,7 +184,7 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
         "budget": budget.title,
         "seeds": str(len(group)),
         "threads": ", ".join(sorted(set(group["threads"] + at_once))),
-        "seconds": f"{seconds:.0f}",
+        "seconds": f"{seconds:.0f}" if seconds > 0 else "",  # a mean of models takes none
         "memory": format_spread(group["peak_memory_mb"], ".0f"),
         "clipped": f"{clipped[0]:.2f}, {clipped[-1]:.2f}" if clipped else "",
     }
@@ -190,21 +194,21 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     cells |= {column: format_spread(group[column]) for column in scores}
     cells |= {"mean": format_spread(means)}
     cells["tasks"] = "" if names == set(TASKS) else ", ".join(sorted(names))
-    remark, runs = describe_flags(flags, known.get(recipe)), dict(
-        zip(group["seed"], group["run"], strict=True)
-    )
+    remark, runs = describe_flags(flags, own), dict(zip(group["seed"], group["run"], strict=True))
     n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
     return Summary(recipe, remark, runs, means, n_rows, seconds, setting, cells)
 
 
 def pairs_of(first: Summary, second: Summary) -> dict[str, Pair]:
-    """Return the dev predictions of two recipes for the seeds that both have: score -> pair. Empty if
-    a run has none, or other rows."""
+    """Return the dev predictions of two recipes for the tasks and the seeds that both have: score ->
+    pair. Empty if a run has none, or other rows."""
     seeds = [seed for seed in second.runs if seed in first.runs]
     runs = [read_predictions(recipe.runs[seed]) for recipe in (first, second) for seed in seeds]
+    shared = [score for score in runs[0] if all(score in run for run in runs)] if runs else []
     pairs = {}
-    for score, (labels, _) in runs[0].items() if runs else ():
-        if not all(score in run and np.array_equal(run[score][0], labels) for run in runs):
+    for score in shared:
+        labels = runs[0][score][0]
+        if not all(np.array_equal(run[score][0], labels) for run in runs):
             return {}
         predictions = np.stack([run[score][1] for run in runs])
         metric = METRICS[METRIC_OF_SCORE.sub(r"\2", score)]
@@ -326,7 +330,7 @@ def setting_tables(group: list[Summary], columns: list[str]) -> str:
         own = {
             "recipe": label,
             "difference": "" if summary is first else format_spread(differences, "+.3f"),
-            "relative": f"{summary.seconds / first.seconds:.2f}",
+            "relative": f"{summary.seconds / first.seconds:.2f}" if summary.seconds > 0 else "",
         }
         rows.append(summary.cells | own)
     tables = [
@@ -370,19 +374,20 @@ def original_table(summaries: list[Summary]) -> str:
 
 def summary_table(summaries: list[Summary], to_root: str) -> str:
     """Return the README's table: ours with the largest budget, and what others reached."""
-    shown = [s for s in summaries if s.recipe in ("baseline", "best") and not s.remark]
+    shown = [s for s in summaries if s.recipe in SUMMARIZED and not s.remark]
     ours = max(by_setting(shown), key=len, default=[])
     rows = [
-        s.cells | {"model": s.cells["recipe"], "encoder": ENCODERS.get(s.setting[0], s.setting[0])}
+        s.cells
+        | {
+            "model": SUMMARIZED[s.recipe] or s.cells["recipe"],
+            "encoder": ENCODERS.get(s.setting[0], s.setting[0]),
+        }
         for s in ours
     ]
-    # Until experiments.py can evaluate several models as one.
-    mean = {"model": "three best models averaged", "encoder": ENCODERS["minilm"]}
-    rows.append(mean | dict.fromkeys(MAIN_SCORES, "not measured yet"))
     original = {"model": "original report, baseline", "encoder": ENCODERS["bert-base-uncased"]}
     published = {"model": "best published single-task models", "encoder": "one each"}
     rows += [original | ORIGINAL["baseline"], published | PUBLISHED]
-    seeds = " or ".join(sorted({summary.cells["seeds"] for summary in ours}))
+    seeds = " or ".join(sorted({s.cells["seeds"] for s in ours if not SUMMARIZED[s.recipe]}))
     precision, device, budget = ours[0].setting[1:4] if ours else ("", "", "")
     budget = f"{budget.replace(' × ', ' epochs of ')} rows of each task"
     setting = f" over {seeds} seeds ({precision}, {device}, {budget})" if ours else ""
