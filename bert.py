@@ -7,6 +7,7 @@ Axes:  N tokens of all sequences    B sequences    S tokens of one sequence
        D hidden size    H heads    K = D / H width of a head    I intermediate size
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -75,6 +76,15 @@ class Dropout(nn.Module):
         kept, scale = draw_kept(states.numel(), self.p, states.dtype)
         residual = torch.as_tensor(residual, dtype=states.dtype)
         return torch.addcmul(residual, states, kept.view_as(states), value=scale)
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set `hidden_dropout_prob` in all encoders of a model."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = p
+        elif isinstance(module, BertPreTrainedModel):
+            module.config = dataclasses.replace(module.config, hidden_dropout_prob=p)
 
 
 # Elements of one pass of `gelu_curvature`: a few tensors of this size stay in the cache.

@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -39,6 +39,20 @@ class Example(NamedTuple):
     sentences: tuple[str, ...]
     label: float  # nan where there is none
     id: str
+
+
+class WithoutTexts(Sequence):
+    """Examples without their sentences: labels and ids in arrays, which processes can share."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.labels = np.array([example.label for example in examples])
+        self.ids = np.array([example.id for example in examples])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return Example((), float(self.labels[row]), str(self.ids[row]))
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -261,7 +275,7 @@ class TaskDataset:
         tagger: Tagger | None = None,
         both_orders: bool = False,
     ):
-        self.paths, self.task, self.split = [Path(path) for path in paths], task, split
+        self.paths, self.split = [Path(path) for path in paths], split
         numbers = itertools.count(1)
         files = [read_examples(path, task, split, numbers) for path in self.paths]
         self.examples = list(itertools.chain(*files))
@@ -272,17 +286,33 @@ class TaskDataset:
         sentences = [e.sentences[i] for i in range(len(task.sentences)) for e in self.examples]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
-        columns = columns_of(pieces, lengths, len(task.sentences))
+        self.sentences = columns_of(pieces, lengths, len(task.sentences))
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
-        self.both_orders = both_orders
+        self.max_length = max_length
+        self._arrange(task, both_orders)
+
+    def _arrange(self, task: Task, both_orders: bool) -> None:
+        """Make the columns that the encoder reads."""
+        self.task, self.both_orders, columns = task, both_orders, self.sentences
         if both_orders:
             first, second = columns
             columns = [first.followed_by(second), second.followed_by(first)]
         self.columns: list[TokenColumn | JointColumn] = [*columns]
         if task.encoding != "bi":
-            joint = JointColumn.of(columns[0], columns[1], max_length)
+            joint = JointColumn.of(columns[0], columns[1], self.max_length)
             self.columns = [*columns, joint] if task.encoding == "both" else [joint]
         self.n_tokens = np.sum([column.lengths for column in self.columns], axis=0)  # [n_rows]
+
+    def arranged(self, task: Task, both_orders: bool) -> "TaskDataset":
+        """Return all rows for another encoding of the task, or other orders. Word pieces are shared."""
+        other = copy.copy(self)
+        other._arrange(task, both_orders and task.takes_both_orders)
+        return other
+
+    def without_texts(self) -> "TaskDataset":
+        other, light = copy.copy(self), cast(list[Example], WithoutTexts(self.examples))
+        other.examples = light
+        return other
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -29,6 +29,7 @@ from utils import (
     exit_status,
     max_length,
     non_negative_float,
+    non_negative_int,
     positive_float,
     positive_int,
     probability,
@@ -49,34 +50,6 @@ OPTIMIZER_FLAGS: dict[str, OwnFlag] = {
 OWNERS = {
     flag: [name for name, row in OPTIMIZERS.items() if flag in row.flags]
     for flag in OPTIMIZER_FLAGS
-}
-
-
-class Search(NamedTuple):
-    """The values of a flag that --hpo tries."""
-
-    kind: str  # "log": log-uniform from low to high; "uniform"; "choice": one of the values
-    values: tuple
-    of_default: bool = False  # low and high are multiples of the flag's default
-
-    def __str__(self) -> str:
-        if self.kind == "choice":
-            return " or ".join(map(str, self.values))
-        low, high = self.values
-        text = f"{low:g} to {high:g}"
-        text += " times its default" if self.of_default else ""
-        return text + (" (logarithmic)" if self.kind == "log" else "")
-
-
-SEARCH_SPACE = {
-    "lr": Search("log", (1 / 8, 4), of_default=True),
-    "weight_decay": Search("log", (1 / 50, 4), of_default=True),
-    "clip": Search("log", (0.05, 5)),
-    "hidden_dropout_prob": Search("uniform", (0, 0.3)),
-    "batch_size": Search("choice", (16, 32, 64, 128)),
-    "scheduler": Search("choice", ("plateau", "cosine", "none")),
-    "rho": Search("log", (1 / 4, 4), of_default=True),
-    "hess_interval": Search("choice", (5, 10, 20, 50)),
 }
 
 
@@ -551,15 +524,16 @@ def add_resume_flags(flag: FlagAdder) -> None:
 
 
 def add_search_flags(flag: FlagAdder) -> None:
-    space = "; ".join(
-        f"{name} {search}" + (f", with {' and '.join(OWNERS[name])}" if name in OWNERS else "")
-        for name, search in SEARCH_SPACE.items()
-    )
     flag.free(
         "--hpo",
         action="store_true",
-        help=f"search for good flags instead of one training run; searched: {space}. A flag that is "
-        "given stays as it is",
+        help="search for good flags instead of one training run; a flag that is given is not searched",
+    )
+    flag.free(
+        "--hpo_space",
+        metavar="TOML",
+        help="the flags that are searched, and their values: docs/hpo.md; default: "
+        "recipes/spaces/default.toml of the checkout",
     )
     flag.free(
         "--hpo_trials",
@@ -567,6 +541,21 @@ def add_search_flags(flag: FlagAdder) -> None:
         default=20,
         metavar="N",
         help="default: 20",
+    )
+    flag.free(
+        "--hpo_confirm",
+        type=non_negative_int,
+        default=3,
+        metavar="N",
+        help="so many of the best trials are trained again with new seeds, and the best mean wins; 0: "
+        "the best trial wins; default: 3",
+    )
+    flag.free(
+        "--hpo_seeds",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="new seeds for each of these trials; default: 3",
     )
     flag.free(
         "--hpo_objective",

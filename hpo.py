@@ -1,23 +1,30 @@
 """Search for good hyper-parameters over whole training runs, with Ray Tune and Optuna.
 
     python hpo.py --hpo_trials 20
+    python hpo.py list models/SEARCH     the trials of a search, at any time
+    python hpo.py plot models/SEARCH     its pictures
 
-`multitask_classifier.py --hpo` starts this program with the same flags. SEARCH_SPACE in options.py
-says what is searched. Ray Tune runs several trials at a time if there is room, Optuna proposes
-their settings, and asynchronous successive halving (Li et al. 2020, arXiv 1810.05934) ends those
-early that are behind the others after as many epochs.
+`multitask_classifier.py --hpo` starts this program with the same flags. Optuna proposes the flags of a
+trial from a space (search_space.py), Ray Tune runs several trials at a time if there is room, and
+asynchronous successive halving (Li et al. 2020, arXiv 1810.05934) ends those early that are behind the
+others after as many epochs. The best trials are then trained again with other seeds.
+
+Each trial has a JSON file with its flags and epochs. A search that was killed is built again from them.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 if __name__ == "__main__":
     # Ctrl-C during the seconds of the imports ends the program.
@@ -25,7 +32,11 @@ if __name__ == "__main__":
 # Before Ray is imported: it sends nothing about its use, and its loggers are not needed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # has a banner even with verbose=0
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # `run_trials` has its own
+# Ray would kill trials for the memory of other programs too, and Tune ends at that. Without its guard,
+# a trial that the system kills continues.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 # By default, all other programs would come before the trials.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # As in multitask_classifier.py, which says why.
@@ -40,35 +51,49 @@ import optuna
 import ray
 import torch
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 import evaluation
-from checkpoint import checkpoint_content, new_name, new_run, plain, read_state
-from datasets import TaskDataset
-from flags import SEARCH_SPACE, build_parser
-from multitask_classifier import fit, load_all, model_from_checkpoint
-from options import changed_options, deciding, parse_options
+from bert import BertModel
+from checkpoint import check_pairs, new_name, new_run, plain, read_state
+from datasets import TaskDataset, checked_max_length, load_data
+from multitask_classifier import (
+    MultitaskBERT,
+    fit,
+    load_start,
+    model_from_checkpoint,
+    new_model,
+)
+from options import changed_options, deciding
 from run_log import RunLog
+from search_results import (
+    WORST,
+    Trial,
+    flags_for_config,
+    plot,
+    ranked,
+    read_search,
+    read_trials,
+    show,
+    write_json,
+)
+from search_space import Space, search_options
 from tagging import Pipeline, Tagger
-from tasks import TASKS, tasks_of_rows
+from tokenizer import BertTokenizer
 from training import Parts, Training, restored_training
 from utils import (
     Terminated,
     UserError,
-    atomic_write,
     exit_status,
     is_out_of_memory,
     lock_files,
     one_line,
     pick_device,
-    random_states,
-    restore_random_states,
     seed_everything,
     terminate,
 )
 
-WORST = -1.0  # the objective of a trial that has failed, lower than all others
 RETRIES = 3  # of a trial whose process or node has died
 CONNECT_SECONDS = 10
 MOST_CORES = 4  # of a trial on CPUs, since a small model gains little from more
@@ -76,31 +101,31 @@ STILL_RUNNING = "is of a search that is still running"
 
 
 def search(options: argparse.Namespace) -> Path:
-    """Run the trials, or with `--hpo_resume` those that are left, and show them in a table.
+    """Run the trials, or with `--hpo_resume` those that are left, train the best ones with other seeds,
+    and show all in tables.
 
     Returns:
-        the file with the best trial's flags, for `--config`.
+        the file with the winner's flags, for `--config`.
 
     Raises:
         UserError: Ray cannot be reached, no node has the cores or GPUs, or every trial failed.
         KeyboardInterrupt: the search was interrupted; the text says how to continue.
     """
-    interrupted = find_search(options)
-    directory = interrupted or new_search(options)
+    directory = find_search(options) or new_search(options)
     with lock_files([directory / "search.json"], STILL_RUNNING):
         shared = load_shared(options, directory)
         try:
             resources = choose_resources(options, connect_to_ray(options.ray_address))
             trainable = tune.with_parameters(run_trial, shared=shared, n_threads=resources["cpu"])
             trainable = tune.with_resources(trainable, resources)
-            if interrupted:
-                tuner = restore_tuner(directory, trainable)
-            else:
-                tuner = new_tuner(options, directory, trainable)
-            results = run_trials(tuner, directory)
+            proposals = Proposals(options, directory)
+            n_left = options.hpo_trials - proposals.n_over
+            run_trials(trainable, proposals, n_left, directory, halving(options, directory))
+            again = Jobs(runs_to_confirm(options, directory))
+            run_trials(trainable, again, len(again.waiting), directory)
         finally:
             ray.shutdown()
-        return finish(options, directory, shared.logs, results)
+        return finish(options, directory, shared.logs)
 
 
 # -------------------------------------------------------------------------------------- one trial
@@ -113,102 +138,85 @@ class Shared(NamedTuple):
     options: argparse.Namespace
     directory: Path  # of the search
     logs: Path  # the search's TensorBoard folder
-    checkpoint: dict[str, Any]  # before the first step, its weights as arrays
+    start: BertModel | MultitaskBERT  # see `load_start`
+    tokenizer: str  # as JSON
     pipeline: Pipeline | None  # of the tags
-    data: dict[str, dict[str, TaskDataset]]  # split -> task -> dataset
-    random: dict[str, Any]  # the states of all generators before the first step
+    data: dict[str, dict[str, TaskDataset]]  # split -> task -> word pieces and labels
 
 
 def load_shared(options: argparse.Namespace, directory: Path) -> Shared:
-    logs = read_search(directory).logs
-    model, tokenizer, tagger, data, _ = load_all(options)
-    checkpoint = checkpoint_content(model, tokenizer, options, 0, {}, tagger)
-    checkpoint["model"] = {name: weight.numpy() for name, weight in checkpoint["model"].items()}
-    pipeline = tagger.pipeline if tagger else None
-    return Shared(options, directory, logs, checkpoint, pipeline, data, random_states())
+    start, tokenizer, tagger = load_start(options)
+    encoder = start.bert if isinstance(start, MultitaskBERT) else start
+    max_length = checked_max_length(options, options.bert_model, encoder.config, tokenizer)
+    data = load_data(options, tokenizer, max_length, ("train", "dev"), tagger)
+    light = {
+        split: {name: rows.without_texts() for name, rows in of_split.items()}
+        for split, of_split in data.items()
+    }
+    pipeline, logs = tagger.pipeline if tagger else None, read_search(directory).logs
+    return Shared(options, directory, logs, start, tokenizer.to_json(), pipeline, light)
 
 
 def run_trial(config: dict[str, Any], shared: Shared, n_threads: int) -> None:
-    """Train with the flags of `config`, in a process of Ray's. If such a process has died, the next
-    one continues from the trial's last epoch."""
+    """Train with the flags of a trial, in a process of Ray's. If such a process has died, the next one
+    continues from the trial's last epoch."""
     torch.set_num_threads(n_threads)
-    options = changed_options(shared.options, **config)
-    trial = Trial(shared.directory / "trials" / tune.get_context().get_trial_id(), options)
+    trial = Trial.read(shared.directory / config["trial"])
     try:
+        options = changed_options(Space(shared.options).options_of(trial.flags), seed=trial.seed)
         training = start_training(options, shared, trial.path.with_suffix(".resume"))
         if training.epoch:  # its report may have been lost
-            trial.report(training)
-        fit(training, trial.report)
+            report(trial, training)
+        fit(training, functools.partial(report, trial))
     except (UserError, RuntimeError, MemoryError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
-        tune.report({"objective": WORST, "epoch": options.epochs, "error": one_line(error)})
+        epochs = shared.options.epochs
+        tune.report({"objective": WORST, "epoch": epochs, "error": one_line(error)})
 
 
 def start_training(options: argparse.Namespace, shared: Shared, path: Path) -> Training:
     """Return a trial's training: a new one, or an interrupted one from its state in `path`."""
-    device = pick_device(options.use_gpu)
-    state = read_state(path) if path.exists() else None
-    if not state:
-        seed_everything(options.seed)  # for a GPU, which the search itself has not used
-        restore_random_states(shared.random)
-    model, tokenizer, _ = model_from_checkpoint(state or first_checkpoint(options, shared), path)
+    device, state = pick_device(options.use_gpu), read_state(path) if path.exists() else None
+    if state:
+        model, tokenizer, _ = model_from_checkpoint(state, path)
+    else:
+        seed_everything(options.seed)
+        model, tokenizer = new_model(shared.start, options), BertTokenizer.from_json(
+            shared.tokenizer
+        )
+        check_pairs(model.bert.config, options.bert_model, options.tasks)
     tagger = Tagger(shared.pipeline) if shared.pipeline else None
-    parts = Parts(model.to(device), tokenizer, tagger, shared.data, options)
+    data = {
+        split: {
+            n: rows.arranged(options.tasks[n], options.both_orders) for n, rows in items.items()
+        }
+        for split, items in shared.data.items()
+    }
+    parts = Parts(model.to(device), tokenizer, tagger, data, options)
     if state:
         return restored_training(parts, path, state)
     return Training(parts, path, RunLog(shared.logs / path.stem))
 
 
-def first_checkpoint(options: argparse.Namespace, shared: Shared) -> dict[str, Any]:
-    """Return the checkpoint before the first step, with the options of a trial."""
-    config, dropout = shared.checkpoint["bert_config"], options.hidden_dropout_prob
-    return shared.checkpoint | {
-        "options": vars(options),
-        "bert_config": config if dropout is None else config | {"hidden_dropout_prob": dropout},
-        # Copies, since Ray's arrays cannot be written to.
-        "model": {name: torch.tensor(array) for name, array in shared.checkpoint["model"].items()},
-    }
-
-
-class Trial:
-    """A trial: its options, its epochs so far, which are in a JSON file, and its error, if any."""
-
-    def __init__(self, path: Path, options: argparse.Namespace, error: str = ""):
-        self.path, self.options, self.error = path.with_suffix(".json"), options, error
-        self.epochs = json.loads(self.path.read_text()) if self.path.exists() else []
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def best(self) -> dict[str, Any]:
-        return max(self.epochs, key=lambda epoch: epoch["objective"])
-
-    def report(self, training: Training) -> None:
-        """Report the metrics of an epoch. The objective is the best so far, since a run keeps its
-        best model."""
-        dev = evaluation.mean_score(training.scores, self.options.select)
-        train = evaluation.mean_score(training.train_scores, self.options.select)
-        epoch: dict[str, Any] = {"dev": dev, "train": train, "gap": train - dev, "objective": dev}
-        if self.options.hpo_objective == "dev_minus_gap":
-            epoch["objective"] -= max(epoch["gap"], 0)  # a model gains nothing by underfitting
+def report(trial: Trial, training: Training) -> None:
+    """Note the metrics of an epoch and report them to Ray. The objective is the best so far, since a
+    run keeps its best model."""
+    select = training.options.select
+    dev = evaluation.mean_score(training.scores, select)
+    train = evaluation.mean_score(training.train_scores, select)
+    objective = dev
+    if training.options.hpo_objective == "dev_minus_gap":
+        objective -= max(train - dev, 0)  # a model gains nothing by underfitting
+    epoch = {"epoch": training.epoch, "dev": dev, "train": train, "gap": train - dev}
+    epoch["objective"] = WORST if math.isnan(objective) else objective
+    if training.epoch not in [done["epoch"] for done in trial.epochs]:
         scores = {"dev": training.scores, "train": training.train_scores}
-        epoch |= {"epoch": training.epoch, "scores": scores}
-        self.epochs = [done for done in self.epochs if done["epoch"] < training.epoch] + [epoch]
-        write_json(self.path, self.epochs)
-        tune.report(epoch | {"objective": self.best["objective"], "error": ""})
+        trial.add_epoch(epoch | {"scores": scores})
+    tune.report(epoch | {"objective": trial.objective, "error": ""})
 
 
 # ------------------------------------------------------------------------------------- the search
-
-
-class SavedSearch(NamedTuple):
-    """The content of search.json."""
-
-    options: argparse.Namespace
-    logs: Path
 
 
 def new_search(options: argparse.Namespace) -> Path:
@@ -217,22 +225,6 @@ def new_search(options: argparse.Namespace) -> Path:
     directory = path.with_suffix("").absolute()
     write_json(directory / "search.json", {"options": plain(options), "logs": str(logs.absolute())})
     return directory
-
-
-def read_search(directory: Path) -> SavedSearch:
-    path = directory / "search.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        # A search of an older version lacks the flags that are new since then.
-        values = vars(build_parser().parse_args([])) | saved["options"]
-        values["tasks"] = tasks_of_rows(values["tasks"])
-        return SavedSearch(argparse.Namespace(**values), Path(saved["logs"]).absolute())
-    except OSError as error:
-        raise UserError(
-            f"{directory}: not the folder of a search ({error.strerror}); give a models/SEARCH"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); start a new search") from error
 
 
 def find_search(options: argparse.Namespace) -> Path | None:
@@ -254,8 +246,7 @@ def find_search(options: argparse.Namespace) -> Path | None:
         with contextlib.suppress(UserError):
             directory = file.parent.absolute()
             finished = (directory / "best_config.json").exists()
-            begun = tune.Tuner.can_restore(str(directory))
-            if begun and not finished and comparable(read_search(directory).options) == wanted:
+            if not finished and comparable(read_search(directory).options) == wanted:
                 return directory
     print(f"--hpo_resume auto: {options.models_dir} has no such search; this is a new one")
     return None
@@ -264,8 +255,8 @@ def find_search(options: argparse.Namespace) -> Path | None:
 def comparable(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide the course of a search, as JSON gives them back."""
     values = vars(options)
-    own = {name: values[name] for name in ("hpo_trials", "hpo_objective", "searched")}
-    return json.loads(json.dumps(deciding(plain(options)) | own))
+    names = "hpo_trials", "hpo_objective", "hpo_confirm", "hpo_seeds", "hpo_space"
+    return json.loads(json.dumps(deciding(plain(options)) | {name: values[name] for name in names}))
 
 
 def connect_to_ray(address: str | None) -> list[dict[str, float]]:
@@ -310,78 +301,150 @@ def default_cores(nodes: list[dict[str, float]], gpus: float) -> int:
     return max(int(min(shares, default=1)), 1)
 
 
-def new_tuner(options: argparse.Namespace, directory: Path, trainable: Any) -> tune.Tuner:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {name: distribution(name, options) for name in options.searched}
-    proposals = OptunaSearch(space, metric="objective", mode="max", seed=options.seed)
-    return tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            metric="objective",
-            mode="max",
-            num_samples=options.hpo_trials,
-            search_alg=proposals,
-            scheduler=AsyncHyperBandScheduler(time_attr="epoch", max_t=options.epochs),
-        ),
-        run_config=tune.RunConfig(
-            name=directory.name,
-            storage_path=str(directory.parent),
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Progress(options.hpo_trials, directory)],
-            verbose=0,
-        ),
+class Jobs(Searcher):
+    """Gives Ray trials that are known, and notes which are over."""
+
+    def __init__(self, waiting: list[Trial]):
+        super().__init__(metric="objective", mode="max")
+        self.waiting, self.n_events = waiting, 0
+        self.running: dict[str, Path] = {}  # by Ray's names
+
+    def suggest(self, trial_id: str) -> Any:
+        path = self.waiting.pop(0).path
+        self.running[trial_id] = path
+        return {"trial": f"{path.parent.name}/{path.name}"}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        trial = Trial.read(self.running.pop(trial_id))
+        trial.error = (
+            result["error"] if result else "given up; error.txt in its folder of ray/ says why"
+        )
+        trial.told, self.n_events = self.n_events, self.n_events + 1
+        trial.save()
+        for suffix in (".pt", ".resume"):
+            trial.path.with_suffix(suffix).unlink(missing_ok=True)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: the files of the trials have it."""
+
+    restore = save
+
+
+class Proposals(Jobs):
+    """Gives Ray trials whose flags Optuna proposes, after those that a killed search has left."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path):
+        self.space, self.directory, self.seed = Space(options), directory / "trials", options.seed
+        sampler = optuna.samplers.TPESampler(seed=options.seed)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        trials = read_trials(directory)
+        super().__init__([trial for trial in trials if trial.told is None])
+        self.n_over = len(trials) - len(self.waiting)
+        events = [(trial.asked, trial) for trial in trials]
+        events += [(trial.told, trial) for trial in trials if trial.told is not None]
+        for number, trial in sorted(events, key=lambda event: event[0]):
+            if number == trial.told:
+                self.study.tell(int(trial.name), trial.objective)
+            elif self.space.draw(self.study.ask()) != trial.flags:
+                raise UserError(
+                    f"{trial.path}: Optuna now proposes other flags; start a new search"
+                )
+        self.n_events = len(events)
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self.waiting:
+            proposed = self.study.ask()
+            path = self.directory / f"{proposed.number}.json"
+            trial = Trial(path, self.space.draw(proposed), self.seed, self.n_events)
+            self.n_events += 1
+            trial.save()
+            self.waiting.append(trial)
+        return super().suggest(trial_id)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        path = self.running[trial_id]
+        super().on_trial_complete(trial_id, result, error)
+        self.study.tell(int(path.stem), Trial.read(path).objective)
+
+
+def halving(options: argparse.Namespace, directory: Path) -> AsyncHyperBandScheduler:
+    """Return the scheduler that ends weak trials, with what it has seen of those that are over."""
+    scheduler = AsyncHyperBandScheduler(
+        time_attr="epoch", max_t=options.epochs, metric="objective", mode="max"
     )
+    for trial in read_trials(directory):
+        if trial.told is not None:
+            controller, known = cast(Any, (None, SimpleNamespace(trial_id=trial.name)))
+            scheduler.on_trial_add(controller, known)
+            for epoch in trial.epochs:
+                scheduler.on_trial_result(controller, known, epoch)
+    return scheduler
 
 
-def restore_tuner(directory: Path, trainable: Any) -> tune.Tuner:
-    try:
-        return tune.Tuner.restore(str(directory), trainable)
-    except Exception as error:  # pickles, JSON, and whatever else Ray keeps there
-        raise UserError(
-            f"{directory}: Ray cannot continue it ({one_line(error)}); start a new search"
-        ) from error
-
-
-def distribution(name: str, options: argparse.Namespace):
-    """Return the row of SEARCH_SPACE in Optuna's form."""
-    row = SEARCH_SPACE[name]
-    if row.kind == "choice":
-        return optuna.distributions.CategoricalDistribution(row.values)
-    scale = getattr(options, name) if row.of_default else 1
-    low, high = (scale * value for value in row.values)
-    return optuna.distributions.FloatDistribution(low, high, log=row.kind == "log")
+def runs_to_confirm(options: argparse.Namespace, directory: Path) -> list[Trial]:
+    """Return the runs of the best trials with other seeds that are not over."""
+    for trial in ranked(read_trials(directory))[: options.hpo_confirm]:
+        for seed in range(options.seed + 1, options.seed + 1 + options.hpo_seeds):
+            path = directory / "confirmation" / f"{trial.name}-{seed}.json"
+            if not path.exists():
+                Trial(path, trial.flags, seed, asked=trial.asked).save()
+    return [run for run in read_trials(directory, "confirmation") if run.told is None]
 
 
 class Progress(tune.Callback):
-    """Print a line for each epoch of each trial. Of a trial that is over, keep only the history."""
+    """Print a line for each epoch of each trial."""
 
-    def __init__(self, n_trials: int, directory: Path):
-        self.n_trials, self.directory = n_trials, directory
+    def __init__(self, n_trials: int):
+        self.n_trials = n_trials
 
     def on_trial_result(self, iteration, trials, trial, result, **_):
         if result.get("error"):
-            print(f"trial {trial.trial_id}: failed: {result['error']}", flush=True)
+            print(f"{name_of(trial)}: failed: {result['error']}", flush=True)
         else:
             text = ", ".join(f"{name} {result[name]:.4f}" for name in ("dev", "train", "gap"))
-            print(f"trial {trial.trial_id}, epoch {result['epoch']}: {text}", flush=True)
+            print(f"{name_of(trial)}, epoch {result['epoch']}: {text}", flush=True)
 
     def on_trial_complete(self, iteration, trials, trial, **_):
-        for suffix in (".pt", ".resume"):
-            path = self.directory / "trials" / f"{trial.trial_id}{suffix}"
-            path.unlink(missing_ok=True)
         over = sum(other is trial or other.is_finished() for other in trials)
-        print(f"trial {trial.trial_id} is over, {over} of {self.n_trials}", flush=True)
+        print(f"{name_of(trial)} is over, {over} of {self.n_trials}", flush=True)
 
     def on_trial_recover(self, iteration, trials, trial, **_):
-        print(f"trial {trial.trial_id}: its process or node has died; it continues", flush=True)
+        print(f"{name_of(trial)}: its process or node has died; it continues", flush=True)
 
     def on_trial_error(self, iteration, trials, trial, **_):
-        print(f"trial {trial.trial_id}: given up", flush=True)
+        print(f"{name_of(trial)}: given up", flush=True)
 
 
-def run_trials(tuner: tune.Tuner, directory: Path) -> tune.ResultGrid:
-    """Run the trials to their end. On Ctrl-C or SIGTERM, let Ray save its state, then raise
+def name_of(trial: Any) -> str:
+    return f"trial {Path(trial.config['trial']).stem}"
+
+
+def run_trials(
+    trainable: Any,
+    jobs: Jobs,
+    n_trials: int,
+    directory: Path,
+    scheduler: TrialScheduler | None = None,
+) -> None:
+    """Run the trials to their end. On Ctrl-C or SIGTERM, let Ray stop them, then raise
     KeyboardInterrupt; a second Ctrl-C ends the process at once."""
+    if not n_trials:
+        return
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(num_samples=n_trials, search_alg=jobs, scheduler=scheduler),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(directory),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[Progress(n_trials)],
+            verbose=0,
+        ),
+    )
     arrived: list[int] = []
 
     def stop(number, _):
@@ -390,93 +453,52 @@ def run_trials(tuner: tune.Tuner, directory: Path) -> tune.ResultGrid:
             signal.raise_signal(number)
         arrived.append(number)
         if len(arrived) == 1:
-            signal.raise_signal(signal.SIGUSR1)  # on which Ray stops and saves
+            signal.raise_signal(signal.SIGUSR1)  # on which Ray stops
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
-        results = tuner.fit()
+        tuner.fit()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if arrived:
         kind = Terminated if signal.SIGTERM in arrived else KeyboardInterrupt
         raise kind(f"saved: continue with --hpo_resume {directory}")
-    return results
 
 
 # ------------------------------------------------------------------------------------- its result
 
 
-def finish(
-    options: argparse.Namespace, directory: Path, logs: Path, results: tune.ResultGrid
-) -> Path:
-    """Print the table of all trials, write TensorBoard's page of hyper-parameters and the best
-    trial's flags. Return the file of these flags."""
-    trials = []
-    for number in range(len(results)):
-        result = results[number]
-        metrics, flags = result.metrics or {}, changed_options(options, **(result.config or {}))
-        error = metrics.get("error") or (one_line(result.error) if result.error else "")
-        trials.append(Trial(directory / "trials" / metrics.get("trial_id", "?"), flags, error))
-    for trial in trials:
-        if trial.epochs:
-            log = RunLog(logs / trial.name)
-            log.hyper_parameters(trial.options, trial.best["scores"]["dev"])
-            log.close()
-    good = [trial for trial in trials if trial.epochs and not trial.error]
-    best = max(good, key=lambda trial: trial.best["objective"], default=None)
-    print_table(options.searched, trials, best)
+def finish(options: argparse.Namespace, directory: Path, logs: Path) -> Path:
+    """Print the tables, write TensorBoard's page of hyper-parameters, the pictures and the winner's
+    flags. Return the file of these flags."""
+    space, best, good = Space(options), show(directory), ranked(read_trials(directory))
     if best is None:
         raise UserError(f"every trial has failed; the table says why, the rest is in {directory}")
+    for trial in good:
+        log = RunLog(logs / trial.name)
+        log.hyper_parameters(space.options_of(trial.flags), trial.best["scores"]["dev"])
+        log.close()
     path = directory / "best_config.json"
-    write_json(path, flags_for_config(best.options))
-    for leftover in (directory / "trials").glob("*.[pr]*"):  # .pt and .resume
-        leftover.unlink()
+    write_json(path, flags_for_config(space.options_of(best.flags)))
     print(f"best: trial {best.name}; train with its flags: --config {path}")
+    if len(good) > 1:
+        plot(directory)
     print(f"TensorBoard log: {logs}")
     return path
 
 
-def print_table(searched: list[str], trials: list[Trial], best: Trial | None) -> None:
-    columns = ["trial", *searched, "epochs", "best epoch", "objective", "dev", "gap", ""]
-    print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
-    for trial in trials:
-        values = [getattr(trial.options, flag) for flag in searched]
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        scores = [""] * 4
-        if trial.epochs:
-            scores = [f"{trial.best[name]:.4f}" for name in ("objective", "dev", "gap")]
-            scores.insert(0, str(trial.best["epoch"]))
-        remark = "the best" if trial is best else trial.error
-        row = [trial.name, *cells, str(len(trial.epochs)), *scores, remark]
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
-def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that give these options, but none of outputs and of the search itself."""
-    free = {"spacy_model": options.spacy_model, "task_file": options.task_file}
-    wanted = deciding(vars(options)) | free
-    own = ["--task_file", options.task_file] if options.task_file else []
-    defaults = vars(parse_options(["--data_dir", options.data_dir, *own])) | {"data_dir": "data"}
-    defaults |= {"task_file": None, "tasks": list(defaults["tasks"])}
-    wanted["tasks"] = list(options.tasks)
-    if any(getattr(options, name) for name in TASKS):
-        del wanted["tasks"]  # the flags of single tasks say it
-    return {name: value for name, value in wanted.items() if value != defaults[name]}
-
-
-def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Search. The flags are those of multitask_classifier.py; `--hpo` need not be given."""
+    argv = sys.argv[1:] if argv is None else argv
+    of_a_search = {"list": show, "plot": plot}
 
     def work():
-        search(parse_options(["--hpo", *(sys.argv[1:] if argv is None else argv)]))
+        if len(argv) == 2 and argv[0] in of_a_search:
+            of_a_search[argv[0]](Path(argv[1]))
+        else:
+            search(search_options(argv))
 
     return exit_status(work, "lower --batch_size or --max_length", "nothing new was saved")
 

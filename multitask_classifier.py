@@ -34,7 +34,7 @@ from attention import Sequences
 from balancing import GradientSurgery, learned_weights, weighted_loss
 from base_bert import BertConfig
 from batches import Batch, Padded, join
-from bert import BertModel, EncoderWithHeads, Tokens, pack
+from bert import BertModel, EncoderWithHeads, Tokens, pack, set_dropout
 from curvature import add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from heads import SequenceHead, new_head
@@ -413,8 +413,9 @@ def load_all(
         model, tokenizer, _ = model_from_checkpoint(state, path)
         tagger, source = checkpoint.find_tagger(state.get("tags"), path, options), str(path)
     else:
-        model, tokenizer, tagger = load_pretrained(options)
-        source = options.bert_model
+        start, tokenizer, tagger = load_start(options)
+        seed_everything(options.seed)  # an encoder without a pooler has drawn one
+        model, source = new_model(start, options), options.bert_model
     max_length = checked_max_length(options, source, model.bert.config, tokenizer)
     data = load_data(options, tokenizer, max_length, SPLITS, tagger)
     return Parts(model, tokenizer, tagger, data, options)
@@ -423,24 +424,37 @@ def load_all(
 def load_pretrained(
     options: argparse.Namespace,
 ) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
-    """Load the encoder that `--bert_model` names, and make new heads."""
+    """Load the start of a new run and make its model."""
+    start, tokenizer, tagger = load_start(options)
+    return new_model(start, options), tokenizer, tagger
+
+
+def new_model(start: BertModel | MultitaskBERT, options: argparse.Namespace) -> MultitaskBERT:
+    """Make the model of a new run, with random heads, from what `load_start` has loaded."""
+    if options.hidden_dropout_prob is not None:
+        set_dropout(start, options.hidden_dropout_prob)
+    if isinstance(start, MultitaskBERT):
+        return with_heads_of(start, options)
+    encoder = MixtureOfExperts.of(start, options.moe) if options.moe else start
+    return MultitaskBERT(encoder, options.tasks, options.loss_weights == "learned")
+
+
+def load_start(
+    options: argparse.Namespace,
+) -> tuple[BertModel | MultitaskBERT, BertTokenizer, Tagger | None]:
+    """Load the encoder that `--bert_model` names, or the model that `--init_from` names."""
     if options.init_from:
         return load_from_run(options)
     source, local = options.bert_model, options.local_files_only
     overrides: dict[str, Any] = {}
     tagger = None
-    if options.hidden_dropout_prob is not None:
-        overrides["hidden_dropout_prob"] = options.hidden_dropout_prob
     if options.additional_input:
         tagger = Tagger(Pipeline.find(options.spacy_model), options.cache_dir)
         overrides["num_pos_tags"] = len(tagger.pipeline.pos_labels)
         overrides["num_ner_tags"] = len(tagger.pipeline.ner_labels)
     bert = BertModel.from_pretrained(source, local, **overrides)
     checkpoint.check_encoder(bert, source, tagger, options.tasks, options.moe)
-    encoder = MixtureOfExperts.of(bert, options.moe) if options.moe else bert
-    tokenizer = BertTokenizer.from_pretrained(source, local)
-    learned = options.loss_weights == "learned"
-    return MultitaskBERT(encoder, options.tasks, learned), tokenizer, tagger
+    return bert, BertTokenizer.from_pretrained(source, local), tagger
 
 
 def same_shapes(one: nn.Module, other: nn.Module) -> bool:
@@ -451,17 +465,19 @@ def same_shapes(one: nn.Module, other: nn.Module) -> bool:
 def load_from_run(
     options: argparse.Namespace,
 ) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
-    """Load the model that `--init_from` names, with new heads where its own do not fit the tasks."""
+    """Load the model that `--init_from` names."""
     path = options.init_from
     content = checkpoint.read_checkpoint(path)
     for flag in ("moe", "additional_input"):
         if (own := content["options"].get(flag)) != getattr(options, flag):
             raise UserError(f"{path}: its --{flag} is {own}; give the same")
-    if options.hidden_dropout_prob is not None:
-        content["bert_config"]["hidden_dropout_prob"] = options.hidden_dropout_prob
     trained, tokenizer, _ = model_from_checkpoint(content, path)
     checkpoint.check_pairs(trained.bert.config, path, options.tasks)
-    tagger = checkpoint.find_tagger(content["tags"], path, options)
+    return trained, tokenizer, checkpoint.find_tagger(content["tags"], path, options)
+
+
+def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> MultitaskBERT:
+    """Return a model with this encoder, and new heads where its own do not fit the tasks."""
     model = MultitaskBERT(trained.bert, options.tasks, options.loss_weights == "learned")
     model.attention_layer.load_state_dict(trained.attention_layer.state_dict())
     kept: list[str] = []
@@ -474,8 +490,9 @@ def load_from_run(
             if fits:
                 head.load_state_dict(others[name].state_dict())
     heads_kept, heads_new = (", ".join(names) or "none" for names in (kept, new))
-    print(f"{path}: encoder, pooling and heads kept: {heads_kept}; new heads: {heads_new}")
-    return model, tokenizer, tagger
+    start = f"{options.init_from}: encoder, pooling and heads kept"
+    print(f"{start}: {heads_kept}; new heads: {heads_new}")
+    return model
 
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -16,8 +16,8 @@ from flags import (
     DEFAULT_SPACY_MODEL,
     OPTIMIZER_FLAGS,
     OWNERS,
-    SEARCH_SPACE,
     SMOKETEST,
+    OptionParser,
     build_parser,
 )
 from optimizer import OPTIMIZERS, STEP_SCHEDULES
@@ -45,11 +45,10 @@ def parse_options(
     options = parser.parse_args(argv)
     parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | dict(defaults or {}))
     options = parser.parse_args(argv)
-    searched = searched_flags(argv, options, known) if options.hpo else []
     chosen = [known[name] for name in chosen_tasks(options) or tasks or TASKS]
-    if found := problems(options, searched, chosen):
+    if found := problems(options, chosen):
         parser.error("; ".join(found))
-    return fill_defaults(options, searched, chosen)
+    return fill_defaults(options, chosen)
 
 
 def named_files(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +60,7 @@ def named_files(argv: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[Task]) -> list[str]:
+def problems(options: argparse.Namespace, tasks: Sequence[Task]) -> list[str]:
     """Return why these options cannot work together; nothing if they can."""
     empty = [f"--{name}" for name, value in vars(options).items() if value == ""]
     pretrain = options.option == "pretrain"
@@ -80,7 +79,6 @@ def problems(options: argparse.Namespace, searched: list[str], tasks: Sequence[T
         "--hpo is neither --resume (but --hpo_resume) nor --evaluate": (
             options.hpo and (options.resume or options.evaluate)
         ),
-        "--hpo: every flag that could be searched is given": options.hpo and not searched,
         "--hpo_gpus: only with --use_gpu": options.hpo_gpus and not options.use_gpu,
         "--unfreeze_interval trains the encoder, --option pretrain does not": (
             options.unfreeze_interval and pretrain
@@ -137,13 +135,12 @@ def chosen_tasks(options: argparse.Namespace) -> list[str]:
     return [name for name in TASKS if getattr(options, name)] or list(options.tasks or [])
 
 
-def fill_defaults(
-    options: argparse.Namespace, searched: list[str], tasks: Sequence[Task]
-) -> argparse.Namespace:
+def fill_defaults(options: argparse.Namespace, tasks: Sequence[Task]) -> argparse.Namespace:
     """Return the options with the defaults that depend on other flags, and with `tasks` a mapping from
     names to tasks."""
     filled = argparse.Namespace(**vars(options))
-    filled.searched = searched
+    dependent = ["lr", "betas", "weight_decay", "moe_balance", *OPTIMIZER_FLAGS]
+    filled.left_open = [name for name in dependent if getattr(options, name) is None]
     if filled.bert_model is None:
         filled.bert_model = filled.init_from or DEFAULT_BERT_MODEL
     row = OPTIMIZERS[options.optimizer]
@@ -190,17 +187,10 @@ def changed_options(options: argparse.Namespace, **changes: Any) -> argparse.Nam
     return argparse.Namespace(**vars(options) | changes)
 
 
-def searched_flags(
-    argv: list[str], options: argparse.Namespace, tasks: Mapping[str, Task]
-) -> list[str]:
-    """Return the flags of SEARCH_SPACE that this optimizer has and that are not given."""
-    given = given_flags(argv, tasks)
-    own = OPTIMIZERS[options.optimizer].flags
-    return [
-        name
-        for name in SEARCH_SPACE
-        if name not in given and (name in own or name not in OPTIMIZER_FLAGS)
-    ]
+def refilled(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Return filled options with some values changed, and with the defaults that follow from them."""
+    changed = changed_options(options, **dict.fromkeys(options.left_open) | changes)
+    return fill_defaults(changed, list(options.tasks.values()))
 
 
 def given_flags(argv: list[str], tasks: Mapping[str, Task] | None = None) -> dict[str, Any]:
@@ -216,7 +206,7 @@ def given_flags(argv: list[str], tasks: Mapping[str, Task] | None = None) -> dic
 @functools.cache
 def names_of_free_options() -> frozenset[str]:
     parser = build_parser()
-    names = {action.dest for action in parser._actions} | {"searched"}
+    names = {action.dest for action in parser._actions} | {"left_open"}
     return frozenset(names - parser.deciding)
 
 
@@ -244,12 +234,19 @@ def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds no table of flags")
     own = read_task_file(values["task_file"]) if isinstance(values.get("task_file"), str) else {}
-    parser, arguments = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False), []
+    parser = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False)
+    return flag_arguments(values, parser, f"--config {path}")
+
+
+def flag_arguments(values: Mapping[str, Any], parser: OptionParser, source: str) -> list[str]:
+    """Return a table of flags as they would be on a command line. `parser` raises errors; here they are
+    UserErrors that name the source of the table."""
+    arguments: list[str] = []
     defaults = vars(parser.parse_args([]))
     files = {action.dest for action in parser._actions if action.nargs == "+"}
     for name, value in values.items():
         if name not in defaults or name == "config":
-            raise UserError(f"--config {path}: there is no flag {name!r}")
+            raise UserError(f"{source}: there is no flag {name!r}")
         if name in files and isinstance(value, list) and all(isinstance(v, str) for v in value):
             arguments += [f"--{name}", *value]
             continue
@@ -258,11 +255,11 @@ def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list
         if isinstance(value, dict):
             value = ",".join(f"{task}={number}" for task, number in value.items())
         if isinstance(value, bool) != isinstance(defaults[name], bool) or value is None:
-            raise UserError(f"--config {path}: {name} cannot be {json.dumps(value)}")
+            raise UserError(f"{source}: {name} cannot be {json.dumps(value)}")
         if value is not False:
             arguments.append(f"--{name}" if value is True else f"--{name}={value}")
     try:
         parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(f"--config {path}: {one_line(error)}") from error
+        raise UserError(f"{source}: {one_line(error)}") from error
     return arguments

@@ -123,6 +123,7 @@ def number(kind: type, accepts: Callable[[Any], bool], what: str) -> Callable[[s
 
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+non_negative_int = number(int, lambda value: value >= 0, "a whole number of at least 0")
 max_length = number(int, lambda value: value > 2, "a whole number above 2")
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")

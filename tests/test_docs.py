@@ -37,7 +37,7 @@ def parse_experiments(arguments):
 
 PARSERS = {
     "multitask_classifier.py": parse_options,
-    "hpo.py": lambda arguments: parse_options(["--hpo", *arguments]),
+    "hpo.py": lambda words: words[0] in ("list", "plot") or parse_options(["--hpo", *words]),
     "experiments.py": parse_experiments,
     "synthetic.py": synthetic.parse,
     "predict.py": predict.parse,

@@ -164,7 +164,7 @@ def test_every_flag_says_whether_it_decides_a_runs_numbers():
 def test_options_are_not_changed_when_defaults_are_filled_in():
     raw = build_parser().parse_args(["--optimizer", "sophiag"])
     before = dict(vars(raw))
-    filled = fill_defaults(raw, [], [*TASKS.values()])
+    filled = fill_defaults(raw, [*TASKS.values()])
     assert vars(raw) == before and raw.lr is None
     assert (filled.lr, filled.rho, filled.hess_interval) == (1.2e-3, 0.02, 50)
 
@@ -225,11 +225,6 @@ def test_a_missing_config_is_one_clear_line(tmp_path):
         (["--hpo", "--resume", "auto"], "--hpo is neither --resume"),
         (["--hpo", "--evaluate", "m.pt"], "--hpo is neither --resume"),
         (["--hpo", "--hpo_gpus", "1"], "--hpo_gpus: only with --use_gpu"),
-        (
-            ["--hpo", "--lr=1", "--weight_decay=0", "--clip=1", "--hidden_dropout_prob=0"]
-            + ["--batch_size=8", "--scheduler=none"],
-            "--hpo: every flag that could be searched is given",
-        ),
     ],
 )
 def test_flags_that_do_not_fit_together(flags, message, capsys):

@@ -8,9 +8,9 @@ from conftest import ROOT
 # From top to bottom: a file imports only files that come after it.
 ORDER = """
     predict predictor export modeling_multitask report synthetic generators experiments result_tables hpo
-    multitask_classifier heads training checkpoint run_log options flags evaluation significance moe curvature
-    balancing batches optimizer datasets tables bert base_bert attention kernels tokenizer tagging profiler
-    tasks utils streams
+    search_space search_results multitask_classifier heads training checkpoint run_log options flags
+    evaluation significance moe curvature balancing batches optimizer datasets tables bert base_bert attention
+    kernels tokenizer tagging profiler tasks utils streams
 """.split()
 LATE = {"modeling_multitask", "kernels"}  # need transformers, Triton
 LONGEST_FILE, LONGEST_FUNCTION = 650, 50
