@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,20 +39,6 @@ class Example(NamedTuple):
     sentences: tuple[str, ...]
     label: float  # nan where there is none
     id: str
-
-
-class WithoutTexts(Sequence):
-    """Examples without their sentences: labels and ids in arrays, which processes can share."""
-
-    def __init__(self, examples: Sequence[Example]):
-        self.labels = np.array([example.label for example in examples])
-        self.ids = np.array([example.id for example in examples])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row):
-        return Example((), float(self.labels[row]), str(self.ids[row]))
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -309,10 +295,10 @@ class TaskDataset:
         other._arrange(task, both_orders and task.takes_both_orders)
         return other
 
-    def without_texts(self) -> "TaskDataset":
-        other, light = copy.copy(self), cast(list[Example], WithoutTexts(self.examples))
-        other.examples = light
-        return other
+    def forget_texts(self) -> None:
+        """Keep labels and ids of the examples only, in arrays that processes can share."""
+        known: Any = np.rec.fromarrays([self.labels, np.array(self.ids)], names="label,id")
+        self.examples = known
 
     def __len__(self) -> int:
         return len(self.examples)

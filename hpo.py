@@ -70,8 +70,8 @@ from run_log import RunLog
 from search_results import (
     WORST,
     Trial,
+    figures,
     flags_for_config,
-    plot,
     ranked,
     read_search,
     read_trials,
@@ -97,6 +97,7 @@ from utils import (
 RETRIES = 3  # of a trial whose process or node has died
 CONNECT_SECONDS = 10
 MOST_CORES = 4  # of a trial on CPUs, since a small model gains little from more
+GIVEN_UP = "given up; error.txt in its folder of ray/ says why"
 STILL_RUNNING = "is of a search that is still running"
 
 
@@ -149,12 +150,10 @@ def load_shared(options: argparse.Namespace, directory: Path) -> Shared:
     encoder = start.bert if isinstance(start, MultitaskBERT) else start
     max_length = checked_max_length(options, options.bert_model, encoder.config, tokenizer)
     data = load_data(options, tokenizer, max_length, ("train", "dev"), tagger)
-    light = {
-        split: {name: rows.without_texts() for name, rows in of_split.items()}
-        for split, of_split in data.items()
-    }
+    for rows in (rows for of_split in data.values() for rows in of_split.values()):
+        rows.forget_texts()
     pipeline, logs = tagger.pipeline if tagger else None, read_search(directory).logs
-    return Shared(options, directory, logs, start, tokenizer.to_json(), pipeline, light)
+    return Shared(options, directory, logs, start, tokenizer.to_json(), pipeline, data)
 
 
 def run_trial(config: dict[str, Any], shared: Shared, n_threads: int) -> None:
@@ -182,17 +181,13 @@ def start_training(options: argparse.Namespace, shared: Shared, path: Path) -> T
         model, tokenizer, _ = model_from_checkpoint(state, path)
     else:
         seed_everything(options.seed)
-        model, tokenizer = new_model(shared.start, options), BertTokenizer.from_json(
-            shared.tokenizer
-        )
+        model = new_model(shared.start, options)
+        tokenizer = BertTokenizer.from_json(shared.tokenizer)
         check_pairs(model.bert.config, options.bert_model, options.tasks)
     tagger = Tagger(shared.pipeline) if shared.pipeline else None
-    data = {
-        split: {
-            n: rows.arranged(options.tasks[n], options.both_orders) for n, rows in items.items()
-        }
-        for split, items in shared.data.items()
-    }
+    tasks, data = options.tasks, {}
+    for split, known in shared.data.items():
+        data[split] = {n: rows.arranged(tasks[n], options.both_orders) for n, rows in known.items()}
     parts = Parts(model.to(device), tokenizer, tagger, data, options)
     if state:
         return restored_training(parts, path, state)
@@ -314,13 +309,9 @@ class Jobs(Searcher):
         self.running[trial_id] = path
         return {"trial": f"{path.parent.name}/{path.name}"}
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id, result=None, error=False):
         trial = Trial.read(self.running.pop(trial_id))
-        trial.error = (
-            result["error"] if result else "given up; error.txt in its folder of ray/ says why"
-        )
+        trial.error = result["error"] if result else GIVEN_UP
         trial.told, self.n_events = self.n_events, self.n_events + 1
         trial.save()
         for suffix in (".pt", ".resume"):
@@ -363,9 +354,7 @@ class Proposals(Jobs):
             self.waiting.append(trial)
         return super().suggest(trial_id)
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id, result=None, error=False):
         path = self.running[trial_id]
         super().on_trial_complete(trial_id, result, error)
         self.study.tell(int(path.stem), Trial.read(path).objective)
@@ -480,13 +469,29 @@ def finish(options: argparse.Namespace, directory: Path, logs: Path) -> Path:
         log = RunLog(logs / trial.name)
         log.hyper_parameters(space.options_of(trial.flags), trial.best["scores"]["dev"])
         log.close()
+    if len(good) > 1:
+        plot(directory)
     path = directory / "best_config.json"
     write_json(path, flags_for_config(space.options_of(best.flags)))
     print(f"best: trial {best.name}; train with its flags: --config {path}")
-    if len(good) > 1:
-        plot(directory)
     print(f"TensorBoard log: {logs}")
     return path
+
+
+def plot(directory: Path) -> None:
+    """Draw a search, into its folder and its TensorBoard log."""
+    saved, trials = read_search(directory), ranked(read_trials(directory))
+    if len(trials) < 2:
+        raise UserError(f"{directory}: pictures need two trials that are over and have not failed")
+    study = optuna.create_study(direction="maximize")
+    proposed = Proposals(saved.options, directory).study.trials
+    study.add_trials([trial for trial in proposed if trial.value not in (None, WORST)])
+    log = RunLog(saved.logs / "pictures")
+    for name, figure in figures(study, trials).items():
+        figure.savefig(directory / f"{name}.png", dpi=120, bbox_inches="tight")
+        log.writer.add_figure(f"search/{name}", figure)
+        print(f"picture: {directory / name}.png")
+    log.close()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,14 +5,12 @@ import dataclasses
 import json
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flags import build_parser
 from options import deciding, parse_options
-from run_log import RunLog
 from tasks import TASKS, tasks_of_rows
 from utils import UserError, atomic_write, one_line
 
@@ -72,8 +70,11 @@ class Trial:
 
 def read_trials(directory: Path, kind: str = "trials") -> list[Trial]:
     """Return the trials of a search, or with `confirmation` the runs with other seeds."""
-    trials = [Trial.read(path) for path in (directory / kind).glob("*.json")]
-    return sorted(trials, key=lambda trial: (trial.asked, trial.name))
+    paths = sorted((directory / kind).glob("*.json"))
+    try:
+        return sorted(map(Trial.read, paths), key=lambda trial: trial.asked)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{directory / kind}: damaged ({one_line(error)})") from error
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
@@ -95,7 +96,7 @@ def read_search(directory: Path) -> SavedSearch:
         saved = json.loads(path.read_text(encoding="utf-8"))
         # A search of an older version lacks the flags that are new since then.
         values = vars(build_parser().parse_args([])) | saved["options"]
-        values["tasks"] = tasks_of_rows(values["tasks"])
+        values |= {"tasks": tasks_of_rows(values["tasks"]), "hpo_space": dict(values["hpo_space"])}
         return SavedSearch(argparse.Namespace(**values), Path(saved["logs"]).absolute())
     except OSError as error:
         raise UserError(
@@ -110,74 +111,59 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-
 def show(directory: Path) -> Trial | None:
     """Print the tables of a search. Return the winner so far: the best mean of the confirmation, or the
     best trial if there is none."""
     trials, runs = read_trials(directory), read_trials(directory, "confirmation")
     best = {trial.name: trial for trial in ranked(trials)}
-    winner = next(iter(best.values()), None)
-    print_trials(list(read_search(directory).options.hpo_space), trials, winner)
-    by_trial: dict[str, list[Trial]] = defaultdict(list)
+    picked = winner = next(iter(best.values()), None)
+    searched = read_search(directory).options.hpo_space
+    by_trial: dict[str, list[Trial]] = {run.name.partition("-")[0]: [] for run in runs}
     for run in runs:
         by_trial[run.name.partition("-")[0]].append(run)
     means = {
         name: statistics.mean(run.objective for run in group)
         for name, group in by_trial.items()
-        if all(run.told is not None and not run.error for run in group)
+        if not any(run.state for run in group)
     }
-    if winner and runs:
-        picked, winner = winner, best[max(means, key=means.__getitem__)] if means else None
-        print_confirmation(by_trial, best, picked, winner)
+    if runs:
+        winner = best[max(means, key=means.__getitem__)] if means else None
+    print_table([trial_row(trial, searched, trial is picked) for trial in trials])
+    print_table([confirmed_row(best[name], group, means) for name, group in by_trial.items()])
     return winner
 
 
-def print_trials(searched: list[str], trials: list[Trial], best: Trial | None) -> None:
-    """Print a row for each trial."""
-    columns = ["trial", *searched, "epochs", "seconds", "best epoch", "objective", "dev", "gap", ""]
-    rows = []
-    for trial in trials:
-        cells = [short(trial.flags.get(flag, "")) for flag in searched]
-        cells += [str(len(trial.epochs)), f"{trial.seconds:.0f}"]
-        scores = [""] * 4
-        if trial.epochs:
-            scores = [f"{trial.best[name]:.4f}" for name in ("objective", "dev", "gap")]
-            scores.insert(0, str(trial.best["epoch"]))
-        rows.append([trial.name, *cells, *scores, "the best" if trial is best else trial.state])
-    print_table(columns, rows)
+def trial_row(trial: Trial, searched: Iterable[str], is_best: bool) -> dict[str, Any]:
+    row = {"trial": trial.name} | {flag: trial.flags.get(flag, "") for flag in searched}
+    row |= {"epochs": len(trial.epochs), "seconds": round(trial.seconds)}
+    best = trial.best if trial.epochs else {}
+    row |= {"best epoch": best.get("epoch", "")}
+    row |= {name: f"{best[name]:.4f}" if best else "" for name in ("objective", "dev", "gap")}
+    return row | {"": "the best" if is_best else trial.state}
 
 
-def print_confirmation(
-    by_trial: Mapping[str, list[Trial]],
-    best: Mapping[str, Trial],
-    picked: Trial,
-    winner: Trial | None,
-) -> None:
-    """Print a row for each trial that was trained with other seeds."""
-    rows = []
-    for name, runs in by_trial.items():
-        over = [run.objective for run in runs if run.told is not None and not run.error]
-        mean = f"{statistics.mean(over):.4f}" if over else ""
-        spread = f"{statistics.stdev(over):.4f}" if len(over) > 1 else ""
-        remarks = ["the best mean"] * (winner is best[name])
-        remarks += ["the best single trial"] * (picked is best[name])
-        remarks += [f"seed {run.seed}: {run.state}" for run in runs if run.state]
-        values = ", ".join(f"{value:.4f}" for value in over)
-        rows.append([name, f"{best[name].objective:.4f}", values, mean, spread, "; ".join(remarks)])
-    print_table(["trial", "in the search", "with other seeds", "mean", "std", ""], rows)
+def confirmed_row(trial: Trial, runs: list[Trial], means: Mapping[str, float]) -> dict[str, Any]:
+    """Return the row of a trial that was trained with other seeds."""
+    scores = [run.objective for run in runs if not run.state]
+    is_best = trial.name in means and means[trial.name] == max(means.values())
+    states = [f"seed {run.seed}: {run.state}" for run in runs if run.state]
+    return {
+        "trial": trial.name,
+        "in the search": f"{trial.objective:.4f}",
+        "with other seeds": ", ".join(f"{score:.4f}" for score in scores),
+        "mean": f"{statistics.mean(scores):.4f}" if scores else "",
+        "std": f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "",
+        "": "; ".join(["the best mean"] * is_best + states),
+    }
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
+    for cells in (
+        [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    ):
+        texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print("| " + " | ".join(texts) + " |")
     print()
-    for row in [columns, ["---"] * len(columns), *rows]:
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
-def short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -193,72 +179,21 @@ def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value != defaults[name]}
 
 
-# --------------------------------------------------------------------------------------- pictures
-
-
-def plot(directory: Path) -> list[Path]:
-    """Draw the trials of a search, into its folder and its TensorBoard log. Return the files. Raises
-    UserError if fewer than two trials have a score."""
-    saved, trials = read_search(directory), ranked(read_trials(directory))
-    if len(trials) < 2:
-        raise UserError(f"{directory}: pictures need two trials with a score, it has {len(trials)}")
-    log, paths = RunLog(saved.logs / "pictures"), []
-    for name, figure in figures(trials, saved.options.hpo_space).items():
-        paths.append(directory / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
-        log.writer.add_figure(f"search/{name}", figure)
-    log.close()
-    print(f"pictures: {', '.join(map(str, paths))}")
-    return paths
-
-
-def figures(trials: list[Trial], space: Mapping[str, Any]) -> dict[str, Any]:
-    """Return matplotlib figures: name -> figure."""
+def figures(study: Any, trials: list[Trial]) -> dict[str, Any]:
+    """Draw a search with matplotlib: name -> figure."""
     import matplotlib
 
     matplotlib.use("agg")
     import optuna.visualization.matplotlib as drawn
     from matplotlib import pyplot
 
-    study = as_study(trials, space)
     axes = {
         "parallel": drawn.plot_parallel_coordinate(study),
         "importance": drawn.plot_param_importances(study),
         "history": drawn.plot_optimization_history(study),
         "seconds": pyplot.subplots()[1],
     }
-    axes["seconds"].scatter(
-        [trial.seconds for trial in trials], [trial.objective for trial in trials]
-    )
-    axes["seconds"].set(xlabel="seconds of training", ylabel="objective", title="Score and cost")
+    axes["seconds"].scatter([t.seconds for t in trials], [t.objective for t in trials])
+    axes["seconds"].set(xlabel="seconds of the trial", ylabel="Objective Value")
     pyplot.close("all")
     return {name: axis.figure for name, axis in axes.items()}
-
-
-def as_study(trials: list[Trial], space: Mapping[str, Any]) -> Any:
-    """Return trials as an Optuna study."""
-    import optuna
-    from optuna.distributions import (
-        BaseDistribution,
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    # Bounds that are multiples of a default can differ between trials; a study has one distribution
-    # for a flag.
-    distributions: dict[str, BaseDistribution] = {}
-    for name, row in space.items():
-        values = [trial.flags[name] for trial in trials if name in trial.flags]
-        if "choice" in row:
-            distributions[name] = CategoricalDistribution(row["choice"])
-        elif values:
-            kind = IntDistribution if "int" in row else FloatDistribution
-            distributions[name] = kind(min(values), max(values), log="log" in row)
-    study = optuna.create_study(direction="maximize")
-    for trial in sorted(trials, key=lambda trial: trial.asked):
-        own = {name: distributions[name] for name in trial.flags}
-        value = trial.objective
-        frozen = optuna.trial.create_trial(params=trial.flags, distributions=own, value=value)
-        study.add_trial(frozen)
-    return study
