@@ -1,11 +1,13 @@
 """Measure what a search costs besides training: seconds a trial, and the memory of its process.
 
-python benchmarks/search.py --trials 1000
+python benchmarks/search.py                        seconds of a trial, with its process
+python benchmarks/search.py --trials 1000 --reuse  memory; trials share processes, which saves an hour
 
 A made-up function takes the place of training; everything else is hpo.py: Ray, Optuna, files of trials.
 """
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -47,9 +49,13 @@ def watch(directory: Path, n_trials: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=1000)
-    n_trials = parser.parse_args().trials
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--reuse", action="store_true")
+    args = parser.parse_args()
+    n_trials = args.trials
     hpo.run_trial = made_up_trial
+    if args.reuse:
+        hpo.tune.TuneConfig = functools.partial(hpo.tune.TuneConfig, reuse_actors=True)
     with tempfile.TemporaryDirectory() as folder:
         threading.Thread(target=watch, args=(Path(folder), n_trials), daemon=True).start()
         flags = ["--bert_model", "minilm", "--data_dir", "data/sample", "--hpo_confirm", "0"]

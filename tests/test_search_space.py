@@ -4,7 +4,9 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from options import parse_options
 from search_space import Space, search_options
+from utils import UserError
 
 
 @pytest.fixture
@@ -47,3 +49,77 @@ def test_the_default_space_gives_the_trials_of_these_distributions(flags, lr, we
         assert space.draw(trial) == peer.params
         value = -abs(peer.params["lr"] - 1e-4) - peer.params["hidden_dropout_prob"] / 7
         ours.tell(trial, value), peers.tell(peer, value)
+
+
+def test_flags_that_depend_on_others_follow_them(space_file):
+    """Rates are multiples of the default of the trial's optimizer; values by task keep the others."""
+    options = search_options(
+        space_file(
+            'optimizer = { choice = ["adamw", "sophiah"] }\n'
+            "lr = { log = [0.5, 2], of_default = true }\n"
+            'rho = { uniform = [0.01, 0.1], when = { optimizer = ["sophiah"] } }\n'
+            '"rdrop.sst" = { int = [1, 4] }\n'
+            'sts_encoding = { choice = ["bi", "both"] }\n'
+            'both_orders = { choice = [false, true], when = { sts_encoding = ["both"] } }\n'
+        )
+    )
+    space, study, seen = Space(options), optuna.create_study(), set()
+    for _ in range(60):
+        flags = space.draw(study.ask())
+        trial = space.options_of(flags)
+        default = parse_options(["--optimizer", trial.optimizer])
+        assert default.lr / 2 <= trial.lr <= default.lr * 2 and trial.betas == default.betas
+        assert ("rho" in flags) == (trial.optimizer == "sophiah") == (trial.rho is not None)
+        assert trial.rdrop == {"sst": flags["rdrop.sst"], "para": 0, "sts": 0}
+        assert ("both_orders" in flags) == (trial.tasks["sts"].encoding == "both")
+        seen.add((trial.optimizer, trial.sts_encoding, trial.both_orders))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr = [", "Invalid value"),
+        ("lr = 3", "lr: needs one of log, uniform, int, choice"),
+        ("lrr = { log = [1e-5, 1e-3] }", "did you mean 'lr'?"),
+        ('models_dir = { choice = ["a"] }', "models_dir: no flag that decides the numbers"),
+        ("seed = { choice = [1, 2] }", "seed: all trials must have the same value"),
+        ("lr = { log = [1e-3, 1e-5] }", "low=0.001, high=1e-05"),
+        ("lr = { log = [0, 1] }", "`low > 0` must hold"),
+        ("lr = { log = [1, 2, 3] }", "lr: log = [1, 2, 3] cannot be"),
+        ("lr = { log = [1e-5, 1e-3], whn = {} }", "no key 'whn'; did you mean 'when'?"),
+        ("lr = { log = [1e-5, 1e-3], uniform = [0, 1] }", "lr: needs one of"),
+        ("hidden_dropout_prob = { uniform = [0, 1.5] }", "--hidden_dropout_prob: must be"),
+        ("batch_size = { uniform = [8, 64] }", "--batch_size: must be a whole number above 0"),
+        ("batch_size = { choice = [] }", "batch_size: choice = [] cannot be"),
+        ('optimizer = { choice = ["adamw", "sofia"] }', "invalid choice: 'sofia'"),
+        ('lr = { log = [1, 2], when = { optimizer = ["sofia"] } }', "invalid choice: 'sofia'"),
+        ("rdrop = { choice = [1, 2] }", "rdrop: no value of a flag; write it like rdrop.sst"),
+        ('"rdrop.nli" = { choice = [1, 2] }', "rdrop.nli: no value of a flag"),
+        ("warmup = { uniform = [0, 0.2] }", "--warmup: only with --scheduler"),
+        (
+            'lr = { log = [1, 2], when = { scheduler = ["none"] } }\n'
+            'scheduler = { choice = ["none", "cosine"] }',
+            "lr: scheduler must be above it in the file",
+        ),
+    ],
+)
+def test_a_space_that_cannot_be_is_one_line(text, message, space_file):
+    with pytest.raises(UserError) as error:
+        search_options(space_file(text))
+    text = str(error.value)
+    assert message in text and text.startswith("--hpo_space ")
+    assert len(text) <= 300 + len(space_file(text)[1]) and "\n" not in text
+
+
+def test_given_flags_are_not_searched(capsys):
+    options = search_options(["--clip", "1", "--lr", "1e-4"])
+    assert set(options.hpo_space) == {
+        "weight_decay",
+        "hidden_dropout_prob",
+        "batch_size",
+        "scheduler",
+    }
+    given = ["--lr=1", "--weight_decay=0", "--clip=1", "--hidden_dropout_prob=0"]
+    with pytest.raises(UserError, match="every flag that could be searched is given"):
+        search_options([*given, "--batch_size=8", "--scheduler=none"])
