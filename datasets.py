@@ -297,8 +297,8 @@ class TaskDataset:
 
     def forget_texts(self) -> None:
         """Keep labels and ids of the examples only, in arrays that processes can share."""
-        known: Any = np.rec.fromarrays([self.labels, np.array(self.ids)], names="label,id")
-        self.examples = known
+        from_arrays: Any = np.rec.fromarrays  # its types know no names alone
+        self.examples = from_arrays([self.labels, np.array(self.ids)], names="label,id")
 
     def __len__(self) -> int:
         return len(self.examples)
