@@ -1,5 +1,5 @@
-"""The heads: from the vectors of sentences to the answers of a task. `predict.py --export` copies this
-file into the folder of an exported model. It imports nothing else of this project."""
+"""Attention pooling and the heads: from hidden states to the answers of a task. `predict.py --export`
+copies this file into the folder of an exported model. It imports nothing else of this project."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Task = Any  # a tasks.Task, or what config.json of an exported model says of it
+Sequences = Any  # an attention.Sequences
 
 
 def linear_before_relu(input_size: int, output_size: int) -> nn.Linear:
@@ -85,3 +86,31 @@ def new_head(task: Task, hidden_size: int) -> nn.Module:
     if not task.is_pair:
         return SequenceHead(hidden_size, task, n_hidden=3)
     return PairHead(hidden_size, task) if task.classes else SimilarityHead(task)
+
+
+class AttentionLayer(nn.Module):
+    """Attention pooling: a learned weighted sum of the hidden states of each sequence, with weights
+    softmax(v tanh(W h)) over its tokens."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.W = nn.Linear(hidden_size, hidden_size)
+        self.v = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """Pool packed hidden states: [N, D] to [B, D]."""
+        rows, weights = self.weigh(hidden_states, sequences)
+        weighted = weights[:, None] * hidden_states  # [N, D]
+        n_sequences = len(sequences.lengths)
+        return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
+
+    def weigh(self, hidden_states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return for each token the number of its sequence [N] and its weight there [N]. The weights of
+        a sequence sum to 1."""
+        scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(1)  # [N]
+        n_sequences, longest = len(sequences.lengths), max(sequences.lengths)
+        rows = torch.repeat_interleave(sequences.offsets.diff(), output_size=len(scores))  # [N]
+        columns = torch.arange(len(scores), device=scores.device) - sequences.offsets[rows]
+        padded = scores.new_full((n_sequences, longest), -torch.inf)
+        padded = padded.index_put((rows, columns), scores)
+        return rows, padded.softmax(dim=1)[rows, columns]

@@ -30,14 +30,13 @@ from torch import Tensor, nn
 
 import checkpoint
 import evaluation
-from attention import Sequences
 from balancing import GradientSurgery, learned_weights, weighted_loss
 from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack, set_dropout
 from curvature import add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
-from heads import SequenceHead, new_head
+from heads import AttentionLayer, SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
 from options import changed_options
@@ -77,34 +76,6 @@ from utils import (
 )
 
 # ------------------------------------------------------------------------------------------ model
-
-
-class AttentionLayer(nn.Module):
-    """Attention pooling: a learned weighted sum of the hidden states of each sequence, with weights
-    softmax(v tanh(W h)) over its tokens."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.W = nn.Linear(hidden_size, hidden_size)
-        self.v = nn.Linear(hidden_size, 1, bias=False)
-
-    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """Pool packed hidden states: [N, D] to [B, D]."""
-        rows, weights = self.weigh(hidden_states, sequences)
-        weighted = weights[:, None] * hidden_states  # [N, D]
-        n_sequences = len(sequences.lengths)
-        return weighted.new_zeros(n_sequences, weighted.shape[1]).index_add(0, rows, weighted)
-
-    def weigh(self, hidden_states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Return for each token the number of its sequence [N] and its weight there [N]. The weights of
-        a sequence sum to 1."""
-        scores = self.v(torch.tanh(self.W(hidden_states))).float().squeeze(1)  # [N]
-        n_sequences, longest = len(sequences.lengths), max(sequences.lengths)
-        rows = torch.repeat_interleave(sequences.offsets.diff(), output_size=len(scores))  # [N]
-        columns = torch.arange(len(scores), device=scores.device) - sequences.offsets[rows]
-        padded = scores.new_full((n_sequences, longest), -torch.inf)
-        padded = padded.index_put((rows, columns), scores)
-        return rows, padded.softmax(dim=1)[rows, columns]
 
 
 class MultitaskBERT(EncoderWithHeads):
