@@ -33,7 +33,7 @@ DEFAULTS = dict(
     resume=None,
     save_interval=10.0,
     max_bad_steps=10,
-    predictions_dir="predictions",
+    predictions_dir=None,
     batch_size=64,
     samples_per_epoch=10000,
     weight_decay=0.05,
@@ -52,7 +52,7 @@ DEFAULTS = dict(
     tasks=TASKS,
     sst_train=["data/ids-sst-train.csv"],
     para_test=["data/quora-test-student.csv"],
-    sts_dev_out="predictions/sts-dev-output.csv",
+    sts_dev_out=None,
 )
 
 
