@@ -260,20 +260,22 @@ def show_results(
     print(f"{'mean':<24} {mean_score(scores):.4f}\n")
     unseen: Scores = {}
     for name, dataset in train.items():
-        if name in scores and (metrics := unseen_scores(results["dev"][name], dataset)):
-            unseen[name] = metrics
-            print(f"{name} without the dev rows that are in train: {format_scores(metrics)}")
+        if name in scores:
+            known = rows_in_train(results["dev"][name].dataset.examples, dataset.examples)
+            if metrics := unseen_scores(results["dev"][name], known):
+                unseen[name] = metrics
+                which = f"the {known.sum()} of {len(known)} dev rows that are in train"
+                print(f"{name} without {which}: {format_scores(metrics)}")
     print(f"checkpoint: {source}")
     for folder, paths in itertools.groupby(sorted(targets), os.path.dirname):
         print(f"predictions in {folder or '.'}: {', '.join(map(os.path.basename, paths))}")
     return scores, unseen
 
 
-def unseen_scores(dev: Evaluation, train: TaskDataset) -> dict[str, float]:
-    """Return the scores of a task without the rows that are in its training file; empty if there are no
-    such rows, or no others."""
-    known = rows_in_train(dev.dataset.examples, train.examples)
+def unseen_scores(dev: Evaluation, known: np.ndarray) -> dict[str, float]:
+    """Return the scores of a task without the rows that are in its training file [n_rows]; empty if there
+    are no such rows, or no others."""
     labels = dev.dataset.labels[~known]
     if not known.any() or np.isnan(labels).all():
         return {}
-    return score(train.task, labels, dev.predictions[~known])
+    return score(dev.dataset.task, labels, dev.predictions[~known])

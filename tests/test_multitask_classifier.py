@@ -26,7 +26,7 @@ import run_log
 from attention import ATTENTION, FusedAttention, jagged_attention, plain_attention
 from batches import EpochSampler, Padded, collate, join, step_noise, training_windows
 from bert import BertModel, Dropout
-from checkpoint import checkpoint_content, new_run, options_to_evaluate, write_checkpoint
+from checkpoint import checkpoint_content, new_name, new_run, options_to_evaluate, write_checkpoint
 from curvature import gauss_newton_gradients
 from datasets import SMOKETEST_ROWS, TaskDataset, load_data
 from evaluation import mean_score
@@ -657,7 +657,7 @@ def test_a_run_end_to_end(flags, small_data, tmp_path, capsys):
     assert mc.main(again) == 0
     table = capsys.readouterr().out
     assert read_predictions(tmp_path) == before
-    assert table.strip().split("predictions:")[0] in text
+    assert table.strip().split("predictions in")[0] in text
 
 
 def test_tensorboard_holds_losses_metrics_rate_picture_and_hyper_parameters(flags, tmp_path):
@@ -763,7 +763,10 @@ def test_smoketest_is_short(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keep = [part for part in flags if not part.endswith(".csv") and not part.endswith("_out")]
     assert mc.main(keep + ["--smoketest"]) == 0
-    files = list((tmp_path / "predictions" / "smoketest").glob("*.csv"))
+    (run,) = (path.stem for path in tmp_path.glob("*.pt"))
+    latest = tmp_path / "predictions" / "latest"
+    assert latest.is_symlink() and latest.readlink() == Path(run)
+    files = list(latest.glob("*.csv"))
     assert len(files) == 6
     assert {len(path.read_text().splitlines()) for path in files} == {SMOKETEST_ROWS + 1}
     assert options("--smoketest").epochs == SMOKETEST["epochs"]
@@ -1175,7 +1178,7 @@ def test_a_run_with_tasks_from_a_file(flags, own_tasks, tmp_path, capsys):
     Path(own_tasks[1]).unlink()
     assert mc.main(["--evaluate", str(checkpoint), *again]) == 0
     assert read_predictions(tmp_path / "again") == first
-    assert capsys.readouterr().out.strip().split("predictions:")[0] in shown
+    assert capsys.readouterr().out.strip().split("predictions in")[0] in shown
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -1290,7 +1293,7 @@ def test_both_orders_of_each_pair_are_trained_on(flags, monkeypatch, capsys):
 
 def test_two_runs_that_start_together_have_two_names(tmp_path):
     chosen = options("--logdir", str(tmp_path))
-    claimed = [new_run(chosen, "finetune") for _ in range(5)]
+    claimed = [new_run(chosen, new_name(chosen, "finetune")) for _ in range(5)]
     assert len({run for run, _ in claimed}) == len({folder for _, folder in claimed}) == 5
 
 

@@ -285,7 +285,7 @@ def test_which_tasks_are_trained(flags, names, task_file):
         assert list(numbers) == chosen
     for key, value in vars(options).items():
         name, _, end = key.partition("_")
-        if name in {*TASKS, "nli", "rating"} and end in ("train", "dev", "test", "dev_out"):
+        if name in {*TASKS, "nli", "rating"} and end in ("train", "dev", "test"):
             assert (value is not None) == (name in chosen), key
 
 
@@ -303,7 +303,7 @@ def test_flags_of_tasks_from_a_file_follow_from_their_rows(task_file):
     assert (options.nli_encoding, options.nli_loss) == ("cross", "one_vs_all")
     assert options.loss_weights == {"nli": 0.5, "rating": 1.0}
     assert options.nli_train == ["data/a.csv", "data/b.csv"] and options.nli_test == []
-    assert options.rating_test_out == "predictions/rating-test-output.csv"
+    assert options.rating_test_out is None
     assert not hasattr(options, "rating_encoding") and not hasattr(options, "rating_loss")
     flags = ["--nli_encoding", "both", "--nli_loss", "ordinal", "--nli_train", "x", "y", "z"]
     changed = parse(*task_file, *flags)

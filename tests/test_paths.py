@@ -276,6 +276,7 @@ def test_all_predictions_can_go_into_one_device(flags, tmp_path):
     node = device(tmp_path, 3)
     named = [f"--{name}_{split}_out" for name in TASKS for split in ("dev", "test")]
     options = parse_options([*flags, *(word for name in named for word in (name, str(node)))])
+    options = checkpoint.name_predictions(options, "run")
     checkpoint.check_outputs(options)
     with checkpoint.lock_predictions(options), checkpoint.lock_predictions(options):
         pass
@@ -286,7 +287,8 @@ def test_two_names_of_a_file_are_not_two_outputs(flags, tmp_path):
     link(tmp_path, "file")
     outputs = ["--sst_dev_out", str(tmp_path / "file"), "--sst_test_out", str(tmp_path / "link")]
     with pytest.raises(UserError, match="is given for --sst_test_out and for --sst_dev_out"):
-        checkpoint.check_outputs(parse_options([*flags, *outputs]))
+        options = parse_options([*flags, *outputs])
+        checkpoint.check_outputs(checkpoint.name_predictions(options, "run"))
 
 
 # -------------------------------------------------------------------- outputs that cannot be written

@@ -527,7 +527,7 @@ def test_a_run_with_what_the_example_lacks(run_flags, tmp_path, capsys):
     assert mc.main(flags) == 0
     shown = capsys.readouterr().out
     assert "nodev: 32 rows, train accuracy" in shown and "; dev none\n" in shown
-    assert "seed: 32 training rows in both orders; the first: label yes" in shown
+    assert "seed 32 training rows in both orders" in shown
     _, predictions, scalars = outcome(tmp_path)
     assert predictions.keys() == {"seed-dev-output.csv"}
     _, rows = predicted(tmp_path / "predictions_dir" / "seed-dev-output.csv")

@@ -28,7 +28,7 @@ import training
 import utils
 from batches import EpochSampler, training_windows
 from curvature import gauss_newton_gradients
-from datasets import Example
+from datasets import Example, rows_in_train
 from flags import flags_page
 from optimizer import build_optimizer
 from options import parse_options
@@ -493,8 +493,9 @@ def test_dev_rows_that_are_in_train_are_left_out_of_a_second_score(
         "spearman": spearmanr(truth[unseen], predicted[unseen]).statistic,
     }
     shown = capsys.readouterr().out
-    texts = re.findall(r"^(\w+) without the dev rows that are in train: (.*)$", shown, re.M)
-    assert texts == [("sts", ", ".join(f"{name} {value:.3f}" for name, value in expected.items()))]
+    texts = re.findall(r"^(\w+) without the (.*) that are in train: (.*)$", shown, re.M)
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in expected.items())
+    assert texts == [("sts", f"5 of {len(truth)} dev rows", scores)]
     (directory,) = (tmp_path / "logdir").iterdir()
     log = EventAccumulator(str(directory)).Reload()
     logged = {tag for tag in log.Tags()["scalars"] if tag.startswith("unseen/")}
@@ -512,9 +513,8 @@ def test_rows_that_are_in_train_do_not_count_in_the_second_score(known, expected
         Example((f"Film {row}!",), label, str(row)) for row, label in enumerate([1, 2, 0, np.nan])
     ]
     train = [Example((f"film {row}",), 0.0, "x") for row in known] + [Example(("other",), 0.0, "y")]
-    of_train = SimpleNamespace(examples=train, task=TASKS["sst"])
     labels = np.array([example.label for example in dev])
-    of_dev = SimpleNamespace(examples=dev, labels=labels)
+    of_dev = SimpleNamespace(examples=dev, labels=labels, task=TASKS["sst"])
     result = evaluation.Evaluation(of_dev, np.array([1.0, 4.0, 0.0, 0.0]), {})
-    found = evaluation.unseen_scores(result, of_train)
+    found = evaluation.unseen_scores(result, rows_in_train(dev, train))
     assert (found["accuracy"] if found else {}) == expected
