@@ -65,7 +65,7 @@ class RunLog:
         # (step, tag -> value) that are not written yet.
         self.waiting: list[tuple[int, dict[str, Any]]] = list(state["waiting"])
         # Tokens of this process since the first step that is not written yet.
-        self.n_tokens, self.since = 0, 0.0
+        self.n_tokens, self.since = 0, time.perf_counter()
         # Sophia's shares of clipped coordinates in this epoch.
         self.clipped: list[float] = list(state["clipped"])
 
@@ -330,7 +330,7 @@ def changed_flags(options: argparse.Namespace) -> list[str]:
     defaults = shown(vars(parse_options(["--data_dir", options.data_dir], tasks=tasks)))
     flags = [f"--config {options.config}"] if options.config else []
     for name, value in shown(deciding(vars(options))).items():
-        if value == defaults[name] or name in ("bert_model", "precision"):
+        if value == defaults.get(name, value) or name in ("bert_model", "precision"):
             continue
         if isinstance(value, dict):
             value = ",".join(f"{task}={number:g}" for task, number in value.items())

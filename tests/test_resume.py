@@ -60,6 +60,7 @@ def outcome(folder, files="*-*.csv", n_files=6):
     scalars = {
         tag: sorted({(event.step, event.value) for event in log.Scalars(tag)})
         for tag in log.Tags()["scalars"]
+        if tag != "tokens_per_second"
     }
     return torch.load(checkpoint, weights_only=True)["model"], predictions, scalars
 
