@@ -576,7 +576,8 @@ def test_a_recipe_can_name_a_task_file(run_flags, my_toml, my_data, tmp_path, mo
     Path("recipes/mine.json").write_text(json.dumps(recipe))
     flags = [*run_flags[:4], "--smoketest", "--cache_dir", str(tmp_path / "cache_dir")]
     run = experiments.plan_run("mine", 11711, "full", flags)
-    folders = [f"--{name}={run.folder / name}" for name in ("logdir", "predictions_dir")]
+    folders = [f"--logdir={run.folder / 'logdir'}"]
+    folders += [f"--predictions_dir={run.folder / 'predictions'}"]
     assert mc.main([*run.arguments, "--models_dir", str(run.folder), *folders]) == 0
     # What `train` adds to the output of the process.
     shown = capsys.readouterr().out
