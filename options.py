@@ -220,11 +220,8 @@ def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list[str]:
-    """Return the flags of a JSON file, a table of flags, as they would be on a command line.
-
-    Raises UserError if it is no such file, or if a value does not fit its flag.
-    """
+def read_config(path: str) -> dict[str, Any]:
+    """Read a JSON file with a table of flags. Raises UserError for another file."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -233,6 +230,17 @@ def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list
         raise UserError(f"--config {path}: not JSON ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: holds no table of flags")
+    return values
+
+
+def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list[str]:
+    """Return the flags of a JSON file, a table of flags, as they would be on a command line.
+
+    The key "parent", with which a recipe names the recipe that it changes, is no flag. Raises UserError
+    if the file is no such table, or if a value does not fit its flag.
+    """
+    values = read_config(path)
+    values.pop("parent", None)
     own = read_task_file(values["task_file"]) if isinstance(values.get("task_file"), str) else {}
     parser = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False)
     return flag_arguments(values, parser, f"--config {path}")

@@ -262,7 +262,12 @@ def test_the_recipes_are_flags():
     paths = list((ROOT / "recipes").rglob("*.json"))
     assert {"baseline.json", "sophiah.json", "moe-hard.json"} <= {path.name for path in paths}
     for path in paths:
-        parse_options(["--config", str(path)])
+        options = vars(parse_options(["--config", str(path)]))
+        flags = json.loads(path.read_text())
+        parent = flags.pop("parent", None)
+        assert flags.keys() <= options.keys() and "parent" not in options
+        assert (parent is None) == (path == ROOT / "recipes/baseline.json")
+        assert parent is None or (ROOT / "recipes" / f"{parent}.json").is_file()
 
 
 def test_two_writers_lose_nothing(folder):

@@ -191,6 +191,7 @@ def test_a_config_gives_flags_and_the_command_line_wins(tmp_path):
         ([1], "holds no table of flags"),
         ({"rate": 1}, "there is no flag 'rate'"),
         ({"config": "c.json"}, "there is no flag 'config'"),
+        ({"parents": "baseline"}, "there is no flag 'parents'"),
         ({"lr": "fast"}, "argument --lr: must be a number of at least 0"),
         ({"lr": math.nan}, "argument --lr: must be a number"),
         ({"lr": None}, "lr cannot be null"),
