@@ -239,8 +239,7 @@ def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list
     The key "parent", with which a recipe names the recipe that it changes, is no flag. Raises UserError
     if the file is no such table, or if a value does not fit its flag.
     """
-    values = read_config(path)
-    values.pop("parent", None)
+    values = {name: value for name, value in read_config(path).items() if name != "parent"}
     own = read_task_file(values["task_file"]) if isinstance(values.get("task_file"), str) else {}
     parser = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False)
     return flag_arguments(values, parser, f"--config {path}")

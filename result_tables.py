@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from evaluation import METRICS
-from options import config_arguments, deciding, given_flags
-from significance import Difference, Pair
+from options import config_arguments, deciding, given_flags, read_config
+from significance import Difference, Pair, difference, student
 from streams import write_required
 from tasks import CLASS_METRICS, NUMBER_METRICS, TASKS
 from utils import UserError, atomic_write
@@ -64,15 +64,14 @@ SUMMARIZED = {"baseline": "", "best": "", f"best{AVERAGED}": "the three best mod
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
 VARIANTS = ["best", "ablations", "sophia"]
-SETTING = (
-    "encoder precision device budget tasks".split()
-)  # rows that differ in these do not compare
+# Rows that differ in these do not compare.
+SETTING = "encoder precision device budget tasks".split()
 HEADINGS = MAIN_SCORES | {
     "sst_macro_f1": "sentiment, macro-F1",
     "para_macro_f1": "paraphrase, macro-F1",
     "difference": "mean, difference",
-    "seconds": "seconds an epoch",
-    "relative": "seconds, relative",
+    "last": "mean, last epoch",
+    "seconds": "seconds an epoch (relative)",
     "memory": "peak memory, MB",
 }
 # Columns that are a line below the tables, since most rows have the same in them.
@@ -81,8 +80,8 @@ CAPTIONS = {
     "pipeline": "spaCy pipeline",
     "threads": "CPU threads × runs at once",
 }
-# 97.5% quantiles of Student's t distribution by the number of values, for intervals of 95%.
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+MARKS = {"†": "a run has no curve", "‡": "a run had uncommitted changes"}  # in tables
+DEV_ROWS = {"sst_accuracy": 1101, "para_accuracy": 2500, "sts_pearson": 863}  # docs/data.md
 
 
 # ------------------------------------------------------------------------------- recipes and rows
@@ -99,6 +98,16 @@ def recipe_path(name: str) -> Path:
 def recipe_flags(name: str) -> dict[str, Any]:
     """Return the flags of a recipe as the column "flags" has them."""
     return recorded_flags(config_arguments(str(recipe_path(name))))
+
+
+def lineage(name: str) -> list[str]:
+    """Return a recipe, its parent, the parent's parent and so on, as their files name them."""
+    line = [name]
+    while parent := read_config(str(recipe_path(line[-1]))).get("parent"):
+        if parent in line:
+            raise UserError(f"{recipe_path(name)}: {parent!r} is among its own parents")
+        line.append(parent)
+    return line
 
 
 def recorded_flags(arguments: list[str]) -> dict[str, Any]:
@@ -146,6 +155,7 @@ class Summary(NamedTuple):
 
     recipe: str
     remark: str  # how its flags differ from those in its file
+    ancestors: list[str]  # recipes to compare it with, the best choice first
     runs: dict[str, str]  # seed -> run
     means: "pd.Series"  # seed -> mean score
     n_rows: int  # of each task in all epochs
@@ -164,9 +174,17 @@ def summarize(results: "pd.DataFrame") -> list[Summary]:
     scores = filter(METRIC_OF_SCORE.fullmatch, results.columns)
     for column in (*scores, "seconds_per_epoch", "peak_memory_mb"):
         results[column] = pd.to_numeric(results[column])  # nan where it is empty
+    results["last"] = results["run"].map(last_means())
     groups = results.groupby([column for column in IDENTITY if column != "seed"])
     summaries = [summarize_group(group, known) for _, group in groups]
     return sorted(summaries, key=lambda s: (-s.n_rows, s.setting, s.recipe, s.remark))
+
+
+def last_means() -> "pd.Series":
+    """Return the mean dev score after the last epoch: run -> score, for the runs with a curve."""
+    curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
+    means = curves[(curves["split"] == "dev") & (curves["metric"] == "mean")]
+    return means.sort_values("epoch").groupby("run")["value"].last()
 
 
 def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> Summary:
@@ -178,11 +196,13 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     seconds = group["seconds_per_epoch"].mean()
     at_once = group["jobs"].map(lambda jobs: f" × {jobs}" if jobs else "")
     clipped = group["clipped"].str.split(expand=True).astype(float).mean().dropna().tolist()
-    columns = ["encoder", "precision", "device", "rows", "pipeline", "data"]
+    columns = "encoder precision device rows pipeline data".split()
     cells = {column: shared[column] for column in columns} | {
         "recipe": format_name(recipe).strip("" if recipe in known else "[]"),
         "budget": budget.title,
         "seeds": str(len(group)),
+        "mark": "‡" if group["commit"].str.endswith("+").any() else "",
+        "last": format_spread(group["last"]) or "†",
         "threads": ", ".join(sorted(set(group["threads"] + at_once))),
         "seconds": f"{seconds:.0f}" if seconds > 0 else "",  # a mean of models takes none
         "memory": format_spread(group["peak_memory_mb"], ".0f"),
@@ -191,12 +211,13 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     scores = [c for c in group if METRIC_OF_SCORE.fullmatch(c) and group[c].notna().any()]
     main, names = list(main_scores(scores)), {METRIC_OF_SCORE.sub(r"\1", c) for c in scores}
     means = group.set_index("seed")[main].mean(axis=1, skipna=False)
-    cells |= {column: format_spread(group[column]) for column in scores}
-    cells |= {"mean": format_spread(means)}
+    cells |= {c: format_spread(group[c]) for c in scores} | {"mean": format_spread(means)}
     cells["tasks"] = "" if names == set(TASKS) else ", ".join(sorted(names))
-    remark, runs = describe_flags(flags, own), dict(zip(group["seed"], group["run"], strict=True))
+    remark = describe_flags(flags, own)
+    ancestors = lineage(recipe)[0 if remark else 1 :] if recipe in known else []
+    runs = dict(zip(group["seed"], group["run"], strict=True))
     n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
-    return Summary(recipe, remark, runs, means, n_rows, seconds, setting, cells)
+    return Summary(recipe, remark, ancestors, runs, means, n_rows, seconds, setting, cells)
 
 
 def pairs_of(first: Summary, second: Summary) -> dict[str, Pair]:
@@ -223,6 +244,21 @@ def read_predictions(run: str) -> dict[str, np.ndarray]:
         with np.load(path) as arrays:
             return {name: arrays[name].astype(float) for name in arrays}
     return {}
+
+
+def reference(summary: Summary, group: list[Summary]) -> Summary | None:
+    """Return the row of a setting that a recipe is compared with: that of its nearest ancestor."""
+    unchanged = {other.recipe: other for other in reversed(group) if not other.remark}
+    return next((unchanged[name] for name in summary.ancestors if name in unchanged), None)
+
+
+def mean_difference(first: Summary, second: Summary) -> Difference:
+    """Compare the means of two recipes on the seeds that both have. The interval is about other dev
+    rows and seeds if the dev predictions are there, else about other seeds. One seed has none."""
+    gains = (second.means - first.means).dropna()
+    if len(gains) > 1 and (pairs := pairs_of(first, second)):
+        return difference([*pairs.values()])
+    return student(gains.mean(), gains.var() / len(gains), len(gains) - 1)
 
 
 def by_setting(summaries: list[Summary]) -> list[list[Summary]]:
@@ -252,7 +288,8 @@ def format_spread(values: "pd.Series", form: str = ".3f") -> str:
 
 
 def format_difference(found: Difference) -> str:
-    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+    interval = "no interval" if np.isnan(found.low) else f"{found.low:+.4f} to {found.high:+.4f}"
+    return f"{found.value:+.4f} ({interval})"
 
 
 def describe_flags(flags: dict[str, Any], known: dict[str, Any] | None) -> str:
@@ -295,69 +332,67 @@ def format_caption(summaries: dict[str, Summary], column: str) -> str:
     return f"{CAPTIONS[column]}: {'; '.join([common, *exceptions])}."
 
 
-def answer(summaries: dict[str, Summary]) -> str:
-    """Say which recipes have another mean than the first: those whose 95% interval over the seeds
-    of both leaves out 0."""
-    (name, first), *others = summaries.items()
-    n_compared, clear = 0, []
-    for label, summary in others:
-        differences = (summary.means - first.means).dropna()
-        if (n := len(differences)) > 1:
-            n_compared += 1
-            mean, half = differences.mean(), STUDENT_T[min(n, 5)] * differences.std() / n**0.5
-            if abs(mean) > half:
-                clear.append(f"{label} {mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
-    found = f"{', '.join(clear) or 'none'} (of {n_compared} with several seeds)"
-    return f"Clearly different from {name}: {found if n_compared else 'no answer with one seed'}."
-
-
 # --------------------------------------------------------------------------------- tables and pages
 
 
 def setting_tables(group: list[Summary], columns: list[str]) -> str:
-    """Return the tables of recipes in one setting, which are compared with the first of them.
-    `columns` is for a table of its own."""
-    first, rows = group[0], []
-    summaries: dict[str, Summary] = {}
+    """Return the tables of recipes in one setting. `columns` is for a table of its own."""
+    rows: list[dict[str, str]] = []
     remarks: list[str] = []
+    summaries: dict[str, Summary] = {}
+    differences: dict[str, list[str]] = {}  # recipe -> how others differ from it
     for summary in group:
         label = summary.cells["recipe"]
         if summary.remark or label in summaries:
             label += str(len(remarks) + 1).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
             remarks.append(f"{label}: {summary.remark or 'data ' + summary.cells['data']}.")
         summaries[label] = summary
-        differences = (summary.means - first.means).dropna()
-        own = {
-            "recipe": label,
-            "difference": "" if summary is first else format_spread(differences, "+.3f"),
-            "relative": f"{summary.seconds / first.seconds:.2f}" if summary.seconds > 0 else "",
-        }
+        own = {"recipe": label, "seeds": summary.cells["seeds"] + summary.cells["mark"]}
+        if first := reference(summary, group):
+            found = mean_difference(first, summary)
+            bold = "**" if found.is_clear else ""
+            text = f"{label} {bold}{format_difference(found)}{bold}"
+            differences.setdefault(first.cells["recipe"], []).append(text)
+            spread = format_spread((summary.means - first.means).dropna(), "+.3f")
+            own["difference"] = f"{bold}{spread}{bold}"
+            own["seconds"] = f"{summary.seconds:.0f} ({summary.seconds / first.seconds:.2f})"
         rows.append(summary.cells | own)
     tables = [
-        ["recipe", "seeds", *main_scores(first.cells), "mean"],
-        ["recipe", "difference", "clipped", "seconds", "relative", "memory"],
+        ["recipe", "seeds", *main_scores(group[0].cells), "mean"],
+        ["recipe", "difference", "last", "clipped", "seconds", "memory"],
     ]
     if any(row.get(column) for row in rows for column in columns):
         tables.append(["recipe", *columns])
-    parts = [f"### {', '.join(filter(None, first.setting))}"]
-    parts += [format_paragraph(answer(summaries))] if len(group) > 1 else []
-    parts += [format_table(rows, table) for table in tables]
-    captions = [format_caption(summaries, column) for column in CAPTIONS]
-    return "\n\n".join([*parts, format_paragraph(*remarks, *captions)])
+    formatted = [format_table(rows, table) for table in tables]
+    below = [*remarks, *(format_caption(summaries, column) for column in CAPTIONS)]
+    below += [f"{mark}: {text}." for mark, text in MARKS.items() if mark in "".join(formatted)]
+    above = [f"Compared with {name}: {', '.join(texts)}." for name, texts in differences.items()]
+    parts = [f"### {', '.join(filter(None, group[0].setting))}", format_paragraph(*above)]
+    return "\n\n".join(filter(None, [*parts, *formatted, format_paragraph(*below)]))
 
 
 def recipe_tables(summaries: list[Summary], block: str) -> str:
-    """Return the tables of "main", or of the variants in a folder of recipes. Variants are compared
-    with the recipe that has the folder's name, or else with the baseline."""
+    """Return the tables of "main", or of the variants in a folder of recipes."""
     more = [score for score in SCORES if score not in MAIN_SCORES] if block == "main" else []
     parts = []
     for group in by_setting(summaries):
         own = [summary for summary in group if block_of(summary.recipe) == block]
-        unchanged = {summary.recipe: summary for summary in group if not summary.remark}
+        names = {n for summary in own for n in summary.ancestors if block_of(n) != block}
         if own:
-            first = unchanged.get(block) or unchanged.get("baseline") or own[0]
-            parts.append(setting_tables([first, *(s for s in own if s is not first)], more))
+            others = [s for s in group if s.recipe in names and not s.remark]
+            parts.append(setting_tables(others + own, more))
     return "\n\n".join(parts) or "No runs yet."
+
+
+def dev_errors(summaries: list[Summary]) -> str:
+    """Return standard errors of the baseline over dev rows: of a share, or by Fisher's z."""
+    rows = [s for s in summaries if s.recipe == "baseline" and all(map(s.cells.get, DEV_ROWS))]
+    texts = []
+    for score, n in DEV_ROWS.items() if rows else ():
+        value, is_share = float(rows[0].cells[score].split()[0]), score.endswith("accuracy")
+        error = (value * (1 - value) / n if is_share else (1 - value**2) ** 2 / (n - 3)) ** 0.5
+        texts.append(f"{MAIN_SCORES[score]} {error:.4f} ({n:,} rows)")
+    return format_paragraph(f"Standard errors of `baseline`: {', '.join(texts) or 'no runs yet'}.")
 
 
 def original_table(summaries: list[Summary]) -> str:
@@ -407,11 +442,11 @@ def make_blocks(to_root: str) -> dict[str, str]:
     blocks = {
         "summary": summary_table(summaries, to_root),
         "original": original_table(summaries),
+        "errors": dev_errors(summaries),
         "curves": image if FIGURE.exists() else "No runs yet.",
     }
     blocks |= {name: recipe_tables(summaries, name) for name in ("main", *VARIANTS)}
-    recipes = sorted({*ORIGINAL, *(summary.recipe for summary in summaries)})
-    names = {format_name(recipe): recipe for recipe in recipes}
+    names = {format_name(r): r for r in sorted({*ORIGINAL, *(s.recipe for s in summaries)})}
     for block, text in blocks.items():
         links = [f"{n}: {to_root}{RECIPES}/{r}.json\n" for n, r in names.items() if n in text]
         blocks[block] = "".join([text, "\n\n", *links])
