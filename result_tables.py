@@ -71,7 +71,7 @@ HEADINGS = MAIN_SCORES | {
     "para_macro_f1": "paraphrase, macro-F1",
     "difference": "mean, difference",
     "last": "mean, last epoch",
-    "seconds": "seconds an epoch (relative)",
+    "seconds": "seconds (relative)",
     "memory": "peak memory, MB",
 }
 # Columns that are a line below the tables, since most rows have the same in them.

@@ -20,6 +20,7 @@ from result_tables import (
     COLUMNS,
     CURVE_COLUMNS,
     CURVES,
+    DEV_ROWS,
     FIGURE,
     MAIN_SCORES,
     RESULTS,
@@ -46,12 +47,42 @@ def result(recipe, seed, scores, flags=RECIPE, **more):
     row = {name: f"{score:.6f}" for name, score in zip(names, scores, strict=True)}
     row |= {"recipe": recipe, "seed": str(seed), "budget": "4x10000", "precision": "float32"}
     row |= {"encoder": "minilm", "seconds_per_epoch": "100.0", "threads": "2", "data": "d"}
-    row |= {"device": "CPU"}
+    row |= {"device": "CPU", "commit": "0"}
     return row | {"flags": json.dumps(flags), "run": f"{recipe}{seed}{flags}{more}"} | more
 
 
 def write_results(*rows):
     ex.add_rows(RESULTS, list(rows), COLUMNS, ["run"])
+
+
+def write_family(**parents):
+    """Recipes with the flags of the baseline, name -> parent; `__` is a folder."""
+    flags = {name.replace("__", "/"): parent for name, parent in parents.items()}
+    write_recipes(**{name: RECIPE | {"parent": parent} for name, parent in flags.items()})
+
+
+def write_curves(runs, means):
+    """Dev means of each epoch, a list for each run; the best epoch need not be the last one."""
+    points = [
+        {"run": run["run"], "epoch": str(epoch), "split": split, "metric": metric}
+        | {"value": str(value + 0.1 * (split == "train") + 0.2 * (metric != "mean"))}
+        for run, of_run in zip(runs, means, strict=True)
+        for epoch, value in enumerate(of_run, start=1)
+        for split in ("dev", "train")
+        for metric in ("mean", *MAIN_SCORES)
+    ]
+    ex.add_rows(CURVES, points, CURVE_COLUMNS, CURVE_COLUMNS[:-1])
+
+
+def intervals():
+    """Return the differences above the tables of PAGE: (compared with, recipe) -> text."""
+    text = " ".join(PAGE.read_text().split())
+    found = {}
+    for name, texts in re.findall(r"Compared with (\[\S+\]): (.*?\))(?:\*\*)?\.", text):
+        for item in re.split(r"(?<=\)), |(?<=\)\*\*), ", texts):
+            recipe, difference = item.split(" ", 1)
+            found[name, recipe] = difference
+    return found
 
 
 def tables(block):
@@ -71,7 +102,7 @@ def tables(block):
 
 def test_tables_are_between_their_markers():
     hard = RECIPE | {"moe": "hard"}
-    write_recipes(**{"moe-hard": hard})
+    write_recipes(**{"moe-hard": hard | {"parent": "baseline"}})
     scores = [(0.41, 0.80, 0.87), (0.44, 0.81, 0.86), (0.46, 0.85, 0.85)]
     rows = [result("baseline", *seed_and_scores) for seed_and_scores in enumerate(scores)]
     rows += [result("moe-hard", 1, scores[0], hard, seconds_per_epoch="250.0")]
@@ -90,7 +121,7 @@ def test_tables_are_between_their_markers():
     spreads["mean"] = f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
     assert spreads.items() <= shown["[baseline]"].items()
     assert shown["[baseline]"]["seeds"] == "3"
-    assert shown["[moe-hard]"]["seconds, relative"] == "2.50"
+    assert shown["[moe-hard]"]["seconds (relative)"] == "250 (2.50)"
     assert "\n[moe-hard]: ../recipes/moe-hard.json\n" in PAGE.read_text()
 
     around = START.format("main"), END + START.format("original"), END + "\n| 1 | typed |\n<tail"
@@ -118,7 +149,7 @@ def test_tables_alone_are_printed_and_change_nothing(capsys):
 
 def test_rows_compare_on_one_device_and_on_the_seeds_that_both_have():
     best = RECIPE | {"both_orders": True, "para_encoding": "both"}
-    write_recipes(**{"best": best, "best/tried": RECIPE})
+    write_recipes(**{"best": best, "best/tried": RECIPE | {"parent": "best"}})
     shared, lone = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
     gpu = dict(device="GPU", jobs="16")
     rows = [result("best", 1, shared, best, **gpu), result("best", 2, lone, best, **gpu)]
@@ -136,27 +167,147 @@ def test_rows_compare_on_one_device_and_on_the_seeds_that_both_have():
     assert "CPU threads × runs at once: 2 × 16." in PAGE.read_text()
 
 
-def test_a_clear_difference_has_an_interval_without_zero():
-    write_recipes(near=RECIPE | {"clip": 1.0}, far=RECIPE | {"clip": 2.0}, single=RECIPE)
-    gains = {"near": [0.01, -0.01, 0.02], "far": [0.10, 0.12, 0.11], "single": [0.3]}
-    rows = [result("baseline", seed, (0.4 + seed / 10,) * 3) for seed in range(3)]
-    for recipe, of_seeds in gains.items():
-        flags = json.loads(Path(f"recipes/{recipe}.json").read_text())
-        rows += [
-            result(recipe, seed, (0.4 + seed / 10 + gain,) * 3, flags)
-            for seed, gain in enumerate(of_seeds)
-        ]
+def test_a_recipe_is_compared_with_its_nearest_ancestor_that_has_a_row():
+    Path("recipes/best").mkdir(parents=True)
+    parents = {"best": "baseline", "best__a": "best", "best__b": "best__a", "best__c": "best__b"}
+    write_family(**{name: parent.replace("__", "/") for name, parent in parents.items()})
+    write_recipes(orphan=RECIPE)
+    values = {"baseline": 0.40, "best/a": 0.47, "best/c": 0.44, "orphan": 0.9}
+    rows = [result(recipe, 1, (value,) * 3) for recipe, value in values.items()]
+    other = RECIPE | {"lr": 0.5}
+    rows += [result("best/a", 1, (0.5,) * 3, other), result("gone", 1, (0.1,) * 3)]
+    rows += [result("best/c", 1, (0.2,) * 3, budget="2x4000")]
     write_results(*rows)
+    long, short = tables("best").values()
+    found = {recipe: row["mean, difference"] for recipe, row in long.items()}
+    assert found == {
+        "[baseline]": "",
+        "[best/a]": "+0.070",
+        "[best/a]¹": "+0.030",
+        "[best/c]": "-0.030",
+    }
+    assert list(intervals()) == [
+        ("[baseline]", "[best/a]"),
+        ("[best/a]", "[best/a]¹"),
+        ("[best/a]", "[best/c]"),
+    ]
+    assert list(short) == ["[best/c]"] and "mean, difference" not in short["[best/c]"]
+    (main,) = tables("main").values()
+    assert {row.get("mean, difference", "") for row in main.values()} == {""}
+
+
+@pytest.mark.parametrize(
+    "parents, message", [({"a": "b", "b": "a"}, "own parents"), ({"a": "x"}, "'x'")]
+)
+def test_parents_in_a_circle_or_without_a_file_are_one_clear_line(parents, message, capsys):
+    write_family(**parents)
+    write_results(result("a", 1, (0.1, 0.2, 0.3)))
+    assert ex.main(["table"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+GAINS = {"near": [0.01, -0.01, 0.02], "far": [0.10, 0.12, 0.11], "single": [0.3]}
+GAINS |= {"two": [0.02, 0.03], "lower": [-0.2, -0.21, -0.2, -0.19]}
+
+
+def write_gains():
+    write_family(**dict.fromkeys(GAINS, "baseline"))
+    scores = {"baseline": [0.0] * 5} | GAINS
+    rows = [
+        result(recipe, seed, (0.4 + seed / 100 + gain,) * 3)
+        for recipe, gains in scores.items()
+        for seed, gain in enumerate(gains)
+    ]
+    write_results(*rows)
+
+
+def test_a_clear_difference_has_an_interval_without_zero():
+    """Student's interval of SciPy, and bold as it says."""
+    write_gains()
+    (rows,) = tables("main").values()
+    found = intervals()
+    assert found.keys() == {("[baseline]", f"[{recipe}]") for recipe in GAINS}
+    for recipe, gains in GAINS.items():
+        text, cell = found["[baseline]", f"[{recipe}]"], rows[f"[{recipe}]"]["mean, difference"]
+        if len(gains) == 1:
+            assert (text, cell) == ("+0.3000 (no interval)", "+0.300")
+            continue
+        ends = stats.t.interval(0.95, len(gains) - 1, statistics.mean(gains), stats.sem(gains))
+        clear = ends[0] > 0 or ends[1] < 0
+        assert clear == (recipe in ("far", "lower"))
+        values = [float(number) for number in re.findall(r"[+-][\d.]+", text)]
+        assert values == pytest.approx([statistics.mean(gains), *ends], abs=6e-5)
+        assert text.startswith("**") == cell.startswith("**") == cell.endswith("**") == clear
+
+
+def test_kept_predictions_give_the_interval_of_compare(capsys):
+    """Scores in the table alone say that the recipes are equal: other rows decide."""
+    write_compared(2)
+    write_recipes(near=RECIPE | {"parent": "baseline"}, far=RECIPE | {"parent": "baseline"})
+    (rows,) = tables("main").values()
+    found = intervals()
+    assert ex.main(["compare", "baseline", "far", "near"]) == 0
+    lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
+    compared = {line[0]: line[4] for line in lines if line[3:4] == ["mean"]}
+    assert {name: text.strip("*") for (_, name), text in found.items()} == {
+        f"[{name}]": text for name, text in compared.items()
+    }
+    assert {name for (_, name), text in found.items() if text.startswith("**")} == {"[far]"}
+    assert rows["[far]"]["mean, difference"].startswith("**")
+
+
+def test_the_last_epoch_is_beside_the_best_and_doubtful_runs_are_marked():
+    write_family(curves="baseline", half="baseline")
+    runs = {
+        recipe: [result(recipe, seed, (0.5, 0.6, 0.7)) for seed in range(2)]
+        for recipe in ("baseline", "curves", "half")
+    }
+    runs["baseline"][1]["commit"] += "+"
+    write_results(*(run for of_recipe in runs.values() for run in of_recipe))
+    means = [[0.1 * epoch for epoch in range(1, 11)], [0.6, 0.5, 0.4]]  # 10 epochs: not as text
+    write_curves(runs["curves"] + runs["half"][:1], [*means, means[0]])
+    (rows,) = tables("main").values()
+    last = pd.Series([1.0, 0.4])
+    assert rows["[curves]"]["mean, last epoch"] == f"{last.mean():.3f} ± {last.std():.3f}"
+    assert rows["[curves]"]["mean"] == "0.600 ± 0.000"
+    assert {rows[f"[{name}]"]["mean, last epoch"] for name in ("baseline", "half")} == {"†"}
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "[baseline]": "2‡",
+        "[curves]": "2",
+        "[half]": "2",
+    }
+    text = PAGE.read_text()
+    assert "†: a run has no curve. ‡: a run had uncommitted changes." in text
+    Path("README.md").write_text(START.format("original") + END)
+    ex.main(["table", "--write"])
+    assert "‡" not in Path("README.md").read_text()
+
+
+def test_tables_without_marks_do_not_explain_them():
+    runs = [result("baseline", seed, (0.5, 0.6, 0.7)) for seed in range(2)]
+    write_results(*runs)
+    write_curves(runs, [[0.5], [0.5]])
     tables("main")
-    far = gains["far"]
-    low, high = stats.t.interval(0.95, 2, statistics.mean(far), stats.sem(far))
-    text = " ".join(PAGE.read_text().split())
-    found = re.search(
-        r"Clearly different from \[baseline\]: (.*?) \(of 2 with several seeds\)", text
-    )
-    name, mean, ends = re.fullmatch(r"(\S+) (\S+) \((.*)\)", found[1]).groups()
-    assert (name, float(mean)) == ("[far]", pytest.approx(0.11))
-    assert [float(end) for end in ends.split(" to ")] == pytest.approx([low, high], abs=2e-4)
+    assert not re.search("[†‡]", PAGE.read_text())
+
+
+def test_standard_errors_are_those_of_samples():
+    """Draw dev files from made-up laws with the baseline's scores."""
+    scores = [0.5, 0.8, 0.9]
+    write_results(result("baseline", 1, scores), result("baseline", 1, [0.1] * 3, budget="2x4000"))
+    PAGE.write_text(START.format("errors") + END)
+    assert ex.main(["table", "--write"]) == 0
+    found = re.findall(r"(\w+) (0\.\d{4}) \(([\d,]+)\s+rows\)", PAGE.read_text())
+    assert [title for title, *_ in found] == [*MAIN_SCORES.values()]
+    assert [int(n.replace(",", "")) for *_, n in found] == [*DEV_ROWS.values()]
+    generator, drawn = np.random.default_rng(0), []
+    for score, n in zip(scores[:2], list(DEV_ROWS.values())[:2], strict=True):
+        drawn.append(generator.binomial(n, score, size=4000).std() / n)
+    law = stats.multivariate_normal([0, 0], [[1, scores[2]], [scores[2], 1]], seed=generator)
+    pairs = law.rvs((1000, DEV_ROWS["sts_pearson"]))
+    drawn.append(stats.pearsonr(pairs[..., 0], pairs[..., 1], axis=1).statistic.std())
+    assert [float(error) for _, error, _ in found] == pytest.approx(drawn, rel=0.08)
 
 
 def test_every_recipe_with_rows_is_shown():
@@ -174,7 +325,7 @@ def test_every_recipe_with_rows_is_shown():
     write_results(*rows)
     (shown,) = tables("main").values()
     short = "[a-folder-of-…for-a-recipe]"
-    names = ["[baseline]", short, "[baseline]¹", "[changed]²", "gone³"]
+    names = [short, "[baseline]", "[baseline]¹", "[changed]²", "gone³"]
     assert list(shown) == [*names, "[mine]", "[mine]⁴"]
     text = PAGE.read_text()
     remarks = " ".join(text.split())
