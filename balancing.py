@@ -62,7 +62,7 @@ class GradientSurgery:
         size = sum(parameter.numel() for parameter in self.shared)
         self.gradients = self.shared[0].new_zeros(len(self.places), size)  # [T, P]
         # Steps taken: the same in all processes, and after --resume.
-        n_steps = max((state.get("step", 0) for state in optimizer.state.values()), default=0)
+        n_steps = int(optimizer.state.get(self.own[0], {}).get("step", 0))
         self.generator = seeded_generator(torch.device("cpu"), options.seed, n_steps)
 
     def backward(self, terms: Mapping[str, Tensor]) -> None:

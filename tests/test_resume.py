@@ -37,7 +37,7 @@ OPTIMIZERS = {
     ],
     "sophiah": ["--optimizer", "sophiah", "--hess_interval", "3"],
     "adamw, learned weights": ["--loss_weights", "learned", "--ema", "0.9"],
-    "adamw, pcgrad": ["--gradient_surgery", "pcgrad", "--grad_accumulation", "2"],
+    "adamw, pcgrad": ["--gradient_surgery", "pcgrad"],
     "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--unfreeze_interval", "1"],
 }
 OFTEN = ["--save_interval", "1e-9"]  # after each step
