@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import math
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ LOG_EVERY = 7
 # Sentences in TensorBoard's projector; the vector of each takes some kilobytes of text.
 PROJECTED_ROWS = 256
 
-# Seconds between two lines about the progress of an epoch, at least.
+# Seconds between two lines about the progress of an epoch, at least; the first one comes at once.
 PROGRESS_SECONDS = 5.0
 
 
@@ -268,7 +269,7 @@ class Progress:
         self.epoch, self.first, self.total = epoch, done, total
         self.bar = progress_bar(desc=f"epoch {epoch}", unit=" rows", initial=done, total=total)
         self.tenth, self.start = 10 * done // total, time.perf_counter()
-        self.shown = self.start
+        self.shown = -math.inf
 
     def update(self, done: int) -> None:
         """Show that this many rows are done."""

@@ -170,10 +170,10 @@ def start(flags, *more):
 
 
 def wait_for_training(run):
-    """Wait until the progress bar of an epoch appears."""
+    """Wait until the first line about the progress of an epoch appears."""
     shown = ""
     while not re.search(r"epoch \d+: ", shown):
-        character = run.stderr.read(1)
+        character = run.stdout.read(1)
         assert character, shown
         shown += character
 

@@ -61,7 +61,7 @@ def test_a_log_file_gets_lines_and_no_bars(said):
     assert "\r" not in shown.out + shown.err and "it/s" not in shown.err
 
 
-@pytest.mark.parametrize("seconds, lines", [(0.0, 9), (1e9, 0)])
+@pytest.mark.parametrize("seconds, lines", [(0.0, 9), (1e9, 1)])
 def test_progress_is_shown_every_tenth_at_most(seconds, lines, monkeypatch, capsys):
     monkeypatch.setattr(run_log, "PROGRESS_SECONDS", seconds)
     progress = run_log.Progress(3, 0, 1000)
