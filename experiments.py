@@ -399,10 +399,12 @@ def average(name: str, budget: str, flags: list[str]) -> None:
     identity = runs[0].identity | {"recipe": f"{name}{AVERAGED}", "seed": seeds}
     mean = Run(identity, runs[0].arguments)
     models = [str(path) for run in runs for path in run.folder.glob("*.pt")]
-    use_gpu = ["--use_gpu"] if "--use_gpu" in flags else []
+    options = parse_options(list(mean.arguments))
     command = [sys.executable, str(ROOT / "multitask_classifier.py"), "--evaluate", *models]
-    command += [*use_gpu, "--predictions_dir", str(mean.folder / "predictions")]
-    subprocess.run(command, check=True)
+    command += ["--data_dir", options.data_dir, *(["--use_gpu"] if options.use_gpu else [])]
+    command += ["--predictions_dir", str(mean.folder / "predictions")]
+    if subprocess.run(command).returncode:
+        raise UserError(f"{name}: the mean of its models could not be evaluated; see above")
     row = {"run": mean.digest, **identity} | current_versions()
     for task, (labels, predictions) in dev_predictions(mean).items():
         scores = evaluation.score(task, labels, predictions)

@@ -914,7 +914,16 @@ def test_a_task_can_have_the_name_of_a_flag(tmp_path):
         flags = ["--task_file", str(path), "--tasks", f"sst,{name}", "--seed", "7", "--lr", "0.5"]
         options = vars(parse_options([*flags, f"--{name}_dev", "x"]))
         assert list(options["tasks"]) == ["sst", name] and options[f"{name}_dev"] == ["x"]
-        own = {"left_open", "task_file", "tasks", "seed", "lr", "loss_weights", "rdrop", "batch_shares"}
+        own = {
+            "left_open",
+            "task_file",
+            "tasks",
+            "seed",
+            "lr",
+            "loss_weights",
+            "rdrop",
+            "batch_shares",
+        }
         same = [key for key in expected.keys() - own if not key.startswith(("para_", "sts_"))]
         assert {key: options[key] for key in same} == {key: expected[key] for key in same}
         assert (options["seed"], options["lr"]) == (7, 0.5)
