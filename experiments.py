@@ -268,7 +268,7 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
     row = {
         "run": run.digest,
         **run.identity,
-        "rows": "/".join(dict(re.findall(r"(\w+) (\d+) training rows", text)).values()),
+        "rows": "/".join(dict(re.findall(r"(\w+)\s+(\d+)\s+training\s+rows", text)).values()),
         **{
             tag.removeprefix("best/"): f"{events.Scalars(tag)[-1].value:.6f}"
             for tag in tags

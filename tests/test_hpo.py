@@ -141,7 +141,7 @@ def test_trials_load_nothing_and_a_failing_one_is_recorded(
     more = ["--bert_model", str(tmp_path / "bert"), "--data_dir", str(tmp_path / "data")]
     # With this seed, the first trial has the bad rate and the second one the good rate.
     (tmp_path / "space.toml").write_text("lr = { choice = [1e-3, 1e30] }")
-    more += ["--max_bad_steps", "2", "--hpo_cpus", "1", "--seed", "5"]
+    more += ["--max_bad_steps", "2", "--hpo_cpus", "1", "--seed", "8"]
     more += ["--hpo_space", str(tmp_path / "space.toml"), "--hpo_confirm", "0"]
     command = [sys.executable, "-c", SEARCH_WITHOUT_FILES, *search_flags, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

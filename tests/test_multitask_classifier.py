@@ -238,14 +238,16 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["adamw", "sophiah", "sophiag"])
 def test_a_training_step_waits_for_the_device_once_at_most(model, data, name, monkeypatch):
     """Sophia does, for whether it is finite; a step between two estimates, which are looked at too.
-    AdamW as on a GPU does not wait: the step is looked at one step later."""
+    AdamW as on a GPU does not wait: the step is looked at one step later. (The fused kernel for CPUs
+    itself reads once for each group whether the step is taken; that for CUDA does not.)"""
     monkeypatch.setattr(optimizer_module, "FUSED_DEVICES", {"cpu"})
     chosen = options("--optimizer", name)
     optimizer = build_optimizer(model.train(), chosen)
     mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
     with Waits() as waits:
         mc.training_step(model, windows(data, 5, 2), optimizer, chosen)
-    assert waits.seen == ["_local_scalar_dense"] * (name != "adamw")
+    n_waits = len(optimizer.param_groups) if name == "adamw" else 1
+    assert waits.seen == ["_local_scalar_dense"] * n_waits
 
 
 # --------------------------------------------------------------------------- what trains, and how
