@@ -441,10 +441,18 @@ def load_from_run(
     content = checkpoint.read_checkpoint(path)
     for flag in ("moe", "additional_input"):
         if (own := content["options"].get(flag)) != getattr(options, flag):
-            raise UserError(f"{path}: its --{flag} is {own}; give the same")
+            value = "" if own is True else f" {own}"
+            how = f"with --{flag}{value}; give the same" if own else f"without --{flag}; leave it out"
+            raise UserError(f"{path}: was trained {how}")
     trained, tokenizer, _ = model_from_checkpoint(content, path)
     checkpoint.check_pairs(trained.bert.config, path, options.tasks)
     return trained, tokenizer, checkpoint.find_tagger(content["tags"], path, options)
+
+
+def other_encoding(name: str, trained: Mapping[str, Task], tasks: Mapping[str, Task]) -> str:
+    """Name the encoding that a task was trained with, if it is another one now."""
+    before = trained.get(name, tasks[name]).encoding
+    return f" (was trained with --{name}_encoding {before})" * (before != tasks[name].encoding)
 
 
 def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> MultitaskBERT:
@@ -457,7 +465,8 @@ def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> Multit
     for heads, others, what in ((model.heads, trained.heads, ""), joint):
         for name, head in heads.items():
             fits = name in others and same_shapes(head, others[name])
-            (kept if fits else new).append(name + what)
+            hint = "" if fits else other_encoding(name, trained.tasks, model.tasks)
+            (kept if fits else new).append(name + what + hint)
             if fits:
                 head.load_state_dict(others[name].state_dict())
     heads_kept, heads_new = (", ".join(names) or "none" for names in (kept, new))

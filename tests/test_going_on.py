@@ -56,7 +56,12 @@ def test_weights_that_fit_are_those_of_the_checkpoint(make_checkpoint, kind, fla
     joint = [(f"{name} in one sequence", "joint_heads", name) for name in model.joint_heads]
     for label, kind_of_head, name in [(n, "heads", n) for n in model.heads] + joint:
         there = name in getattr(saved, kind_of_head)
-        heads[0 if there else 1].append(label)
+        if there or name not in saved.tasks:
+            hint = ""
+        else:
+            was, now = saved.tasks[name].encoding, options.tasks[name].encoding
+            hint = f" (was trained with --{name}_encoding {was})" if was != now else ""
+        heads[0 if there else 1].append(label + hint)
     assert shown.strip() == (
         f"{path}: encoder, pooling and heads kept: {', '.join(heads[0]) or 'none'}; "
         f"new heads: {', '.join(heads[1]) or 'none'}"
@@ -135,10 +140,11 @@ def test_a_run_from_a_model_with_tags_has_tags(make_checkpoint, pipeline_directo
             ["--bert_model", "minilm"],
             "--init_from brings its encoder, leave --bert_model out",
         ),
-        ("plain", ["--moe", "soft"], "{path}: its --moe is None; give the same"),
-        ("hard", ["--moe", "soft"], "{path}: its --moe is hard; give the same"),
-        ("tags", [], "{path}: its --additional_input is True; give the same"),
-        ("plain", ["--additional_input"], "{path}: its --additional_input is False; give the same"),
+        ("plain", ["--moe", "soft"], "{path}: was trained without --moe; leave it out"),
+        ("hard", ["--moe", "soft"], "{path}: was trained with --moe hard; give the same"),
+        ("hard", [], "{path}: was trained with --moe hard; give the same"),
+        ("tags", [], "{path}: was trained with --additional_input; give the same"),
+        ("plain", ["--additional_input"], "{path}: was trained without --additional_input; leave"),
         ("plain", ["--max_length", "500"], "--max_length 500 is more than this encoder's 128"),
         (
             "plain",
