@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoint import find_files
 from export import FORMATS, export
 from flags import PRECISIONS
-from predictor import Entries, Predictor, Progress
+from predictor import LONGEST, Entries, Predictor, Progress, text_problem
 from streams import Parser, write_required
 from tables import check_cells, find_columns, open_table
 from tasks import Task
@@ -52,7 +52,6 @@ CHUNKS = *(2**power for power in range(6, 12)), 4096
 CHUNK_BYTES = 2**22
 BLOCK = 2**16  # bytes read at a time
 WAIT = 0.1  # seconds that a line waits for others
-LONGEST = 100_000  # bytes of a line: more than any encoder has positions for
 ANSWER_WIDTH = 56
 SHOWN_CLASSES = 10  # for people; JSON has all probabilities
 
@@ -80,12 +79,8 @@ def parse_line(number: int, line: bytes) -> Query:
         sentences = tuple(line.decode().removesuffix("\r").split("\t"))
     except UnicodeDecodeError:
         return Query(place, key, (), "not UTF-8 text")
-    problem = None
-    if not any(sentence.strip() for sentence in sentences):
-        problem = "empty"
-    elif len(sentences) > 2:
-        problem = "more than one tab"
-    return Query(place, key, sentences, problem)
+    too_many = "more than one tab" if len(sentences) > 2 else None
+    return Query(place, key, sentences, text_problem(sentences) or too_many)
 
 
 def parse_row(
@@ -279,10 +274,14 @@ def write_answers(
     bar = tqdm(desc="answering", unit=" lines", delay=1, disable=hidden)
     try:
         with bar, output_file(output) if output else contextlib.nullcontext() as file:
+            n_queries = 0
             for queries in chunks:
+                n_queries += len(queries)
                 answers = answer_queries(predictor, queries, remarks, bar.update)
                 rows = zip(queries, answers, strict=True)
                 write_required("".join(f"{render(*row)}\n" for row in rows), file)
+        if not n_queries:
+            warnings.warn("the input has no lines to answer")
     finally:
         remarks.show()
 

@@ -1,9 +1,10 @@
 """Answers of trained models from Python: `Predictor`, which predict.py uses too."""
 
 import dataclasses
+import reprlib
 import types
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from batches import Batch, evaluation_batches
 from checkpoint import options_to_evaluate
 from datasets import JointColumn, TokenColumn, columns_of, tokenize_cached
 from evaluation import average
+from flags import PRECISIONS
 from multitask_classifier import Trained, load_trained
 from options import changed_options
 from tasks import Task, combine
 from utils import UserError, autocast, did_you_mean, pick_device
 
 DIGITS = 6
+LONGEST = 100_000  # bytes of a text: more than any encoder has positions for
 
 Texts = list[tuple[str, ...]]  # sentences and pairs
 Entries = dict[str, Any]  # name -> value; {"error": reason} where there is no answer
@@ -45,7 +48,7 @@ class TextRows:
 class Answer(types.SimpleNamespace):
     """The answers to a text by the titles of the tasks: the name of a class (of two classes the
     probability of the second one) or a number; and in `probabilities` title -> class -> probability.
-    """
+    Only `error`, the reason, for a text that is empty or too long."""
 
 
 class Predictor:
@@ -57,7 +60,7 @@ class Predictor:
     Args:
         checkpoints: a path, a pattern such as "models/*.pt", or several of them. Their probabilities and
             numbers are averaged; a task is answered by those that know it.
-        tasks: names of those that answer; default: all.
+        tasks: name of the one that answers, or names; default: all.
         precision: "float32", "bfloat16" or "auto", that of training.
         spacy_model: the pipeline of models with tags, if it has moved since.
         cache_dir: where tags are kept for the next time.
@@ -70,7 +73,7 @@ class Predictor:
         self,
         checkpoints: str | Path | Sequence[str | Path],
         *,
-        tasks: Sequence[str] | None = None,
+        tasks: str | Sequence[str] | None = None,
         use_gpu: bool = False,
         precision: str = "auto",
         batch_size: int = 64,
@@ -81,6 +84,9 @@ class Predictor:
         paths = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
         if not paths:
             raise UserError("no checkpoint is given")
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
+        tasks = [tasks] if isinstance(tasks, str) else tasks
         options = options_to_evaluate([], list(map(str, paths)))
         if untrained := [name for name in tasks or [] if name not in options.tasks]:
             hint = did_you_mean(untrained[0], options.tasks)
@@ -116,23 +122,28 @@ class Predictor:
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[Answer]:
         """Answer sentences and pairs, in the same order. Raises UserError for a text that no task takes."""
-        check_list(texts)
-        tuples = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        for number, text in enumerate(tuples, start=1):
-            if problem := self.refusal(text):
-                raise UserError(f"text {number} has {problem}")
-        return [name_classes(answer, self.tasks.values()) for answer in self.answers(tuples)]
+        tuples = read_texts(texts)
+        for number, sentences in enumerate(tuples):
+            if problem := self.refusal(sentences):
+                raise UserError(f"texts[{number}] has {problem}")
+        problems = [text_problem(sentences) for sentences in tuples]
+        good = [text for text, problem in zip(tuples, problems, strict=True) if not problem]
+        found = iter(self.answers(good))
+        answers = [{"error": problem} if problem else next(found) for problem in problems]
+        return [name_classes(answer, self.tasks.values()) for answer in answers]
 
     @torch.no_grad()
     def embed(self, sentences: Sequence[str]) -> np.ndarray:
         """Return the vectors of sentences [n_sentences, hidden]. Raises UserError with several models,
         whose vectors have nothing to do with each other."""
-        check_list(sentences)
+        texts = read_texts(sentences)
+        if any(len(text) > 1 for text in texts):
+            raise UserError("only sentences have vectors, not pairs")
         if len(self.members) > 1:
             raise UserError("several models have no common vectors; take one of them")
         (member,) = self.members
-        rows = member.rows([], [(sentence,) for sentence in sentences], {})
-        vectors = np.empty((len(sentences), member.model.bert.config.hidden_size), np.float32)
+        rows = member.rows([], texts, {})
+        vectors = np.empty((len(texts), member.model.bert.config.hidden_size), np.float32)
         with autocast(self.device, member.precision):
             for batch in evaluation_batches(rows, member.batch_size):
                 found = member.model.vectors(batch.to(self.device))
@@ -256,10 +267,29 @@ class Member:
         return dataclasses.replace(batch, columns=columns)
 
 
-def check_list(texts: Sequence[Any]) -> None:
-    """Raise UserError for a text in the place of a list of texts."""
-    if isinstance(texts, str):
-        raise UserError("give a list of texts, not one text")
+def read_texts(texts: Iterable[Any]) -> Texts:
+    """Return sentences and pairs as tuples. Raises UserError if this is no list of them."""
+    if isinstance(texts, str | tuple) or not isinstance(texts, Iterable):
+        raise UserError("give a list of texts, such as [sentence] or [(sentence, sentence)]")
+    tuples = []
+    for number, text in enumerate(texts):
+        sentences = text if isinstance(text, tuple | list) and len(text) == 2 else [text]
+        if not all(isinstance(sentence, str) for sentence in sentences):
+            what = "give one sentence (a str) or a pair (two str)"
+            raise UserError(f"texts[{number}] is {reprlib.repr(text)}; {what}")
+        tuples.append(tuple(sentences))
+    return tuples
+
+
+def text_problem(sentences: tuple[str, ...]) -> str | None:
+    """Return why there is no answer to a text, whatever the tasks; None if there is one."""
+    if not any(sentence.strip() for sentence in sentences):
+        return "empty"
+    try:
+        length = len("\t".join(sentences).encode())
+    except UnicodeEncodeError:
+        return "not UTF-8 text"
+    return f"longer than {LONGEST} bytes" if length > LONGEST else None
 
 
 def name_classes(answer: Entries, tasks: Collection[Task]) -> Answer:
@@ -272,8 +302,8 @@ def name_classes(answer: Entries, tasks: Collection[Task]) -> Answer:
             probabilities[task.title] = dict(zip(task.classes, shares, strict=True))
             value = task.classes[task.texts.index(str(value))]
         named[task.title] = value
-    cut = {"cut": True} if "cut" in answer else {}
-    return Answer(**named, **({"probabilities": probabilities} if probabilities else {}), **cut)
+    others = {key: answer[key] for key in ("cut", "error") if key in answer}
+    return Answer(**named, **({"probabilities": probabilities} if probabilities else {}), **others)
 
 
 def read_outputs(task: Task, outputs: Tensor) -> list[Entries]:

@@ -271,7 +271,7 @@ def test_a_file_of_lines_is_no_table(ask, first):
     answers, _ = ask("plain", f"{first}\nb c".encode())
     assert [answer["line"] for answer in answers] == [1, 2]
     assert [answer.get("error") for answer in answers] == [None if first else "empty", None]
-    assert ask("plain", b"") == ([], [])
+    assert ask("plain", b"") == ([], ["warning: the input has no lines to answer"])
 
 
 def test_what_cannot_be_used_is_one_line(make_checkpoint, tmp_path, capsys):

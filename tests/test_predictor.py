@@ -278,6 +278,7 @@ def test_it_takes_a_path_or_several_and_some_of_the_tasks(checkpoints):
     assert expected == Predictor(path).predict(PAIRS) == Predictor(str(path)).predict(PAIRS)
     (answer,) = Predictor(path, tasks=["sts"]).predict(PAIRS[:1])
     assert vars(answer) == {"similarity": expected[0].similarity}
+    assert Predictor(path, tasks="sts").predict(PAIRS[:1]) == [answer]
     (cut,) = Predictor(checkpoints("cut")).predict(["a b c d e f g h i j"])
     assert cut.cut and not hasattr(expected[0], "cut")
 
@@ -294,14 +295,43 @@ def test_it_needs_no_data_and_no_arguments_of_the_program(checkpoints, tmp_path,
 @pytest.mark.parametrize(
     "texts, message",
     [
-        ("good", "give a list of texts, not one text"),
-        ([("a", "b"), ("a", "b", "c")], "text 2 has 3 sentences, where only"),
-        (["good", ()], "text 2 has 0 sentences, where only"),
+        ("good", "give a list of texts, such as"),
+        (("a", "b"), "give a list of texts, such as"),
+        (None, "give a list of texts, such as"),
+        ([("a", "b"), ("a", "b", "c")], "texts[1] is ('a', 'b', 'c'); give one sentence (a str)"),
+        (["good", ()], "texts[1] is (); give one sentence (a str) or a pair (two str)"),
+        ([None], "texts[0] is None; give"),
+        ([("a", 3)], "texts[0] is ('a', 3); give"),
+        ([{"a": "b" * 1000}], "texts[0] is {'a': 'bb"),
     ],
 )
 def test_texts_of_no_use_are_one_line(checkpoints, texts, message):
-    with pytest.raises(UserError, match=message):
-        Predictor(checkpoints("plain")).predict(texts)
+    model = Predictor(checkpoints("plain"))
+    for ask in (model.predict, model.embed):
+        with pytest.raises(UserError) as caught:
+            ask(texts)
+        assert message in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_text_that_no_task_takes_is_one_line(checkpoints):
+    with pytest.raises(UserError, match=r"texts\[1\] has two sentences, where only sentiment"):
+        Predictor(checkpoints("plain"), tasks="sst").predict(["good", ("a", "b")])
+    with pytest.raises(UserError, match="only sentences have vectors"):
+        Predictor(checkpoints("plain")).embed(["good", ("a", "b")])
+
+
+def test_texts_without_an_answer_keep_their_place(checkpoints):
+    model = Predictor(checkpoints("plain"))
+    reasons = {"": "empty", "\ud800": "not UTF-8 text", "é" * 50_001: "longer than 100000 bytes"}
+    texts = ["a b", *reasons, (" ", "\t"), ("a", ""), "x" * 100_000]
+    answers = model.predict(texts)
+    assert list(map(vars, answers[1:5])) == [
+        {"error": reason} for reason in [*reasons.values(), "empty"]
+    ]
+    assert [answers[0], answers[5]] == model.predict(["a b", ("a", "")])
+    assert answers[6].sentiment and not hasattr(answers[6], "error")
+    tab, space = model.predict(["a\tb", "a b"])
+    assert tab == space and tab.sentiment
 
 
 def other_task(path, target, **changes):
@@ -336,6 +366,8 @@ def test_models_of_no_use_are_one_line(checkpoints, tmp_path, capsys):
             assert capsys.readouterr().err == f"error: {message}\n"
     with pytest.raises(UserError, match="no checkpoint is given"):
         Predictor([])
+    with pytest.raises(UserError, match="'fp16': must be one of auto, float32, bfloat16"):
+        Predictor(plain, precision="fp16")
     with pytest.raises(UserError, match="several models have no common vectors"):
         Predictor([plain, plain]).embed(SENTENCES)
     with pytest.raises(UserError, match="were not trained on 'nli'; known: sst, para, sts"):
