@@ -149,9 +149,12 @@ def test_tables_are_narrow(page):
 
 
 def test_pages_are_short():
+    """Tables that experiments.py writes do not count: they grow with the results."""
+    written = re.compile(r"<!-- experiments:.*?<!-- /experiments -->", re.DOTALL)
+    by_hand = {page: written.sub("", text).splitlines() for page, text in PAGES.items()}
     assert len(PAGES["README.md"].splitlines()) <= 220
     assert len(PAGES["README.md"].encode()) <= 18 * 1024
-    assert not [page for page, text in PAGES.items() if len(text.splitlines()) > 250]
+    assert not [page for page, lines in by_hand.items() if len(lines) > 250]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])

@@ -276,6 +276,7 @@ def test_a_resumed_run_may_write_elsewhere(flags, stopped, tmp_path):
     state = torch.load(stopped, weights_only=True)
     for output in outputs:
         state["options"][output[2:]] = f"predictions/{output[2:-4].replace('_', '-')}-output.csv"
+    state["options"]["predictions_dir"] = "predictions"
     torch.save(state, stopped)
     target = tmp_path / "other"
     assert mc.main(["--resume", str(stopped), "--predictions_dir", str(target)]) == 0
