@@ -272,14 +272,14 @@ class TaskDataset:
         sentences = [e.sentences[i] for i in range(len(task.sentences)) for e in self.examples]
         name = f"{task.name}-{split}"
         pieces, lengths = tokenize_cached(sentences, tokenizer, max_length, cache_dir, name, tagger)
-        self.sentences = columns_of(pieces, lengths, len(task.sentences))
+        self.sentence_columns = columns_of(pieces, lengths, len(task.sentences))
         self.labels = np.array([example.label for example in self.examples])  # [n_rows], nan: none
         self.max_length = max_length
         self._arrange(task, both_orders)
 
     def _arrange(self, task: Task, both_orders: bool) -> None:
         """Make the columns that the encoder reads."""
-        self.task, self.both_orders, columns = task, both_orders, self.sentences
+        self.task, self.both_orders, columns = task, both_orders, self.sentence_columns
         if both_orders:
             first, second = columns
             columns = [first.followed_by(second), second.followed_by(first)]

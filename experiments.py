@@ -395,7 +395,7 @@ def average(name: str, budget: str, flags: list[str]) -> None:
     runs = [run for run in runs if run.digest in done and [*run.folder.glob("*.pt")]]
     if len(runs) < 2:
         raise UserError(f"{name}: fewer than two models of its runs are in {RUNS}")
-    seeds = " ".join(run.identity["seed"] for run in runs)
+    seeds = "+".join(run.identity["seed"] for run in runs)
     identity = runs[0].identity | {"recipe": f"{name}{AVERAGED}", "seed": seeds}
     mean = Run(identity, runs[0].arguments)
     models = [str(path) for run in runs for path in run.folder.glob("*.pt")]

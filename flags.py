@@ -108,7 +108,9 @@ def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) 
     add_data_flags(data, tasks)
     add_output_flags(outputs)
     add_resume_flags(parser.flags("long runs"))
-    add_search_flags(parser.flags("search of hyper-parameters, with Ray Tune"))
+    of_search = parser.flags("search of hyper-parameters, with Ray Tune")
+    add_search_flags(of_search)
+    add_trial_flags(of_search)
     for name, task in tasks.items():
         add_task_flags(model, data, outputs, name, task)
     return parser
@@ -524,6 +526,7 @@ def add_resume_flags(flag: FlagAdder) -> None:
 
 
 def add_search_flags(flag: FlagAdder) -> None:
+    """Add the flags of what is searched, and which trials win."""
     flag.free(
         "--hpo",
         action="store_true",
@@ -557,6 +560,10 @@ def add_search_flags(flag: FlagAdder) -> None:
         metavar="N",
         help="new seeds for each of these trials; default: 3",
     )
+
+
+def add_trial_flags(flag: FlagAdder) -> None:
+    """Add the flags of how the trials of a search are scored and where they run."""
     flag.free(
         "--hpo_objective",
         choices=["dev", "dev_minus_gap"],
@@ -584,9 +591,8 @@ def add_search_flags(flag: FlagAdder) -> None:
     flag.free(
         "--hpo_resume",
         metavar="DIR|auto",
-        help="continue an interrupted search, from its folder in MODELS_DIR (only one of "
-        "your own: what Ray keeps there can hold code); auto: the newest one that has the same "
-        "options, or a new one if there is none",
+        help="continue an interrupted search, from its folder in MODELS_DIR; auto: the newest one that "
+        "has the same options, or a new one if there is none",
     )
 
 

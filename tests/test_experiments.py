@@ -132,6 +132,30 @@ def test_predictions_are_kept(trained, small_data):
     assert row["torch"] == torch.__version__
 
 
+def test_the_models_of_two_seeds_are_averaged(folder, flags, small_data, monkeypatch, capsys):
+    """The numbers of the mean are the means of both runs' numbers, and its scores are those of these."""
+    monkeypatch.setitem(BUDGETS, "full", Budget(1, 32))
+    own = ["baseline", *flags, "--sts"]
+    assert ex.main(["average", *own]) == 1
+    assert "fewer than two models of its runs are in models/experiments" in capsys.readouterr().err
+    assert ex.main(["run", *own, "--seeds", "2"]) == 0
+    assert ex.main(["average", *own]) == 0
+    *_, row = rows_of(RESULTS)
+    assert (row["recipe"], row["seed"], row["best_epoch"]) == ("baseline-averaged", "11711+1", "")
+    with open(small_data / "sts-dev.csv", newline="") as file:
+        labels = [float(line["similarity"]) for line in csv.DictReader(file, delimiter="\t")]
+    single = [
+        np.loadtxt(path, delimiter="\t", skiprows=1, usecols=1)
+        for path in folder.glob("models/experiments/baseline-1x32-*/predictions/sts-dev-output.csv")
+    ]
+    assert len(single) == 2
+    expected = np.corrcoef(labels, np.mean(single, axis=0))[0, 1]
+    assert float(row["sts_pearson"]) == pytest.approx(expected, abs=1e-4)
+    assert ex.main(["table"]) == 0
+    # The other flag, --sts, is explained below the table.
+    assert re.search(r"\| baseline-averaged² \| 1‡? \|", capsys.readouterr().out)
+
+
 def test_predictions_of_an_earlier_run_are_kept_too(trained, flags, monkeypatch):
     monkeypatch.chdir(trained[0])
     monkeypatch.setitem(BUDGETS, "full", BUDGET)
