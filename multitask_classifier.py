@@ -442,7 +442,9 @@ def load_from_run(
     for flag in ("moe", "additional_input"):
         if (own := content["options"].get(flag)) != getattr(options, flag):
             value = "" if own is True else f" {own}"
-            how = f"with --{flag}{value}; give the same" if own else f"without --{flag}; leave it out"
+            how = (
+                f"with --{flag}{value}; give the same" if own else f"without --{flag}; leave it out"
+            )
             raise UserError(f"{path}: was trained {how}")
     trained, tokenizer, _ = model_from_checkpoint(content, path)
     checkpoint.check_pairs(trained.bert.config, path, options.tasks)

@@ -60,7 +60,11 @@ ORIGINAL = {
 # The best single-task models that it lists; docs/results.md has their papers.
 PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_pearson": "0.929"}
 # The README's rows: recipe -> name of the row, if it is not the recipe's own.
-SUMMARIZED = {"baseline": "", "best": "", f"best{AVERAGED}": "models of `best` averaged, one for each seed"}
+SUMMARIZED = {
+    "baseline": "",
+    "best": "",
+    f"best{AVERAGED}": "models of `best` averaged, one for each seed",
+}
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
 VARIANTS = ["best", "ablations", "sophia"]
