@@ -40,7 +40,7 @@ from filelock import FileLock
 
 import evaluation
 from checkpoint import read_checkpoint
-from datasets import digest_files, read_examples
+from datasets import SMOKETEST_ROWS, digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
 from options import config_arguments, given_flags, parse_options
 from result_tables import (
@@ -333,7 +333,8 @@ def dev_predictions(run: Run) -> dict[Task, np.ndarray]:
             path = run.folder / "predictions" / f"{name}-dev-output.csv"
             table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
             predicted = table[task.prediction_column].map(task.parse_label)
-            both = np.array([[row.label for row in rows], predicted])
+            limit = SMOKETEST_ROWS if options.smoketest else None
+            both = np.array([[row.label for row in rows[:limit]], predicted])
             found[task] = both[:, ~np.isnan(both[0])]
     return found
 

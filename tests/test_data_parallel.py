@@ -140,7 +140,7 @@ def test_two_processes_give_what_one_gives(flags_in, two_processes, tmp_path, na
     for tag in one:
         if tag.startswith("loss/") and tag != "loss/balance":  # of each process's own sentences
             assert two[tag] == pytest.approx(one[tag], abs=1e-4), tag
-        elif not tag.startswith("sophia/"):
+        elif not tag.startswith(("sophia/", "tokens_per_second")):
             assert two[tag] == pytest.approx(one[tag], abs=2e-2), tag
     assert len(set(one["loss/sst"])) == STEPS
 
