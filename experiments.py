@@ -42,7 +42,7 @@ import evaluation
 from checkpoint import read_checkpoint
 from datasets import SMOKETEST_ROWS, digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
-from options import config_arguments, given_flags, parse_options
+from options import given_flags, parse_options, read_config
 from result_tables import (
     AVERAGED,
     BUDGETS,
@@ -100,6 +100,7 @@ class Run:
 
     identity: dict[str, str]  # the columns that decide its scores
     arguments: tuple[str, ...]  # for multitask_classifier.py
+    after: "Run | None" = None  # the run from whose model it goes on
 
     @functools.cached_property
     def digest(self) -> str:
@@ -119,19 +120,44 @@ class Run:
         return self.folder / "log.txt"
 
     @property
+    def models(self) -> list[str]:
+        """The best epoch's checkpoint; empty as long as there is none."""
+        return [str(path) for path in self.folder.glob("*.pt")]
+
+    @property
     def kept(self) -> Path:
         return PREDICTIONS / f"{self.name.replace('/', '-')}.npz"
 
 
-def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
-    """Plan a run. Raises UserError, or argparse's exit, if the flags cannot work."""
+def plan_run(recipe: str, seed: int, budget: Budget, flags: list[str]) -> Run:
+    """Plan a run. A recipe that names another one as "after" has half of the epochs, and the other one
+    has the first half. Raises UserError, or argparse's exit, if the flags cannot work."""
     own = [name for name in given_flags(flags) if name in OWN_FLAGS or name.endswith("_out")]
     if own:
         raise UserError(f"--{', --'.join(own)}: experiments.py sets this itself; leave it out")
-    path, (epochs, samples) = str(recipe_path(recipe)), BUDGETS[budget]
-    arguments = f"--epochs {epochs} --samples_per_epoch {samples} --seed {seed}".split()
-    arguments += ["--config", path, *flags]
+    path = str(recipe_path(recipe))
+    lengths = f"--epochs {budget.epochs} --samples_per_epoch {budget.samples}"
+    arguments = [*lengths.split(), "--seed", str(seed), "--config", path, *flags]
     options = parse_options(arguments)
+    budget = Budget(options.epochs, options.samples_per_epoch)
+    after = None
+    if earlier := read_config(path).get("after"):
+        if budget.epochs % 2:
+            problem = f"half of {budget.epochs} epochs go to {earlier!r}; give --epochs 2"
+            raise UserError(f"{path}: {problem}")
+        half = ["--epochs", str(budget.epochs // 2)]
+        after = plan_run(earlier, seed, budget, [*flags, *half])
+        # The model brings its encoder.
+        encoder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        encoder.add_argument("--bert_model")
+        arguments = encoder.parse_known_args([*arguments, *half])[1]
+    identity = {"recipe": recipe, "budget": str(budget), "seed": str(seed)} | setting_of(options)
+    identity["flags"] = json.dumps(recorded_flags(path, flags), sort_keys=True)
+    return Run(identity, tuple(arguments), after)
+
+
+def setting_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return the columns for encoder, precision, data, spaCy pipeline and device."""
     device = pick_device(options.use_gpu)
     precision = options.precision
     if precision == "auto":
@@ -148,18 +174,13 @@ def plan_run(recipe: str, seed: int, budget: str, flags: list[str]) -> Run:
     data = " ".join(digest_files([path]) for path in files)
     if tasks := {name: task for name, task in options.tasks.items() if name not in TASKS}:
         data += json.dumps(plain_rows(tasks))
-    identity = {
-        "recipe": recipe,
-        "budget": str(Budget(options.epochs, options.samples_per_epoch)),
-        "seed": str(seed),
+    return {
         "encoder": Path(options.bert_model).name,
         "precision": precision,
-        "flags": json.dumps(recorded_flags(config_arguments(path) + flags), sort_keys=True),
         "data": hashlib.sha256(data.encode()).hexdigest()[:8],
         "pipeline": pipeline,
         "device": describe_device(device),
     }
-    return Run(identity, tuple(arguments))
 
 
 def describe_device(device: torch.device) -> str:
@@ -225,6 +246,8 @@ class Children:
 def train(run: Run, jobs: int, children: Children) -> int:
     """Start or continue a run, to its end. Add its output to its log and return its exit status."""
     command = [sys.executable, "-u", str(ROOT / "multitask_classifier.py"), *run.arguments]
+    if run.after:
+        command += ["--init_from", *run.after.models]
     command += ["--resume", "auto", "--models_dir", str(run.folder)]
     command += ["--logdir", str(run.folder / "logdir")]
     command += ["--predictions_dir", str(run.folder / "predictions")]
@@ -356,19 +379,31 @@ def add_rows(path: Path, rows: list[dict[str, str]], columns: list[str], key: li
 
 
 def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
-    """Do `run`. A run that fails stops no other; UserError names those at the end."""
-    seeds = SEEDS[: args.seeds]
-    wanted = [plan_run(name, seed, args.budget, flags) for seed in seeds for name in args.names]
+    """Do `run`: those that others go on from, then the others."""
+    seeds, budget = SEEDS[: args.seeds], BUDGETS[args.budget]
+    wanted = [plan_run(name, seed, budget, flags) for seed in seeds for name in args.names]
     done = set(read_table(RESULTS, COLUMNS)["run"])
-    missing = {run.digest: run for run in wanted if run.digest not in done}.values()
+    missing = {run.digest: run for run in wanted if run.digest not in done}
+    earlier = {run.after.digest: run.after for run in missing.values() if run.after}
+    earlier = {
+        digest: run for digest, run in earlier.items() if not (digest in done and run.models)
+    }
     for run in wanted:
         if run.digest in done and not run.kept.exists() and (run.folder / "predictions").is_dir():
             keep_predictions(run)
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already")
+    if earlier:
+        print(f"first {len(earlier)} runs that others go on from")
+    train_all([*earlier.values()], args.jobs)
+    train_all([run for digest, run in missing.items() if digest not in earlier], args.jobs)
+
+
+def train_all(missing: list[Run], jobs: int) -> None:
+    """Train and record runs. One that fails stops no other; UserError names those at the end."""
     children, failed = Children(), []
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
-            runs = {pool.submit(train, run, args.jobs, children): run for run in missing}
+            runs = {pool.submit(train, run, jobs, children): run for run in missing}
             for number, future in enumerate(as_completed(runs), 1):
                 run, place = runs[future], f"{number} of {len(missing)}"
                 if status := future.result():
@@ -392,14 +427,14 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
 def average(name: str, budget: str, flags: list[str]) -> None:
     """Do `average`: add the row of the mean of a recipe's models, one for each seed that is done."""
     done = set(read_table(RESULTS, COLUMNS)["run"])
-    runs = [plan_run(name, seed, budget, flags) for seed in SEEDS]
-    runs = [run for run in runs if run.digest in done and [*run.folder.glob("*.pt")]]
+    runs = [plan_run(name, seed, BUDGETS[budget], flags) for seed in SEEDS]
+    runs = [run for run in runs if run.digest in done and run.models]
     if len(runs) < 2:
         raise UserError(f"{name}: fewer than two models of its runs are in {RUNS}")
     seeds = "+".join(run.identity["seed"] for run in runs)
     identity = runs[0].identity | {"recipe": f"{name}{AVERAGED}", "seed": seeds}
     mean = Run(identity, runs[0].arguments)
-    models = [str(path) for run in runs for path in run.folder.glob("*.pt")]
+    models = [path for run in runs for path in run.models]
     options = parse_options(list(mean.arguments))
     command = [sys.executable, str(ROOT / "multitask_classifier.py"), "--evaluate", *models]
     command += ["--data_dir", options.data_dir, *(["--use_gpu"] if options.use_gpu else [])]

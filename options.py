@@ -236,10 +236,12 @@ def read_config(path: str) -> dict[str, Any]:
 def config_arguments(path: str, tasks: Mapping[str, Task] | None = None) -> list[str]:
     """Return the flags of a JSON file, a table of flags, as they would be on a command line.
 
-    The key "parent", with which a recipe names the recipe that it changes, is no flag. Raises UserError
-    if the file is no such table, or if a value does not fit its flag.
+    The keys "parent" and "after", with which a recipe names the recipe that it changes and the one
+    from whose model it goes on, are no flags. Raises UserError if the file is no such table, or if a
+    value does not fit its flag.
     """
-    values = {name: value for name, value in read_config(path).items() if name != "parent"}
+    config = read_config(path)
+    values = {name: value for name, value in config.items() if name not in ("parent", "after")}
     own = read_task_file(values["task_file"]) if isinstance(values.get("task_file"), str) else {}
     parser = build_parser(TASKS | dict(tasks or {}) | own, exit_on_error=False)
     return flag_arguments(values, parser, f"--config {path}")

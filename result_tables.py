@@ -101,7 +101,7 @@ def recipe_path(name: str) -> Path:
 
 def recipe_flags(name: str) -> dict[str, Any]:
     """Return the flags of a recipe as the column "flags" has them."""
-    return recorded_flags(config_arguments(str(recipe_path(name))))
+    return recorded_flags(str(recipe_path(name)), [])
 
 
 def lineage(name: str) -> list[str]:
@@ -114,10 +114,12 @@ def lineage(name: str) -> list[str]:
     return line
 
 
-def recorded_flags(arguments: list[str]) -> dict[str, Any]:
-    """Return the flags in `arguments` that scores depend on and that no other column has. A file is
-    given by its name only, since folders differ from machine to machine."""
-    flags = deciding(given_flags(arguments))
+def recorded_flags(path: str, more: list[str]) -> dict[str, Any]:
+    """Return the flags of a recipe's file and of `more` that scores depend on and that no other column
+    has. A file is given by its name only, since folders differ from machine to machine."""
+    flags = deciding(given_flags(config_arguments(path) + more))
+    if after := read_config(path).get("after"):
+        flags["after"] = after
     texts = {name: [value] if isinstance(value, str) else value for name, value in flags.items()}
     return {
         name: " ".join(Path(v).name for v in value) if isinstance(value, list) else value
@@ -271,6 +273,8 @@ def by_setting(summaries: list[Summary]) -> list[list[Summary]]:
 
 def block_of(recipe: str) -> str:
     """Return the name of the block that has a recipe's rows."""
+    if recipe.startswith(("single-", "then-")):
+        return "together"
     folder, slash, _ = recipe.partition("/")
     return folder if slash and folder in VARIANTS else "main"
 
@@ -388,6 +392,39 @@ def recipe_tables(summaries: list[Summary], block: str) -> str:
     return "\n\n".join(parts) or "No runs yet."
 
 
+def together_table(summaries: list[Summary]) -> str:
+    """Return what training the tasks together brings to each: trained alone, with the others, and with
+    the others for half of the epochs, then alone; the same number of the task's rows each time."""
+    rows = []
+    for _, group in groupby(summaries, key=lambda summary: summary.setting[:-1]):
+        of_recipe = {s.recipe: s for s in group if not s.remark}
+        for name, task in TASKS.items():
+            score = f"{name}_{task.metrics[0]}"
+            alone = of_recipe.get(f"single-{name}")
+            others = {"together": of_recipe.get("baseline"), "after": of_recipe.get(f"then-{name}")}
+            if not alone or not any(others.values()):
+                continue
+            row = {"task": task.title, "alone": alone.cells[score]}
+            for column, other in others.items():
+                if other and (pair := pairs_of(alone, other).get(score)):
+                    found = difference([pair])
+                    bold = "**" if found.is_clear else ""
+                    row[column] = other.cells[score]
+                    row[f"{column} - alone"] = f"{bold}{format_difference(found)}{bold}"
+            row |= {"setting": ", ".join(alone.setting[:-1]), "seeds": alone.cells["seeds"]}
+            rows.append(row)
+    names = ["alone", "together", "after", "together - alone", "after - alone"]
+    settings = dict.fromkeys(row["setting"] for row in rows)
+    tables = [
+        f"### {setting}\n\n"
+        + format_table(
+            [row for row in rows if row["setting"] == setting], ["task", "seeds", *names]
+        )
+        for setting in settings
+    ]
+    return "\n\n".join(tables) or "No runs yet."
+
+
 def dev_errors(summaries: list[Summary]) -> str:
     """Return standard errors of the baseline over dev rows: of a share, or by Fisher's z."""
     rows = [s for s in summaries if s.recipe == "baseline" and all(map(s.cells.get, DEV_ROWS))]
@@ -446,6 +483,7 @@ def make_blocks(to_root: str) -> dict[str, str]:
     blocks = {
         "summary": summary_table(summaries, to_root),
         "original": original_table(summaries),
+        "together": together_table(summaries),
         "errors": dev_errors(summaries),
         "curves": image if FIGURE.exists() else "No runs yet.",
     }

@@ -20,6 +20,7 @@ from conftest import ROOT
 from sklearn.metrics import accuracy_score, f1_score
 
 import experiments as ex
+import result_tables
 from options import parse_options
 from result_tables import BUDGETS, COLUMNS, RESULTS, Budget
 from utils import check_writable
@@ -263,7 +264,7 @@ def test_the_memory_of_a_gpu_is_its_own(trained, flags, monkeypatch):
     """It is what CUDA's allocator had at most, not what the process took of the host's."""
     monkeypatch.chdir(trained[0])
     monkeypatch.setitem(BUDGETS, "full", BUDGET)
-    run = ex.plan_run("baseline", 11711, "full", flags)
+    run = ex.plan_run("baseline", 11711, ex.BUDGETS["full"], flags)
     before, text = ex.read_outcome(run)[0], run.log.read_text()
     with monkeypatch.context() as patch:
         more = "memory of NVIDIA H100 80GB HBM3: 1,234 MB at most\n\nprocess: "
@@ -288,10 +289,53 @@ def test_the_recipes_are_flags():
     for path in paths:
         options = vars(parse_options(["--config", str(path)]))
         flags = json.loads(path.read_text())
-        parent = flags.pop("parent", None)
+        parent, after = flags.pop("parent", None), flags.pop("after", None)
+        assert after is None or (ROOT / "recipes" / f"{after}.json").is_file()
         assert flags.keys() <= options.keys() and "parent" not in options
         assert (parent is None) == (path == ROOT / "recipes/baseline.json")
         assert parent is None or (ROOT / "recipes" / f"{parent}.json").is_file()
+
+
+def test_a_recipe_goes_on_from_the_model_of_another(folder, flags, monkeypatch, capsys):
+    """At the same number of rows: the other one has the first half of the epochs."""
+    monkeypatch.setitem(BUDGETS, "full", Budget(2, 64))
+    alone = RECIPE | {"tasks": "sts"}
+    write_recipes(**{"single-sts": alone, "then-sts": alone | {"after": "baseline"}})
+    run = ["run", "then-sts", "single-sts", "baseline", "--seeds", "1", "--jobs", "2", *flags]
+    assert ex.main(run) == 0
+    assert "first 1 runs that others go on from" in capsys.readouterr().out
+    rows = {(row["recipe"], row["budget"]): row for row in rows_of(RESULTS)}
+    expected = {("then-sts", "2x64"), ("single-sts", "2x64"), ("baseline", "2x64")}
+    expected |= {("baseline", "1x64")}
+    assert rows.keys() == expected
+    after = rows["then-sts", "2x64"]
+    assert json.loads(after["flags"]) == alone | {"after": "baseline"}
+    assert after["encoder"] == rows["baseline", "1x64"]["encoder"]
+    (first,) = Path("models/experiments").glob("baseline-1x64-seed11711-*/*.pt")
+    (second,) = Path("models/experiments").glob("then-sts-2x64-seed11711-*/*.pt")
+    began, went_on = (torch.load(path, weights_only=True) for path in (first, second))
+    assert went_on["epoch"] == 1 and went_on["options"]["init_from"] == str(first)
+    steps = [*second.parent.glob("log.txt")][0].read_text()
+    assert "encoder, pooling and heads kept: sts" in " ".join(steps.split()), steps
+    assert not torch.equal(
+        *(c["model"]["bert.embeddings.word_embeddings.weight"] for c in (began, went_on))
+    )
+    # What is done needs the other's model no more.
+    shutil.rmtree(first.parent)
+    assert ex.main(run) == 0
+    shown = capsys.readouterr().out
+    assert "3 runs, 3 of them done already" in shown and "first" not in shown
+    # A table of its own.
+    table = result_tables.together_table(result_tables.summarize(ex.read_table(RESULTS, COLUMNS)))
+    names = ("single-sts", "baseline", "then-sts")
+    line = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    scores = [float(rows[name, "2x64"]["sts_pearson"]) for name in names]
+    assert line[:2] == ["similarity", "1"]
+    assert [float(cell) for cell in line[2:5]] == pytest.approx(scores, abs=6e-4)
+    found = [float(cell.strip("*").split()[0]) for cell in line[5:]]
+    assert found == pytest.approx([score - scores[0] for score in scores[1:]], abs=6e-5)
+    assert ex.main(["run", "then-sts", *flags, "--epochs", "3"]) == 1
+    assert "half of 3 epochs go to 'baseline'" in capsys.readouterr().err
 
 
 def test_two_writers_lose_nothing(folder):

@@ -575,7 +575,7 @@ def test_a_recipe_can_name_a_task_file(run_flags, my_toml, my_data, tmp_path, mo
     recipe = {"task_file": "my.toml", "tasks": "sst,emotion,rating", "rdrop": {"rating": 0.1}}
     Path("recipes/mine.json").write_text(json.dumps(recipe))
     flags = [*run_flags[:4], "--smoketest", "--cache_dir", str(tmp_path / "cache_dir")]
-    run = experiments.plan_run("mine", 11711, "full", flags)
+    run = experiments.plan_run("mine", 11711, BUDGETS["full"], flags)
     folders = [f"--logdir={run.folder / 'logdir'}"]
     folders += [f"--predictions_dir={run.folder / 'predictions'}"]
     assert mc.main([*run.arguments, "--models_dir", str(run.folder), *folders]) == 0
@@ -597,7 +597,7 @@ def test_a_recipe_can_name_a_task_file(run_flags, my_toml, my_data, tmp_path, mo
     assert (tmp_path / "results" / "curves.png").stat().st_size > 1000
     # Another row of the task file is another run.
     Path(my_toml).write_text(EXAMPLE.replace("range = [1, 5]", "range = [0, 5]"))
-    assert experiments.plan_run("mine", 11711, "full", flags).digest != run.digest
+    assert experiments.plan_run("mine", 11711, BUDGETS["full"], flags).digest != run.digest
 
 
 # ------------------------------------------------------------------------------------- learning

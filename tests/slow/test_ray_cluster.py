@@ -55,7 +55,16 @@ def kill_node(node):
 
 def test_a_search_on_two_nodes_survives_the_loss_of_one(flags, tmp_path, capsys):
     with ray_nodes(2) as (address, nodes):
-        more = ["--hpo_trials", "4", "--hpo_confirm", "0", "--hpo_cpus", "1", "--ray_address", address]
+        more = [
+            "--hpo_trials",
+            "4",
+            "--hpo_confirm",
+            "0",
+            "--hpo_cpus",
+            "1",
+            "--ray_address",
+            address,
+        ]
         search = start("hpo.py", flags + more)
         output = read_until("epoch", search)
         output += read_until("trial [^0].*epoch", search)  # both nodes have trials
