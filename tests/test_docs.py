@@ -201,3 +201,37 @@ def test_generated_tables_are_current(monkeypatch):
     assert {"README.md", "docs/results.md", "docs/results-variants.md"} == set(pages)
     for page in pages:
         assert result_tables.filled_in(ROOT / page) == PAGES[page]
+
+
+COMPARED = re.compile(r"\b(better|worse|higher|lower|gain|improve|help|hurt|beat|lose)(s|ed)?\b")
+INTERVAL = re.compile(r"[-+]0\.\d+ to [-+]0\.\d+")
+
+
+def claims_without_interval(text, tables):
+    """Return the sentences that compare a recipe without an interval that stands in a table."""
+    folder = ROOT / "recipes"
+    names = {str(path.relative_to(folder))[:-5] for path in folder.rglob("*.json")}
+    sentences = re.split(r"(?<=[.:?])\s+|\n\n|\n- ", text)
+    claims = [s for s in sentences if COMPARED.search(s) and names & set(re.findall("`(.+?)`", s))]
+    shown = [(claim, INTERVAL.findall(" ".join(claim.split()))) for claim in claims]
+    return [claim for claim, found in shown if not found or not set(found) <= tables]
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/results-variants.md"])
+def test_claims_about_recipes_have_an_interval(page):
+    """The text by hand; the generated parts have one for each difference."""
+    blocks = re.findall(r"<!-- experiments:.*?<!-- /experiments -->", PAGES[page], re.DOTALL)
+    tables = set(INTERVAL.findall(" ".join(" ".join(blocks).split())))
+    by_hand = without_code(PAGES[page])
+    for block in blocks:
+        by_hand = by_hand.replace(block, "")
+    assert tables and not claims_without_interval(by_hand, tables)
+    one, *_ = tables
+    for claim, is_claim in {
+        "`best` is better than `baseline`.": True,
+        "With `sophiag`, `best` gained\nmuch.": True,
+        f"`best` is better than `baseline` ({one}).": False,
+        "`best` is better than `baseline` (-0.123 to +0.123).": True,
+        "`best` has other flags than `baseline`.": False,
+    }.items():
+        assert bool(claims_without_interval(claim, tables)) is is_claim
