@@ -79,6 +79,7 @@ from utils import (
     cpu_features,
     current_versions,
     exit_status,
+    half_dtype,
     pick_device,
     positive_int,
     terminate,
@@ -159,9 +160,7 @@ def plan_run(recipe: str, seed: int, budget: Budget, flags: list[str]) -> Run:
 def setting_of(options: argparse.Namespace) -> dict[str, str]:
     """Return the columns for encoder, precision, data, spaCy pipeline and device."""
     device = pick_device(options.use_gpu)
-    precision = options.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = half_dtype(device, options.precision) or torch.float32
     pipeline = ""
     if options.additional_input:
         pipeline = str(Pipeline.find(options.spacy_model or DEFAULT_SPACY_MODEL))
@@ -176,7 +175,7 @@ def setting_of(options: argparse.Namespace) -> dict[str, str]:
         data += json.dumps(plain_rows(tasks))
     return {
         "encoder": Path(options.bert_model).name,
-        "precision": precision,
+        "precision": str(dtype).removeprefix("torch."),
         "data": hashlib.sha256(data.encode()).hexdigest()[:8],
         "pipeline": pipeline,
         "device": describe_device(device),

@@ -41,7 +41,7 @@ DEFAULT_BERT_MODEL = "bert-base-uncased"
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
 SAMPLING = ("equal", "proportional", "sqrt", "annealed")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
 # Flags of single optimizers, and the optimizers that have them.
 OPTIMIZER_FLAGS: dict[str, OwnFlag] = {
@@ -315,8 +315,13 @@ def add_run_flags(flag: FlagAdder) -> None:
         choices=PRECISIONS,
         default="auto",
         help="precision of matrix products; bfloat16 is fast on CPUs that have instructions for it "
-        "(avx512_bf16, amx_bf16), slow on others; auto: bfloat16 with CUDA, else float32; default: "
-        "auto",
+        "(avx512_bf16, amx_bf16), slow on others; float16, with a scaled loss, is for GPUs older than "
+        "Ampere; auto: with CUDA the one that is fast there, else float32; default: auto",
+    )
+    flag.free(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers each time on a GPU too, with slower kernels; on a CPU they always are",
     )
     flag.decides(
         "--smoketest",

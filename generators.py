@@ -211,7 +211,7 @@ class LanguageModelGenerator(Generator):
             torch.save(self.model.state_dict(), temporary)
 
     def _train_step(self, batch: list[Row], optimizer: torch.optim.Optimizer) -> None:
-        with autocast(self.device, self.args.precision):
+        with autocast(self.device, self.args.precision, small_gradients=True):
             # Each token counts the same, also in a small batch.
             loss = self._losses(batch).sum() / self.TOKENS
         loss.backward()

@@ -34,7 +34,7 @@ from balancing import GradientSurgery, learned_weights, weighted_loss
 from base_bert import BertConfig
 from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack, set_dropout
-from curvature import add_gradients, prepare_estimate
+from curvature import LossScale, add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from heads import AttentionLayer, SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
@@ -197,22 +197,25 @@ def training_step(
     window: list[Batch],
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
+    scale: LossScale | None = None,
 ) -> Step:
     """Take one optimizer step on the weighted sum of the losses of all tasks.
 
     `window` lists the batches whose gradients are accumulated; each process gets its share of their
     rows. The losses that it returns are means over all rows of the step. If the loss or a gradient is
     not finite, the step is not taken and the weights stay as they were. Does not wait for a GPU.
+    `scale` is for float16; SophiaH's estimates, in float32, do without it.
     """
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
     with_graph = prepare_estimate(model, window, optimizer, options)
+    scale = None if with_graph else scale
     names = [*options.tasks, "sum", *(expert_tags(options) if options.moe else [])]
     losses = {name: torch.zeros((), device=device) for name in names}
     surgery = GradientSurgery(model, optimizer, options) if options.gradient_surgery else None
     answers = []
     for batch in window:
-        with autocast(device, options.precision):
+        with autocast(device, options.precision, small_gradients=with_graph):
             outputs = model.head_outputs(batch, second_derivative=with_graph)
         terms: dict[str, Tensor] = {}
         for name, task_outputs in outputs.items():
@@ -228,7 +231,7 @@ def training_step(
             answers.append(Answers(name, labels, task.decode(combined)))
         if options.moe:
             terms["balance"] = add_routing(losses, model, batch, options)
-        add_gradients(terms, model, surgery, with_graph)
+        add_gradients(terms, model, surgery, with_graph, scale)
     sum_gradients(model, list(losses.values()))
     if surgery:
         surgery.project()
@@ -236,7 +239,7 @@ def training_step(
         if window and not window[0].step_rows[name]:  # a task can have no row in a step
             del losses[name]
     losses |= learned_weights(model, options)
-    return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options.clip))
+    return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options, scale))
 
 
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:
@@ -249,7 +252,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
         freeze_and_unfreeze(model, options, epoch)
         for window in training.windows():  # the batches of one optimizer step
             with uninterrupted():  # a signal waits until the step is done
-                step = training_step(model, window, training.optimizer, options)
+                step = training_step(model, window, training.optimizer, options, training.scale)
                 training.record(step, window)  # moving average, learning rate, log
             training.save_or_stop()
         dev = evaluation.evaluate(
@@ -553,10 +556,8 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
             }
             for split in ("dev", "test")
         }
-        epochs = [
-            f"{p} (epoch {m.content['epoch']})"
-            for p, m in zip(options.evaluate, members, strict=True)
-        ]
+        pairs = zip(options.evaluate, members, strict=True)
+        epochs = [f"{path} (epoch {member.content['epoch']})" for path, member in pairs]
         scores, _ = evaluation.show_results(results, ", ".join(epochs), options, {})
         checkpoint.link_latest(options)
         return scores

@@ -61,7 +61,7 @@ class Predictor:
         checkpoints: a path, a pattern such as "models/*.pt", or several of them. Their probabilities and
             numbers are averaged; a task is answered by those that know it.
         tasks: name of the one that answers, or names; default: all.
-        precision: "float32", "bfloat16" or "auto", that of training.
+        precision: "float32", "bfloat16", "float16" or "auto", that of training.
         spacy_model: the pipeline of models with tags, if it has moved since.
         cache_dir: where tags are kept for the next time.
 

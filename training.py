@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from checkpoint import (
     plain,
     write_checkpoint,
 )
+from curvature import LossScale
 from datasets import TaskDataset
 from optimizer import (
     STEP_SCHEDULES,
@@ -48,6 +50,7 @@ from utils import (
     copy_from_first,
     cpu_features,
     gather,
+    half_dtype,
     keep_freed_memory,
     n_processes,
     one_line,
@@ -96,24 +99,34 @@ class Step(NamedTuple):
 
 
 def clip_and_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    options: argparse.Namespace,
+    scale: LossScale | None = None,
 ) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival."""
+    """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival.
+    `scale` is that of the gradients, not of the loss."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).to(loss.device)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if scale:
+        torch._foreach_div_(gradients, scale.factor)
+    clip, norm = options.clip, nn.utils.get_total_norm(gradients).to(loss.device)
     total = norm + loss
     check = torch.stack([loss, norm, total]).to("cpu", non_blocking=True)
     arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
     # A GPU itself decides whether AdamW takes the step, and the host asks it one step later. On this
     # depends whether Sophia's next step makes an estimate, so Sophia has to wait here.
     if isinstance(optimizer, AdamW):
-        scale = ((norm + 1e-6) / clip).clamp_min(1) if clip else None
-        optimizer.step(grad_scale=scale, found_inf=1 - total.isfinite().float())
+        grad_scale = ((norm + 1e-6) / clip).clamp_min(1) if clip else None
+        optimizer.step(grad_scale=grad_scale, found_inf=1 - total.isfinite().float())
     elif total.isfinite():
         if clip:
             nn.utils.clip_grads_with_norm_(trained, clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if scale:
+        scale.update(total.isfinite())
     return check, arrival
 
 
@@ -137,6 +150,9 @@ class Training:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)
             self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(self.model, options)
+        device = next(self.model.parameters()).device
+        is_float16 = half_dtype(device, options.precision) == torch.float16
+        self.scale = LossScale(device) if is_float16 else None
         # The last step and its batches, while `settle` is to come.
         self.unsettled: tuple[Step, list[Batch]] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.settle())
@@ -162,7 +178,6 @@ class Training:
         self.signals: list[int] = []  # that arrived and wait for an answer
         self.profiler: StepProfiler | None = None
         if options.profiler and rank() == 0:
-            device = next(self.model.parameters()).device
             self.profiler = StepProfiler(log.directory, device, log.show_profile)
         self._start_epoch()
 
@@ -371,6 +386,7 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "loss_scale": vars(self.scale) if self.scale else None,
                 "samplers": self.samplers_at_start,
                 "of_processes": gather(own),
                 "best": self.best,
@@ -396,6 +412,9 @@ class Training:
             self.average.load_state_dict(saved["average"])
         if self.scheduler:
             self.scheduler.load_state_dict(saved["scheduler"])
+        if self.scale and saved["loss_scale"]:
+            for name, value in saved["loss_scale"].items():
+                getattr(self.scale, name).copy_(value)
         for name, sampler in self.samplers.items():
             sampler.load_state_dict(saved["samplers"][name])
         self.epoch, self.scores = state["epoch"], state["dev_scores"]
@@ -485,6 +504,11 @@ def prepare_device(
     model: EncoderWithHeads, device: torch.device, options: argparse.Namespace
 ) -> None:
     """Move the model to the device, with the same weights and another dropout in each process."""
+    if options.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     if options.optimizer == "sophiah":
         keep_freed_memory()
     if device.type == "cpu" and options.precision == "bfloat16" and not cpu_features():

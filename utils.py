@@ -443,10 +443,19 @@ def progress_bar(*args: Any, **settings: Any) -> tqdm:
     return tqdm(*args, disable=True if rank() else None, **settings)
 
 
-def autocast(device: torch.device, precision: str = "auto"):
-    """Return the context of autocast to bfloat16, or of plain float32. `auto` is bfloat16 on CUDA only."""
-    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+def half_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """Return the type of matrix products, None for float32. `auto` asks a GPU whether it has bfloat16."""
+    if precision == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
+def autocast(device: torch.device, precision: str = "auto", small_gradients: bool = False):
+    """Return autocast's context. `small_gradients`: float32, not float16, since no loss is scaled."""
+    half = half_dtype(device, precision)
+    enabled = half is not None and not (small_gradients and half == torch.float16)
+    return torch.autocast(device.type, half or torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ OPTIMIZERS = {
     "sophiah": ["--optimizer", "sophiah", "--hess_interval", "3"],
     "adamw, learned weights": ["--loss_weights", "learned", "--ema", "0.9"],
     "adamw, pcgrad": ["--gradient_surgery", "pcgrad"],
+    "adamw, float16": ["--precision", "float16"],
     "sophiag": ["--optimizer", "sophiag", "--hess_interval", "3", "--unfreeze_interval", "1"],
 }
 OFTEN = ["--save_interval", "1e-9"]  # after each step

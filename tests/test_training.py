@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import os
 import re
 import warnings
 from pathlib import Path
@@ -27,14 +28,14 @@ import optimizer
 import training
 import utils
 from batches import EpochSampler, training_windows
-from curvature import gauss_newton_gradients
+from curvature import LossScale, gauss_newton_gradients
 from datasets import Example, rows_in_train
 from flags import flags_page
 from optimizer import build_optimizer
 from options import parse_options
 from run_log import RunLog
 from tasks import TASKS
-from training import Training, prepare_device
+from training import Training, clip_and_step, prepare_device
 
 # Each spoils a loss so that its step cannot be taken.
 SPOILERS = {
@@ -133,7 +134,7 @@ def watched(flags, monkeypatch):
         def spoiled(*arguments):
             return task_loss(*arguments) * (torch.inf if len(steps) - 1 in bad else 1)
 
-        def noted_step(model, window, steps_of, options):
+        def noted_step(model, window, steps_of, options, scale):
             rate = max(group["lr"] for group in steps_of.param_groups)
             rows = {
                 name: [row for batch in window for row in batch.rows[name]]
@@ -141,7 +142,7 @@ def watched(flags, monkeypatch):
             }
             before = content(model, steps_of)
             steps.append({"lr": rate, "rows": rows, "before": before})
-            step = training_step(model, window, steps_of, options)
+            step = training_step(model, window, steps_of, options, scale)
             steps[-1] |= {"after": content(model, steps_of), "taken": step.problem is None}
             return step
 
@@ -190,9 +191,9 @@ def late_run(flags, monkeypatch, tmp_path):
             windows.append(window)
             return training_step(model, window, *rest)
 
-        def spoiled(model, steps_of, loss, clip):
+        def spoiled(model, steps_of, loss, *rest):
             factor = torch.inf if len(windows) - 1 in bad else 1
-            check, _ = clip_and_step(model, steps_of, loss * factor, clip)
+            check, _ = clip_and_step(model, steps_of, loss * factor, *rest)
             return check, arrival
 
         more = ["--ema", "0.9", "--scheduler", "linear", "--clip", "0.1", *more]
@@ -432,6 +433,88 @@ def test_betas_are_the_published_ones_or_those_of_the_flag(flags, capsys, name):
     assert "--betas 0.6 0.7" in " ".join(capsys.readouterr().out.split())
 
 
+# ------------------------------------------------------------------------------- float16 on old GPUs
+
+
+@pytest.mark.parametrize("kind", [optimizer.AdamW, optimizer.SophiaG])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_scaled_loss_gives_the_same_step(kind, clip):
+    """Powers of two do not even round. After an infinite gradient the step is not taken, and the scale
+    is half; after 2,000 finite ones it is twice."""
+    options, weights = SimpleNamespace(clip=clip), []
+    for scale in (None, LossScale(torch.device("cpu"))):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(5, 3)
+        steps_of = kind(model.parameters(), lr=0.1)
+        for x in torch.randn(2, 8, 5):
+            loss = model(x).square().mean()
+            (loss * (scale.factor if scale else 1)).backward()
+            clip_and_step(model, steps_of, loss.detach(), options, scale)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *weights)) and scale.factor == 2**16 and scale.finite_steps == 2
+    model.weight.grad = torch.full_like(model.weight, torch.inf)
+    problem, _ = clip_and_step(model, steps_of, loss.detach(), options, scale)
+    assert scale.factor == 2**15 and not problem.isfinite().all() and scale.finite_steps == 0
+    assert all(map(torch.equal, weights[1], model.parameters()))
+    scale.finite_steps.fill_(1999)
+    model.weight.grad = torch.zeros_like(model.weight)
+    clip_and_step(model, steps_of, loss.detach(), options, scale)
+    assert scale.factor == 2**16
+
+
+def test_small_gradients_survive_float16(trainee):
+    """Losses of 1e-7 or so. Without the scale, most of their gradients would be 0."""
+    norms = {}
+    for precision, scale in [("float32", False), ("float16", True), ("float16", False)]:
+        tiny = "--loss_weights=1e-7,1e-7,1e-7", "--hidden_dropout_prob=0", "--precision", precision
+        model, steps_of, options, (window, *_) = trainee(*tiny)
+        factor = LossScale(torch.device("cpu")) if scale else None
+        step = mc.training_step(model.eval(), window, steps_of, options, factor)
+        norms[precision, scale] = step.check[1].item()
+    exact = norms["float32", False]
+    assert norms["float16", True] == pytest.approx(exact, rel=0.02)
+    assert norms["float16", False] != pytest.approx(exact, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["sophiah", "sophiag"])
+def test_estimates_are_made_in_float32_where_steps_are_in_float16(trainee, name):
+    model, steps_of, options, steps = trainee(*WITH_OPTIMIZER[name], "--precision", "float16")
+    passes, scale = [], LossScale(torch.device("cpu"))
+    model.attention_layer.register_forward_hook(
+        lambda *_: passes.append(torch.is_autocast_enabled("cpu"))
+    )
+    for window in steps[:4]:
+        step = mc.training_step(model, window, steps_of, options, scale)
+        assert step.problem is None
+    n = len(steps[0])
+    per_pair = {"sophiah": n * [False] + n * [True], "sophiag": n * [False] + 2 * n * [True]}
+    assert passes == 2 * per_pair[name]
+    assert scale.finite_steps == (2 if name == "sophiah" else 4)
+    assert steps_of.skipped_refreshes == 0
+
+
+def test_a_resumed_run_has_the_scale_of_the_loss(flags, tmp_path):
+    options = parse_options([*flags, "--precision", "float16"])
+    runs = [Training(mc.load_all(options), tmp_path / "x", RunLog(tmp_path)) for _ in range(2)]
+    runs[0].scale.factor.fill_(2.0**10)
+    runs[0].scale.finite_steps.fill_(7)
+    runs[1].restore(runs[0].state())
+    assert runs[1].scale.factor == 2**10 and runs[1].scale.finite_steps == 7
+
+
+@pytest.mark.parametrize("supported, expected", [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_asks_the_gpu(monkeypatch, supported, expected):
+    """GPUs before Ampere emulate bfloat16 slowly, and PyTorch calls that supported too."""
+
+    def is_supported(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert utils.half_dtype(torch.device("cuda"), "auto") == expected
+    assert utils.half_dtype(torch.device("cuda"), "float32") is None
+    assert utils.half_dtype(torch.device("cpu"), "auto") is None
+
+
 # --------------------------------------------------------------------- bfloat16 without instructions
 
 
@@ -518,3 +601,22 @@ def test_rows_that_are_in_train_do_not_count_in_the_second_score(known, expected
     result = evaluation.Evaluation(of_dev, np.array([1.0, 4.0, 0.0, 0.0]), {})
     found = evaluation.unseen_scores(result, rows_in_train(dev, train))
     assert (found["accuracy"] if found else {}) == expected
+
+
+def test_deterministic_algorithms_are_asked_for(flags, monkeypatch, tmp_path):
+    """On a CPU that changes no number."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    results, fit = [], mc.fit
+    monkeypatch.setattr(
+        mc,
+        "fit",
+        lambda run: results.append(torch.are_deterministic_algorithms_enabled()) or fit(run),
+    )
+    scores = []
+    try:
+        for more in ([], ["--deterministic"]):
+            scores.append(mc.train_multitask(parse_options([*flags, *more])))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert results == [False, True] and scores[0] == scores[1]
