@@ -5,6 +5,7 @@ import dataclasses
 import heapq
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from datasets import JointColumn, TaskDataset, TokenColumn, joint_lengths
 from tasks import Task
 from utils import seeded_generator
 
+# Devices whose host has time, while they compute, to prepare batches and to write checkpoints.
+WORK_IN_THREADS = {"cuda"}
 # Larger than any position: the sequence has no second sentence.
 NO_SECOND = 2**31
 
@@ -58,7 +61,8 @@ class Batch:
 
         def move(tensor: Tensor) -> Tensor:
             # From pinned memory the copy is asynchronous.
-            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+            if device.type == "cuda" and not tensor.is_cuda:
+                tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
         return dataclasses.replace(
@@ -188,6 +192,23 @@ def row_multiples(
     multiples = {name: size * len(sizes) / sum(sizes.values()) for name, size in sizes.items()}
     multiples |= {name: n / options.samples_per_epoch for name, n in fixed.items()}
     return {name: multiples[name] * options.batch_shares[name] for name in n_rows}
+
+
+def ahead(windows: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Yield windows on the device. For a GPU, a thread makes the next one and copies it meanwhile."""
+
+    def take() -> list[Batch] | None:
+        window = next(windows, None)
+        return window and [batch.to(device) for batch in window]
+
+    if device.type not in WORK_IN_THREADS:
+        yield from iter(take, None)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(take)
+        while (window := coming.result()) is not None:
+            coming = pool.submit(take)
+            yield window
 
 
 def training_windows(

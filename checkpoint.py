@@ -7,17 +7,21 @@ are checkpoints; only the state has the entry "training".
 import argparse
 import contextlib
 import dataclasses
+import functools
 import glob
 import os
 import secrets
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from base_bert import BertConfig
 from bert import BertModel, EncoderWithHeads
@@ -86,6 +90,59 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             torch.save(content, temporary)
     except RuntimeError as error:  # PyTorch's writer raises it for a full disk
         raise UserError(f"cannot write {path}: {one_line(error)}") from error
+
+
+class Writer:
+    """Writes checkpoints. `in_thread`, a write waits only for a copy of its content, and training goes
+    on. Files get written in order; after one that fails, those behind it are left out, so that no state
+    tells of a model that is not there."""
+
+    def __init__(self, in_thread: bool):
+        self.pool = ThreadPoolExecutor(1) if in_thread else None
+        self.coming: list[Future] = []
+        self.failure: Callable[[], Any] | None = None
+
+    def write(self, path: Path, content: Any, failed: Callable[[UserError], Any]) -> None:
+        """Write a checkpoint, in the first process. `failed` is called from here, or later from `wait`."""
+        if rank():
+            return
+        if not self.pool:
+            self._write(path, content, failed)
+            return self.wait()
+        if len(self.coming) > 1 or all(future.done() for future in self.coming):
+            self.wait()
+        self.coming.append(self.pool.submit(self._write, path, host_copy(content), failed))
+
+    def _write(self, path: Path, content: Any, failed: Callable[[UserError], Any]) -> None:
+        try:
+            if not self.failure:
+                write_checkpoint(path, content)
+        except UserError as error:
+            self.failure = functools.partial(failed, error)
+
+    def wait(self) -> None:
+        """Wait until all is written."""
+        for future in self.coming:
+            future.result()
+        self.coming.clear()
+        failure, self.failure = self.failure, None
+        if failure:
+            failure()
+
+
+def host_copy(content: Any) -> Any:
+    """Copy tensors in tables and lists to the host, from a GPU to pinned memory in one pass."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return target.copy_(value, non_blocking=True)
+
+    copied = tree_map(copy, content)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copied
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -345,10 +402,10 @@ def data_digests(data: Mapping[str, Mapping[str, TaskDataset]]) -> dict[str, str
 # ------------------------------------------------------------------------------- names and locks
 
 
-def new_name(options: argparse.Namespace, kind: str) -> str:
-    """Choose a name that no other run has."""
+def new_name(options: argparse.Namespace, kind: str = "") -> str:
+    """Choose a name that no other run has. `kind` is `--option` where it is not given."""
     start = f"{datetime.now():%Y%m%d-%H%M%S}"
-    return f"{start}-{kind}-{options.optimizer}-{secrets.token_hex(2)}"
+    return f"{start}-{kind or options.option}-{options.optimizer}-{secrets.token_hex(2)}"
 
 
 def new_run(options: argparse.Namespace, run: str) -> tuple[Path, Path]:

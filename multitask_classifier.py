@@ -262,6 +262,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
             training.end_epoch(dev)  # log, learning rate, keep the best
         training.save_or_stop(due=True)
         after_epoch(training)
+    training.writer.wait()
 
 
 def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
@@ -270,11 +271,7 @@ def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
     device = pick_device(options.use_gpu)
     with contextlib.ExitStack() as locks:
         path, state = checkpoint.lock_state(options, locks)
-        run = (
-            path.stem
-            if path and state
-            else by_first(lambda: checkpoint.new_name(options, options.option))
-        )
+        run = path.stem if path and state else by_first(lambda: checkpoint.new_name(options))
         options = checkpoint.name_predictions(options, run)
         checkpoint.check_outputs(options)
         if path and state and state["training"] == "finished":

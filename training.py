@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import batches
 import evaluation
 from batches import Batch, EpochSampler, row_multiples, training_windows
 from bert import EncoderWithHeads
 from checkpoint import (
     CHECKPOINT_FORMAT,
+    Writer,
     checkpoint_content,
     data_digests,
     plain,
-    write_checkpoint,
 )
 from curvature import LossScale
 from datasets import TaskDataset
@@ -153,6 +154,7 @@ class Training:
         device = next(self.model.parameters()).device
         is_float16 = half_dtype(device, options.precision) == torch.float16
         self.scale = LossScale(device) if is_float16 else None
+        self.writer = Writer(in_thread=device.type in batches.WORK_IN_THREADS)
         # The last step and its batches, while `settle` is to come.
         self.unsettled: tuple[Step, list[Batch]] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.settle())
@@ -223,7 +225,8 @@ class Training:
         total = round(options.samples_per_epoch * sum(self.row_multiples.values()))
         self.progress = Progress(self.epoch + 1, self._rows_seen(), total)
         with self.progress.bar:
-            yield from itertools.islice(windows, self.n_windows, None)
+            device = next(self.model.parameters()).device
+            yield from batches.ahead(itertools.islice(windows, self.n_windows, None), device)
             with uninterrupted():
                 self.settle()
                 self.log.flush(self.optimizer, self.progress.bar)
@@ -274,6 +277,7 @@ class Training:
     def _give_up(self, window: list[Batch], problem: str | None) -> None:
         """Save, print the rows of the last step, and raise UserError."""
         self.save()
+        self.writer.wait()
         rows = [(name, row) for batch in window for name in batch.rows for row in batch.rows[name]]
         ids = defaultdict(list)
         for name, row in itertools.chain(*gather(rows)):
@@ -317,6 +321,7 @@ class Training:
 
     def _keep_if_best(self, mean: float) -> str:
         """Save the model if it is the best so far. Return what to print about it."""
+        self.writer.wait()  # whether the last best one is on the disk
         comparable = -math.inf if math.isnan(mean) else mean
         # The first model is always kept, so that a run ends with one.
         if self.best is not None and comparable <= self.best:
@@ -330,22 +335,23 @@ class Training:
             self.scores,
             self.tagger,
         )
+        before, self.best, self.best_epoch = (self.best, self.best_epoch), comparable, self.epoch
         start = time.perf_counter()
-        # Only the first process can fail here.
-        try:
-            write_checkpoint(checkpoint, content)
-        except UserError as error:
-            return f", not saved: {error}"
+
+        def failed(error: UserError) -> None:  # in the first process only
+            self.best, self.best_epoch = before
+            complain(f"warning: the model of epoch {content['epoch']} is not saved: {error}")
+
+        self.writer.write(checkpoint, content, failed)
         self.saving_seconds += time.perf_counter() - start
-        self.best, self.best_epoch = comparable, self.epoch
-        return f", saved to {checkpoint}"
+        return f", saved to {checkpoint}" if self.best_epoch == self.epoch else ", not saved"
 
     # --------------------------------------------------------------------------- saving and resuming
 
     def save_or_stop(self, due: bool = False) -> None:
         """Save if `due` or if the last save is older than --save_interval; end the run if a signal has
-        arrived. All
-        processes call this between two steps, and all of them do what one of them needs."""
+        arrived. All processes call this between two steps, and all of them do what one of them needs.
+        """
         due = due or time.monotonic() - self.saved_at > 60 * self.options.save_interval
         arrived = [number in self.signals for number in (signal.SIGINT, signal.SIGTERM)]
         due, interrupted, terminated = agree(due, *arrived)
@@ -368,12 +374,13 @@ class Training:
         content = {"format": CHECKPOINT_FORMAT, "options": plain(self.options)}
         tags = self.tagger.pipeline.to_dict() if self.tagger else None
         self._write(content | {"tags": tags, "training": "finished"})
+        self.writer.wait()
 
     def _write(self, content: dict[str, Any]) -> None:
-        try:
-            write_checkpoint(self.path, content)
-        except UserError as error:
+        def failed(error: UserError) -> None:
             complain(f"warning: {error}; the run continues")
+
+        self.writer.write(self.path, content, failed)
 
     def state(self) -> dict[str, Any]:
         """Return the whole state. All processes must call it together."""
@@ -457,7 +464,8 @@ class Training:
             print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
 
     def describe_saved(self) -> str:
-        """Return what is on the disk, for people to read."""
+        """Return what is on the disk, when all is written, for people to read."""
+        self.writer.wait()
         checkpoint = self.path.with_suffix(".pt")
         none = "no epoch is done yet, so there is no model"
         model = f"the best model so far is {checkpoint}" if checkpoint.exists() else none

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import batches
+import checkpoint
 import evaluation
 import multitask_classifier as mc
 import optimizer
@@ -135,6 +138,82 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     shown = capsys.readouterr().out
     assert shown.count("has no run with these options; this is a new one") == 1
     assert shown.count("resumed after") == len(PLACES)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Prepare batches and write checkpoints in threads, as for a GPU."""
+    monkeypatch.setattr(batches, "WORK_IN_THREADS", {"cpu"})
+
+
+def test_a_killed_run_with_threads_resumes_to_the_same_numbers(
+    flags, tmp_path, uninterrupted, threads, monkeypatch, capsys
+):
+    """To those that a run without threads has."""
+    expected = uninterrupted(*OPTIMIZERS["adamw"])
+    main_thread, chosen = threading.get_ident(), flags + OPTIMIZERS["adamw"]
+    writers, makers = set(), set()
+    save, collate = torch.save, batches.collate
+    monkeypatch.setattr(torch, "save", lambda *a: writers.add(threading.get_ident()) or save(*a))
+    monkeypatch.setattr(
+        batches, "collate", lambda *a: makers.add(threading.get_ident()) or collate(*a)
+    )
+    for module, name, call, before in PLACES.values():
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(module, name, nth_call(call, getattr(module, name), before))
+            mc.main(chosen + OFTEN + ["--resume", "auto"])
+    assert mc.main(chosen + ["--resume", "auto"]) == 0
+    assert_same(outcome(tmp_path), expected)
+    assert writers and main_thread not in writers
+    assert makers - {main_thread}  # the rows of dev are put together by the main thread
+    assert capsys.readouterr().out.count("resumed after") == len(PLACES)
+
+
+def test_a_checkpoint_holds_what_was_to_be_written_not_what_came_later(tmp_path, monkeypatch):
+    """The thread is slower than training."""
+    atomic_write, go_on = checkpoint.atomic_write, threading.Event()
+
+    def late(path):
+        assert go_on.wait(60)
+        return atomic_write(path)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", late)
+    weight, steps, writer = torch.zeros(3), [1, 2], checkpoint.Writer(in_thread=True)
+    content = {"weights": [weight, {"steps": steps}]}
+    writer.write(tmp_path / "a.pt", content, pytest.fail)
+    weight.add_(1)
+    steps.append(3)
+    content["late"] = True
+    assert not (tmp_path / "a.pt").exists()
+    go_on.set()
+    writer.wait()
+    written = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert written["weights"][0].tolist() == [0, 0, 0] and len(written) == 1
+    assert written["weights"][1] == {"steps": [1, 2]}
+
+
+def test_a_state_is_not_written_behind_a_model_that_could_not_be(
+    flags, tmp_path, threads, monkeypatch, capsys
+):
+    """Training goes on, and the next epoch's model is kept though it is not better."""
+    atomic_write, tried, means = checkpoint.atomic_write, [], iter([0.5, 0.4])
+
+    @contextlib.contextmanager
+    def full_at_first(path):
+        tried.append(path.suffix)
+        if len(tried) == 1:
+            time.sleep(0.2)  # until the state is behind it
+            raise UserError(f"cannot write {path}: No space left on device")
+        with atomic_write(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr(evaluation, "mean_score", lambda *_: next(means, 0.4))
+    monkeypatch.setattr(checkpoint, "atomic_write", full_at_first)
+    assert mc.main([*flags, "--epochs", "2"]) == 0
+    assert tried == [".pt", ".pt", ".resume", ".resume"]
+    assert "warning: the model of epoch 1 is not saved: cannot write" in capsys.readouterr().err
+    (path,) = (tmp_path / "models_dir").glob("*.pt")
+    assert torch.load(path, weights_only=True)["epoch"] == 2
 
 
 def test_a_killed_run_with_tasks_of_a_file_resumes_to_the_same_numbers(
@@ -509,7 +588,10 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
 def test_no_room_for_any_model_is_said_at_the_end(flags, tmp_path):
     done = run_with_limit(105_000, [*flags, "--epochs", "1"])
     assert done.returncode == 1
-    assert re.search(r"epoch 1: .*, not saved: cannot write .*\.pt", done.stdout)
+    assert re.search(r"epoch 1: .*, not saved$", done.stdout, re.M)
+    assert re.search(
+        r"^warning: the model of epoch 1 is not saved: cannot .*\.pt", done.stderr, re.M
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "could not be written" in last
     assert "Traceback" not in done.stderr
