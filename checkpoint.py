@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from base_bert import BertConfig
@@ -400,6 +400,18 @@ def data_digests(data: Mapping[str, Mapping[str, TaskDataset]]) -> dict[str, str
 
 
 # ------------------------------------------------------------------------------- names and locks
+
+
+def same_shapes(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two heads have the same weights by name and shape."""
+    shapes = [{key: t.shape for key, t in head.state_dict().items()} for head in (one, other)]
+    return shapes[0] == shapes[1]
+
+
+def other_encoding(name: str, trained: Mapping[str, Task], tasks: Mapping[str, Task]) -> str:
+    """Name the encoding that a task was trained with, if it is another one now."""
+    before = trained.get(name, tasks[name]).encoding
+    return f" (was trained with --{name}_encoding {before})" * (before != tasks[name].encoding)
 
 
 def new_name(options: argparse.Namespace, kind: str = "") -> str:

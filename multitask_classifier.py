@@ -215,23 +215,8 @@ def training_step(
     surgery = GradientSurgery(model, optimizer, options) if options.gradient_surgery else None
     answers = []
     for batch in window:
-        with autocast(device, options.precision, small_gradients=with_graph):
-            outputs = model.head_outputs(batch, second_derivative=with_graph)
-        terms: dict[str, Tensor] = {}
-        for name, task_outputs in outputs.items():
-            task, labels = model.tasks[name], batch.labels[name]
-            task_outputs = [output.float() for output in task_outputs]
-            # The batch's share of the rows of the step: all batches and processes add up to the mean.
-            share = len(labels) / batch.step_rows[name]
-            loss = task_loss(task, task_outputs, labels, options) * share
-            terms[name] = weighted_loss(model, task, loss, share, options)
-            losses[name] += loss.detach()
-            losses["sum"] += terms[name].detach()
-            combined = combine(task, [output.detach() for output in task_outputs])
-            answers.append(Answers(name, labels, task.decode(combined)))
-        if options.moe:
-            terms["balance"] = add_routing(losses, model, batch, options)
-        add_gradients(terms, model, surgery, with_graph, scale)
+        predictions = add_batch(losses, model, batch, options, surgery, with_graph, scale)
+        answers += [Answers(name, batch.labels[name], predictions[name]) for name in predictions]
     sum_gradients(model, list(losses.values()))
     if surgery:
         surgery.project()
@@ -240,6 +225,37 @@ def training_step(
             del losses[name]
     losses |= learned_weights(model, options)
     return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options, scale))
+
+
+def add_batch(
+    losses: dict[str, Tensor],
+    model: EncoderWithHeads,
+    batch: Batch,
+    options: argparse.Namespace,
+    surgery: GradientSurgery | None = None,
+    with_graph: bool = False,
+    scale: LossScale | None = None,
+) -> dict[str, Tensor]:
+    """Add a batch's share of a step to `losses` and to `.grad`. Return its predictions [n_rows] by task."""
+    with autocast(batch.input_ids.device, options.precision, small_gradients=with_graph):
+        outputs = model.head_outputs(batch, second_derivative=with_graph)
+    terms: dict[str, Tensor] = {}
+    predictions = {}
+    for name, task_outputs in outputs.items():
+        task, labels = model.tasks[name], batch.labels[name]
+        task_outputs = [output.float() for output in task_outputs]
+        # The batch's share of the rows of the step: all batches and processes add up to the mean.
+        share = len(labels) / batch.step_rows[name]
+        loss = task_loss(task, task_outputs, labels, options) * share
+        terms[name] = weighted_loss(model, task, loss, share, options)
+        losses[name] += loss.detach()
+        losses["sum"] += terms[name].detach()
+        combined = combine(task, [output.detach() for output in task_outputs])
+        predictions[name] = task.decode(combined)
+    if options.moe:
+        terms["balance"] = add_routing(losses, model, batch, options)
+    add_gradients(terms, model, surgery, with_graph, scale)
+    return predictions
 
 
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:
@@ -392,14 +408,6 @@ def load_all(
     return Parts(model, tokenizer, tagger, data, options)
 
 
-def load_pretrained(
-    options: argparse.Namespace,
-) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
-    """Load the start of a new run and make its model."""
-    start, tokenizer, tagger = load_start(options)
-    return new_model(start, options), tokenizer, tagger
-
-
 def new_model(start: BertModel | MultitaskBERT, options: argparse.Namespace) -> MultitaskBERT:
     """Make the model of a new run, with random heads, from what `load_start` has loaded."""
     if options.hidden_dropout_prob is not None:
@@ -428,11 +436,6 @@ def load_start(
     return bert, BertTokenizer.from_pretrained(source, local), tagger
 
 
-def same_shapes(one: nn.Module, other: nn.Module) -> bool:
-    shapes = [{key: t.shape for key, t in head.state_dict().items()} for head in (one, other)]
-    return shapes[0] == shapes[1]
-
-
 def load_from_run(
     options: argparse.Namespace,
 ) -> tuple[MultitaskBERT, BertTokenizer, Tagger | None]:
@@ -451,12 +454,6 @@ def load_from_run(
     return trained, tokenizer, checkpoint.find_tagger(content["tags"], path, options)
 
 
-def other_encoding(name: str, trained: Mapping[str, Task], tasks: Mapping[str, Task]) -> str:
-    """Name the encoding that a task was trained with, if it is another one now."""
-    before = trained.get(name, tasks[name]).encoding
-    return f" (was trained with --{name}_encoding {before})" * (before != tasks[name].encoding)
-
-
 def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> MultitaskBERT:
     """Return a model with this encoder, and new heads where its own do not fit the tasks."""
     model = MultitaskBERT(trained.bert, options.tasks, options.loss_weights == "learned")
@@ -466,8 +463,8 @@ def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> Multit
     joint = model.joint_heads, trained.joint_heads, " in one sequence"
     for heads, others, what in ((model.heads, trained.heads, ""), joint):
         for name, head in heads.items():
-            fits = name in others and same_shapes(head, others[name])
-            hint = "" if fits else other_encoding(name, trained.tasks, model.tasks)
+            fits = name in others and checkpoint.same_shapes(head, others[name])
+            hint = "" if fits else checkpoint.other_encoding(name, trained.tasks, model.tasks)
             (kept if fits else new).append(name + what + hint)
             if fits:
                 head.load_state_dict(others[name].state_dict())

@@ -60,7 +60,8 @@ def mixed_lines(data_dir: str, n_lines: int) -> list[str]:
 def make_checkpoint(args: argparse.Namespace, path: Path) -> None:
     """Save the pretrained encoder with new heads. Training would not change how long they take."""
     options = parse_options(["--bert_model", args.bert_model])
-    model, tokenizer, _ = mc.load_pretrained(options)
+    start, tokenizer, _ = mc.load_start(options)
+    model = mc.new_model(start, options)
     write_checkpoint(path, checkpoint_content(model, tokenizer, options, 0, {}))
 
 

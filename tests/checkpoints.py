@@ -52,7 +52,7 @@ def make_checkpoint_fixture(tmp_path_factory, tiny_directory, small_data, reques
                 flags += ["--spacy_model", str(request.getfixturevalue("pipeline_directory"))]
             options = parse_options(flags)
             torch.manual_seed(4)
-            model, tokenizer, tagger = mc.load_pretrained(options)
+            model, tokenizer, tagger = load_pretrained(options)
             length = options.max_length or model.bert.config.max_position_embeddings
             data = load_data(options, tokenizer, length, ("dev",), tagger)
             scatter(model, data["dev"])
@@ -65,3 +65,9 @@ def make_checkpoint_fixture(tmp_path_factory, tiny_directory, small_data, reques
         return made[kind, encoder]
 
     return make
+
+
+def load_pretrained(options):
+    """Load the start of a new run: its model, tokenizer and tagger."""
+    start, tokenizer, tagger = mc.load_start(options)
+    return mc.new_model(start, options), tokenizer, tagger

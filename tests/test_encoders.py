@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import make_checkpoint_fixture  # noqa: F401
+from checkpoints import load_pretrained
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2CLS
 
 from base_bert import ACTIVATIONS, BertConfig
 from bert import ACTIVATION_FUNCTIONS, BertModel
-from multitask_classifier import load_pretrained
 from options import parse_options
 from tokenizer import BertTokenizer
 from utils import UserError

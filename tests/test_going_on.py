@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint_fixture  # noqa: F401
+from checkpoints import load_pretrained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from test_resume import OFTEN, Killed, assert_same, nth_call, outcome
@@ -39,7 +40,7 @@ def test_weights_that_fit_are_those_of_the_checkpoint(make_checkpoint, kind, fla
     path = make_checkpoint(kind)
     saved, tokenizer, _ = mc.load_checkpoint(path)
     options = parse_options([*flags, "--init_from", str(path)])
-    model, same_tokenizer, tagger = mc.load_pretrained(options)
+    model, same_tokenizer, tagger = load_pretrained(options)
     assert same_tokenizer.to_json() == tokenizer.to_json() and tagger is None
     assert list(model.tasks) == list(options.tasks)
     fresh = mc.MultitaskBERT(saved.bert, options.tasks).state_dict()
@@ -75,7 +76,7 @@ def test_a_task_of_the_same_name_with_other_classes_or_range_gets_its_own_head(m
     three = {"classes": ("no", "perhaps", "yes"), "texts": ("0", "1", "2")}
     tasks["para"] = dataclasses.replace(tasks["para"], metrics=("accuracy",), **three)
     tasks["sts"] = dataclasses.replace(tasks["sts"], range=(1.0, 10.0))
-    model, _, _ = mc.load_pretrained(changed_options(options, tasks=tasks))
+    model, _, _ = load_pretrained(changed_options(options, tasks=tasks))
     assert model.heads["para"].out.out_features == 3
     vector = torch.randn(2, 24)
     assert model.heads["sts"](vector, vector).tolist() == pytest.approx([10, 10])
@@ -127,7 +128,7 @@ def test_first_one_task_then_all(flags, tmp_path, monkeypatch, capsys):
 def test_a_run_from_a_model_with_tags_has_tags(make_checkpoint, pipeline_directory, capsys):
     path = make_checkpoint("tags")
     flags = ["--additional_input", "--spacy_model", str(pipeline_directory)]
-    model, _, tagger = mc.load_pretrained(parse_options(["--init_from", str(path), *flags]))
+    model, _, tagger = load_pretrained(parse_options(["--init_from", str(path), *flags]))
     saved = mc.load_checkpoint(path).model.state_dict()
     assert tagger and all(torch.equal(saved[n], v) for n, v in model.state_dict().items())
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_pretrained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import OFTEN, Killed, assert_same, nth_call, outcome
 
@@ -266,7 +267,7 @@ def test_tensorboard_shows_how_sentences_spread(flags, tmp_path):
 
 def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
     options = parse_options(["--bert_model", str(tiny_directory), "--moe", "soft"])
-    model = mc.load_pretrained(options)[0]
+    model = load_pretrained(options)[0]
     expected = BertModel.from_pretrained(str(tiny_directory)).state_dict()
     assert len(model.bert.stacks) == N_EXPERTS + 1
     for stack in model.bert.stacks:
@@ -278,7 +279,7 @@ def test_the_experts_begin_as_the_pretrained_encoder(tiny_directory):
 
 def test_what_trains_of_a_mixture(tiny_directory):
     options = parse_options(["--bert_model", str(tiny_directory), "--moe", "hard"])
-    model = mc.load_pretrained(options)[0]
+    model = load_pretrained(options)[0]
     freeze_and_unfreeze(model, changed_options(options, unfreeze_interval=1), epoch=0)
     names = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     bert = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("bert.")}

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import KINDS, make_checkpoint_fixture  # noqa: F401
+from checkpoints import KINDS, load_pretrained, make_checkpoint_fixture  # noqa: F401
 
 import multitask_classifier as mc
 import predict
@@ -180,7 +180,7 @@ def test_a_pair_whose_order_counts_is_not_exchanged(tiny_directory, tmp_path):
     flags = ["--task_file", str(tmp_path / "my.toml"), "--bert_model", str(tiny_directory)]
     flags += ["--both_orders", "--same_encoding", "cross", "--follows_encoding", "cross"]
     options = parse_options(flags)
-    model, tokenizer, _ = mc.load_pretrained(options)
+    model, tokenizer, _ = load_pretrained(options)
     path = tmp_path / "model.pt"
     with torch.no_grad():
         for parameter in model.parameters():

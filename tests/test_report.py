@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from checkpoints import load_pretrained
 from conftest import SAMPLE
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -266,7 +267,7 @@ def trained(tiny_directory, tmp_path):
     def make(*flags):
         cache = ["--cache_dir", str(tmp_path / "cache")]
         options = parse_options(["--bert_model", str(tiny_directory), *cache, *flags])
-        model, tokenizer, tagger = mc.load_pretrained(options)
+        model, tokenizer, tagger = load_pretrained(options)
         with torch.no_grad():
             for head in (*model.heads.values(), *model.joint_heads.values()):
                 for parameter in head.parameters():
