@@ -55,6 +55,7 @@ class Batch:
     rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
     step_rows: dict[str, int]  # task -> rows of the optimizer step, in all batches and processes
     picks: dict[str, np.ndarray]  # task -> [n_rows] which rows of the step are in this batch
+    sequences: Sequences | None = None  # for a CUDA graph, which reads the lengths on the device
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to the device."""
@@ -78,7 +79,9 @@ class Batch:
     def tokens(self, second_derivative: bool = False) -> Tokens:
         """Return what the encoder reads. With `second_derivative` the pass is slower, and its result
         can be differentiated twice."""
-        sequences = Sequences.of(self.lengths, self.input_ids.device, second_derivative)
+        sequences = self.sequences or Sequences.of(
+            self.lengths, self.input_ids.device, second_derivative
+        )
         ids = self.input_ids, self.position_ids
         return Tokens(*ids, sequences, self.token_type_ids, self.tags)
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,13 @@ class Evaluation:
         )
         loss = float(dataset.task.loss(outputs[rows], labels))
         return cls(dataset, predictions, score(dataset.task, dataset.labels, predictions), loss)
+
+
+class Outputs(NamedTuple):
+    """The outputs of one model, or the mean of several, for a dataset."""
+
+    dataset: TaskDataset
+    outputs: torch.Tensor  # [n_rows, ...]
 
 
 @torch.no_grad()

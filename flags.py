@@ -318,6 +318,13 @@ def add_run_flags(flag: FlagAdder) -> None:
         "(avx512_bf16, amx_bf16), slow on others; float16, with a scaled loss, is for GPUs older than "
         "Ampere; auto: with CUDA the one that is fast there, else float32; default: auto",
     )
+    flag.decides(
+        "--cuda_graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="replay the passes of a step on a GPU as CUDA graphs, where the other flags allow it; "
+        "default: auto",
+    )
     flag.free(
         "--deterministic",
         action="store_true",

@@ -36,6 +36,7 @@ from batches import Batch, Padded, join
 from bert import BertModel, EncoderWithHeads, Tokens, pack, set_dropout
 from curvature import LossScale, add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
+from graphs import Pass, StepGraphs
 from heads import AttentionLayer, SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
@@ -198,13 +199,14 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
     scale: LossScale | None = None,
+    graphs: StepGraphs | None = None,
 ) -> Step:
     """Take one optimizer step on the weighted sum of the losses of all tasks.
 
     `window` lists the batches whose gradients are accumulated; each process gets its share of their
     rows. The losses that it returns are means over all rows of the step. If the loss or a gradient is
     not finite, the step is not taken and the weights stay as they were. Does not wait for a GPU.
-    `scale` is for float16; SophiaH's estimates, in float32, do without it.
+    `scale` is for float16; SophiaH's estimates, in float32, do without it, and without `graphs`.
     """
     device = next(model.parameters()).device
     window = [batch.to(device) for batch in window]
@@ -214,8 +216,17 @@ def training_step(
     losses = {name: torch.zeros((), device=device) for name in names}
     surgery = GradientSurgery(model, optimizer, options) if options.gradient_surgery else None
     answers = []
+
+    def captured(batch: Batch) -> Pass:
+        own = {name: torch.zeros((), device=device) for name in names}
+        return Pass(own, add_batch(own, model, batch, options, scale=scale))
+
     for batch in window:
-        predictions = add_batch(losses, model, batch, options, surgery, with_graph, scale)
+        if graphs and not with_graph:
+            shares, predictions = graphs.run(batch, captured)
+            losses = {name: total + shares[name] for name, total in losses.items()}
+        else:
+            predictions = add_batch(losses, model, batch, options, surgery, with_graph, scale)
         answers += [Answers(name, batch.labels[name], predictions[name]) for name in predictions]
     sum_gradients(model, list(losses.values()))
     if surgery:
@@ -261,6 +272,7 @@ def add_batch(
 def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: None) -> None:
     """Train the epochs that are left. After each epoch, evaluate on dev and keep the best model."""
     model, options = training.model, training.options
+    aids = training.scale, training.graphs
     for epoch in range(training.epoch, options.epochs):
         # Of a model that could not be written, only the first process knows.
         if any(agree(training.is_over)):
@@ -268,7 +280,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
         freeze_and_unfreeze(model, options, epoch)
         for window in training.windows():  # the batches of one optimizer step
             with uninterrupted():  # a signal waits until the step is done
-                step = training_step(model, window, training.optimizer, options, training.scale)
+                step = training_step(model, window, training.optimizer, options, *aids)
                 training.record(step, window)  # moving average, learning rate, log
             training.save_or_stop()
         dev = evaluation.evaluate(
@@ -507,16 +519,9 @@ def load_trained(path: str, options: argparse.Namespace) -> Trained:
     return Trained(model, tokenizer, tagger, content, changed_options(options, max_length=length))
 
 
-class Outputs(NamedTuple):
-    """The outputs of one model, or the mean of several, for a dataset."""
-
-    dataset: TaskDataset
-    outputs: Tensor  # [n_rows, ...]
-
-
 def outputs_of_models(
     members: Sequence[Trained], split: str, device: torch.device
-) -> dict[str, Outputs]:
+) -> dict[str, evaluation.Outputs]:
     """Return the mean outputs of the models that know a task: task -> outputs."""
     datasets: dict[str, TaskDataset] = {}
     outputs: dict[str, list[Tensor]] = defaultdict(list)
@@ -528,7 +533,7 @@ def outputs_of_models(
             cost = options.batch_size, options.precision
             outputs[name].append(evaluation.outputs(model, dataset, *cost))
     return {
-        name: Outputs(dataset, evaluation.average(dataset.task, outputs[name]))
+        name: evaluation.Outputs(dataset, evaluation.average(dataset.task, outputs[name]))
         for name, dataset in datasets.items()
     }
 

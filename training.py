@@ -30,6 +30,7 @@ from checkpoint import (
 )
 from curvature import LossScale
 from datasets import TaskDataset
+from graphs import StepGraphs
 from optimizer import (
     STEP_SCHEDULES,
     AdamW,
@@ -154,6 +155,7 @@ class Training:
         device = next(self.model.parameters()).device
         is_float16 = half_dtype(device, options.precision) == torch.float16
         self.scale = LossScale(device) if is_float16 else None
+        self.graphs = StepGraphs.of(self.model, options)
         self.writer = Writer(in_thread=device.type in batches.WORK_IN_THREADS)
         # The last step and its batches, while `settle` is to come.
         self.unsettled: tuple[Step, list[Batch]] | None = None
