@@ -17,14 +17,18 @@ step() {
   echo "($((SECONDS - start)) s)"
 }
 
-step 20 "Machine" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-step 90 "Tests of the kernels, compiled" python -m pytest -q tests/test_kernels.py
-step 30 "Other CUDA tests" python -m pytest -q tests/test_bert.py -k "attention"
-for shape in "12 64" "12 32"; do
-  step 40 "Attention alone, heads and width $shape" \
-    python benchmarks/attention.py --data_dir "$data" --use_gpu --heads ${shape% *} --width ${shape#* }
-done
-step 70 "Steps and evaluation, BERT-base" \
+step 10 "Machine" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+step 40 "Captured steps have the numbers of the plain way" python -m pytest -q tests/test_graphs.py
+step 60 "Tests of the kernels, compiled" python -m pytest -q tests/test_kernels.py
+step 55 "Steps and evaluation, BERT-base" \
   python benchmarks/throughput.py --data_dir "$data" --use_gpu --base --evaluations 1
-step 60 "Steps and evaluation, MiniLM" \
+step 35 "A run of MiniLM, two epochs" python -u multitask_classifier.py --use_gpu --epochs 2 \
+  --samples_per_epoch 10000 --data_dir "$data" --models_dir /tmp/gpu-models --logdir /tmp/gpu-logs \
+  --predictions_dir /tmp/gpu-predictions
+step 45 "Steps and evaluation, MiniLM" \
   python benchmarks/throughput.py --data_dir "$data" --use_gpu --evaluations 1
+step 15 "Attention alone" \
+  python benchmarks/attention.py --data_dir "$data" --use_gpu --heads 12 --width 64
+step 10 "Other CUDA tests" python -m pytest -q tests/test_bert.py -k "attention"
+step 90 "BERT-base, the second peer compiled" \
+  python benchmarks/throughput.py --data_dir "$data" --use_gpu --base --evaluations 1 --compile

@@ -3,11 +3,16 @@
     python benchmarks/throughput.py --data_dir data
 
 The peer is `transformers.BertModel` with SDPA attention, the same heads, each sentence column
-padded to its longest sentence, and `torch.optim.AdamW(fused=True)`. Each of the two is a process of
-its own, as its users would run it. They take turns on the same rows, and one works while the other
-waits, so that the machine's noise affects both alike and neither's memory disturbs the other. The
-limit is the arithmetic of the real tokens, forward and backward, attention included, divided by the
-rate at which this machine multiplies matrices of this encoder's shapes, measured between the steps.
+padded to its longest sentence, and `torch.optim.AdamW(fused=True)`. A second peer does what more
+care would do: all columns of a step are one padded batch, which is on the device before the clock
+starts, and with `--compile` the encoder is compiled. Each contender is a process of its own, as
+its users would run it. They take turns on the same rows, and one works while the others wait, so
+that the machine's noise affects all alike and no one's memory disturbs the others.
+
+The limit is the arithmetic of the real tokens, forward and backward, attention included, divided by
+the rate at which this machine multiplies matrices, measured between the steps: of this encoder's
+shapes, and large square ones. On a GPU, a step's time without the sum of its kernels is what is lost
+between them.
 """
 
 import argparse
@@ -17,7 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,18 +44,19 @@ sys.path.insert(0, str(ROOT))
 
 import multitask_classifier as mc
 from base_bert import BertConfig
-from batches import Batch, EpochSampler, evaluation_batches, training_windows
+from batches import EpochSampler, ahead, evaluation_batches, training_windows
 from bert import BertModel
 from datasets import TaskDataset, load_data
 from evaluation import outputs
 from flags import PRECISIONS
+from graphs import StepGraphs
 from optimizer import build_optimizer
 from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
 from utils import autocast, pick_device, seed_everything
 
-OURS, PEER = "this project", "transformers"
+OURS, PEER, FAIRER = "this project", "transformers", "transformers, one batch"
 BATCH_SIZE = 64
 BASE = BertConfig()  # BERT-base, which gets random weights
 
@@ -67,7 +73,9 @@ class Inputs:
         base: bool = False,
         use_gpu: bool = False,
         precision: str = "auto",
+        compile: bool = False,
     ):
+        self.compile = compile
         seed_everything(0)
         self.device = pick_device(use_gpu)
         flags = ["--data_dir", data_dir, "--bert_model", bert_model, "--precision", precision]
@@ -126,8 +134,15 @@ class Ours:
         self.model = mc.MultitaskBERT(inputs.bert).to(inputs.device).train()
         self.optimizer = build_optimizer(self.model, inputs.options)
 
-    def step(self, window: list[Batch]) -> None:
-        mc.training_step(self.model, window, self.optimizer, self.inputs.options)
+        self.graphs = StepGraphs.of(self.model, inputs.options)
+        batches = ahead(iter(inputs.windows), inputs.device)
+        self.windows = list(batches)  # in a run, a thread makes them during the step before
+
+    def step(self, number: int) -> None:
+        aids = None, self.graphs
+        mc.training_step(
+            self.model, self.windows[number], self.optimizer, self.inputs.options, *aids
+        )
 
     def evaluate(self, dataset: TaskDataset) -> None:
         outputs(self.model, dataset, BATCH_SIZE, self.inputs.options.precision)
@@ -141,19 +156,27 @@ class Peer:
         self.model = PeerModel(mc.MultitaskBERT(inputs.bert)).to(inputs.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=8e-5, fused=True)
 
-    def step(self, window: list[Batch]) -> None:
-        (batch,) = window
+    def step(self, number: int) -> None:
+        (batch,) = self.inputs.windows[number]
         device, options = self.inputs.device, self.inputs.options
         total = torch.zeros((), device=device)
         with autocast(device, options.precision):
-            for name, rows in batch.rows.items():
-                output = self.model(name, pad_columns(self.inputs.train[name], rows, device))
+            for name, output in self.outputs(number).items():
                 loss = TASKS[name].loss(output.float(), batch.labels[name].to(device), 0.0)
                 total = total + loss
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def outputs(self, number: int) -> dict[str, Tensor]:
+        """Return the outputs of each task for the rows of a step."""
+        (batch,) = self.inputs.windows[number]
+        train, device = self.inputs.train, self.inputs.device
+        return {
+            name: self.model(name, pad_columns(train[name], rows, device))
+            for name, rows in batch.rows.items()
+        }
 
     @torch.no_grad()
     def evaluate(self, dataset: TaskDataset) -> None:
@@ -167,7 +190,62 @@ class Peer:
         self.model.train()
 
 
-CONTENDERS: dict[str, type[Ours] | type[Peer]] = {OURS: Ours, PEER: Peer}
+class FairerPeer(Peer):
+    """All columns of a step in one padded batch, prepared ahead; evaluation in order of length."""
+
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        if inputs.compile:
+            self.model.bert.compile(dynamic=True)
+        train = inputs.train
+        self.prepared = [
+            self.one_batch({name: (train[name], rows) for name, rows in window[0].rows.items()})
+            for window in inputs.windows
+        ]
+
+    def one_batch(
+        self, parts: Mapping[str, tuple[TaskDataset, Iterable[int]]]
+    ) -> tuple[list[tuple[str, int, int]], Tensor, Tensor]:
+        """Return (task, columns, rows) of each part, and the padded ids and mask of all."""
+        blocks, ids = [], []
+        for name, (dataset, rows) in parts.items():
+            rows = list(rows)
+            blocks.append((name, len(dataset.columns), len(rows)))
+            ids += [
+                torch.from_numpy(column.row(row)[0]).long()
+                for column in dataset.columns
+                for row in rows
+            ]
+        mask = pad_sequence([torch.ones_like(sentence) for sentence in ids], batch_first=True)
+        device = self.inputs.device
+        return blocks, pad_sequence(ids, batch_first=True).to(device), mask.to(device)
+
+    def answer(
+        self, blocks: list[tuple[str, int, int]], ids: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        vectors = self.model.embed(ids, mask).split([n * rows for _, n, rows in blocks])
+        return {
+            name: self.model.heads[name](*of_task.split(rows))
+            for (name, _, rows), of_task in zip(blocks, vectors, strict=True)
+        }
+
+    def outputs(self, number: int) -> dict[str, Tensor]:
+        return self.answer(*self.prepared[number])
+
+    @torch.no_grad()
+    def evaluate(self, dataset: TaskDataset) -> None:
+        task, device = dataset.task, self.inputs.device
+        self.model.eval()
+        order = dataset.n_tokens.argsort()[::-1]
+        for start in range(0, len(order), BATCH_SIZE):
+            rows = order[start : start + BATCH_SIZE]
+            with autocast(device, self.inputs.options.precision):
+                output = self.answer(*self.one_batch({task.name: (dataset, rows)}))[task.name]
+            task.decode(output.float()).cpu()
+        self.model.train()
+
+
+CONTENDERS: dict[str, type[Ours] | type[Peer]] = {OURS: Ours, PEER: Peer, FAIRER: FairerPeer}
 
 
 # --------------------------------------------------------------------------------------- the limit
@@ -217,6 +295,7 @@ class MatrixRate:
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
     choices = dict(base=args.base, use_gpu=args.use_gpu, precision=args.precision)
+    choices["compile"] = args.compile
     return Inputs(args.data_dir, args.bert_model, args.steps, **choices)
 
 
@@ -230,15 +309,29 @@ def serve(args: argparse.Namespace) -> None:
     for line in sys.stdin:
         work, _, what = line.strip().partition(" ")
         if work == "step":
-            window = inputs.windows[int(what)]
-            answer = seconds(lambda: contender.step(window), inputs.device)
+            number = int(what)
+            answer = seconds(lambda: contender.step(number), inputs.device)
         elif work == "evaluate":
             answer = seconds(lambda: contender.evaluate(inputs.dev[what]), inputs.device)
+        elif work == "kernels":
+            answer = kernel_seconds(contender)
         elif inputs.device.type == "cuda":
             answer = torch.cuda.max_memory_allocated() / 1e6
         else:
             answer = resident_peak()
         print(answer, file=answers, flush=True)
+
+
+def kernel_seconds(contender: Ours | Peer) -> float:
+    """Return the sum of a step's kernels on the GPU, the mean of five steps."""
+    n_steps = min(5, len(contender.inputs.windows))
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[cuda]) as profiler:
+        for number in range(n_steps):
+            contender.step(number)
+        torch.cuda.synchronize()
+    times = [event.self_device_time_total for event in profiler.key_averages()]
+    return sum(times) / 1e6 / n_steps
 
 
 class Worker:
@@ -248,7 +341,7 @@ class Worker:
         command = [sys.executable, __file__, "--worker", name, "--steps", str(args.steps)]
         command += ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
         command += ["--precision", args.precision]
-        command += [f"--{flag}" for flag in ("use_gpu", "base") if getattr(args, flag)]
+        command += [f"--{flag}" for flag in ("use_gpu", "base", "compile") if getattr(args, flag)]
         # As multitask_classifier.py sets it.
         own = {"GOMP_SPINCOUNT": "1000"} if name == OURS else {}
         pipe = subprocess.PIPE
@@ -275,28 +368,35 @@ class Worker:
 
 
 class Results(NamedTuple):
-    """Measurements: contender -> seconds or MB; and the rate of matrix products in FLOP/s."""
+    """Measurements: contender -> seconds or MB; and rates of matrix products in FLOP/s."""
 
     steps: dict[str, list[float]]
     evaluations: dict[str, list[float]]
     memory: dict[str, float]
-    rate: float
+    rate: float  # of the encoder's shapes
+    large: float  # of large square matrices
+    kernels: dict[str, float]  # seconds of a step; empty without a GPU
 
 
 def measure(
     inputs: Inputs, workers: dict[str, Worker], precision: str, n_evaluations: int
 ) -> Results:
-    """Take steps of both and multiply matrices in turns; then evaluate in turns."""
+    """Take steps of all and multiply matrices in turns; then evaluate in turns."""
     mean_tokens = int(statistics.mean(sum(window[0].lengths) for window in inputs.windows))
     matrices = MatrixRate(inputs.bert.config, mean_tokens, inputs.device, precision)
+    size = 8192 if inputs.device.type == "cuda" else 2048
+    square = torch.randn(size, size, device=inputs.device, dtype=matrices.outputs[0].dtype)
+    product = torch.mm(square, square)
     matrices()
     steps: dict[str, list[float]] = {name: [] for name in workers}
     evaluations: dict[str, list[float]] = {name: [] for name in workers}
-    rates = []
+    rates, large = [], []
     for number in range(len(inputs.windows)):
         for name in in_turns(workers, number):
             steps[name].append(workers[name]("step", number))
         rates.append(matrices.flops / seconds(matrices, inputs.device))
+        one = seconds(lambda: torch.mm(square, square, out=product), inputs.device)
+        large.append(2 * size**3 / one)
     memory = {name: worker("peak") for name, worker in workers.items()}
     for number in range(n_evaluations):
         times = dict.fromkeys(workers, 0.0)
@@ -306,11 +406,14 @@ def measure(
             rates.append(matrices.flops / seconds(matrices, inputs.device))
         for name, total in times.items():
             evaluations[name].append(total)
-    return Results(steps, evaluations, memory, statistics.median(rates[WARM_UP:]))
+    on_gpu = inputs.device.type == "cuda"
+    kernels = {name: worker("kernels") for name, worker in workers.items() if on_gpu}
+    middle = statistics.median(rates[WARM_UP:]), statistics.median(large[WARM_UP:])
+    return Results(steps, evaluations, memory, *middle, kernels)
 
 
 def report(inputs: Inputs, results: Results, n_steps: int, n_evaluations: int) -> None:
-    """Print the medians, compared with the peer and with the limit."""
+    """Print the medians, compared with the peers and with the limit."""
     rate, config = results.rate, inputs.bert.config
     batches = [window[0].lengths for window in inputs.windows[WARM_UP:]]
     dev = [
@@ -322,19 +425,27 @@ def report(inputs: Inputs, results: Results, n_steps: int, n_evaluations: int) -
         statistics.median(encoder_flops(config, lengths, True) for lengths in batches),
         sum(encoder_flops(config, lengths, False) for lengths in dev),
     ]
-    n_sentences = [len(batches[0]), sum(map(len, dev))]
-    tokens = statistics.mean(map(sum, batches))
-    print(f"{inputs.device}, {torch.get_num_threads()} threads, {tokens:.0f} real tokens a step, ")
-    print(f"{n_steps} steps, {n_evaluations} evaluations, matrices {rate / 1e9:.0f} GFLOP/s")
+    tokens = [statistics.median(map(sum, batches)), sum(map(sum, dev))]
+    print(
+        f"{inputs.device}, {torch.get_num_threads()} threads, {tokens[0]:.0f} real tokens a step,"
+    )
+    print(f"{n_steps} steps, {n_evaluations} evaluations, matrices of these shapes")
+    print(f"{rate / 1e9:.0f} GFLOP/s, large ones {results.large / 1e9:.0f} GFLOP/s")
     rows = []
     works = {"training step": medians(results.steps), "evaluation": medians(results.evaluations, 0)}
-    for (work, median), n_flops, n in zip(works.items(), flops, n_sentences, strict=True):
+    for (work, median), n_flops, n in zip(works.items(), flops, tokens, strict=True):
         for name, mine in median.items():
             memory = f"{results.memory[name]:.0f}" if work == "training step" else ""
-            cells = f"{mine:.4g}", f"{n / mine:.0f}", f"{median[PEER] / mine:.2f}"
-            rows.append([f"{work}, {name}", *cells, f"{n_flops / rate / mine:.0%}", memory])
-    header = ["median, s", "sentences/s", "peer / this", "share of limit", "peak memory, MB"]
-    print_table(["", *header], rows)
+            peers = [f"{median[peer] / mine:.2f}" for peer in (PEER, FAIRER)]
+            shares = [f"{n_flops / each / mine:.0%}" for each in (rate, results.large)]
+            cells = f"{mine:.4g}", f"{n / mine:.0f}", *peers, *shares
+            rows.append([f"{work}, {name}", *cells, memory])
+    header = ["median, s", "tokens/s", "peer / this", "second peer / this"]
+    print_table(["", *header, "limit", "of large", "peak MB"], rows)
+    for name, kernels in results.kernels.items():
+        wall = works["training step"][name]
+        lost = f"{(wall - kernels) * 1e3:.1f} ms lost between them ({1 - kernels / wall:.0%})"
+        print(f"{name}: a step's kernels take {kernels * 1e3:.1f} ms; {lost}")
 
 
 def main() -> None:
@@ -345,6 +456,7 @@ def main() -> None:
     flag("--evaluations", type=int, default=3, help="measured evaluations; default: 3")
     flag("--quick", action="store_true", help="one step, one evaluation: does it run?")
     flag("--use_gpu", action="store_true")
+    flag("--compile", action="store_true", help="compile the second peer's encoder")
     flag("--precision", choices=PRECISIONS, default="auto", help="as in training; default: auto")
     flag("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
