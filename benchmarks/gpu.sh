@@ -23,8 +23,8 @@ step 60 "Tests of the kernels, compiled" python -m pytest -q tests/test_kernels.
 step 55 "Steps and evaluation, BERT-base" \
   python benchmarks/throughput.py --data_dir "$data" --use_gpu --base --evaluations 1
 step 35 "A run of MiniLM, two epochs" python -u multitask_classifier.py --use_gpu --epochs 2 \
-  --samples_per_epoch 10000 --data_dir "$data" --models_dir /tmp/gpu-models --logdir /tmp/gpu-logs \
-  --predictions_dir /tmp/gpu-predictions
+  --samples_per_epoch 10000 --bert_model minilm --data_dir "$data" --models_dir /tmp/gpu-models \
+  --logdir /tmp/gpu-logs --predictions_dir /tmp/gpu-predictions
 step 45 "Steps and evaluation, MiniLM" \
   python benchmarks/throughput.py --data_dir "$data" --use_gpu --evaluations 1
 step 15 "Attention alone" \
