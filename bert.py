@@ -71,10 +71,13 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, states: Tensor, residual: Tensor | float = 0.0) -> Tensor:
-        if not (self.training and self.p and states.device.type == "cpu"):
+        if states.device.type != "cpu":
             return residual + F.dropout(states, self.p, self.training)
-        kept, scale = draw_kept(states.numel(), self.p, states.dtype)
+        # With autocast, all stays in bfloat16, as a CPU's LayerNorm takes it.
         residual = torch.as_tensor(residual, dtype=states.dtype)
+        if not (self.training and self.p):
+            return states + residual
+        kept, scale = draw_kept(states.numel(), self.p, states.dtype)
         return torch.addcmul(residual, states, kept.view_as(states), value=scale)
 
 

@@ -10,6 +10,7 @@ from attention import (
     ATTENTION,
     FusedAttention,
     Sequences,
+    cpu_attention,
     draw_kept,
     flash_attention,
     flash_takes,
@@ -185,6 +186,26 @@ def test_every_attention_equals_padded_transformers_in_float32(
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None and "key.bias" not in name:
             assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("width", [6, 26, 32, 64])
+def test_attention_without_a_gradient_equals_plain_attention_in_float64(width, dtype, bound):
+    sequences = Sequences.of([1, 2, 2, 17, 130, 3], torch.device("cpu"))
+    qkv = torch.randn(155, 3, 4, width).to(dtype)
+    expected = plain_attention(qkv.double(), sequences, 0.0)
+    for wanted in (False, True):  # in `no_grad`, a weight still asks for its gradient
+        with torch.no_grad():
+            context = cpu_attention(qkv.requires_grad_(wanted), sequences, 0.0)
+        assert context.dtype == dtype and not context.requires_grad
+        assert relative_error(context.double(), expected) < bound
+
+
+def test_attention_without_a_gradient_drops_too(monkeypatch):
+    """As in `model.train()` with `torch.no_grad()`, for samples of a model's uncertainty."""
+    qkv, sequences = torch.randn(5, 3, 1, 4), Sequences.of([2, 3], torch.device("cpu"))
+    with torch.no_grad():
+        assert not torch.equal(*(cpu_attention(qkv, sequences, 0.5) for _ in range(2)))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def watched(flags, monkeypatch):
         def spoiled(*arguments):
             return task_loss(*arguments) * (torch.inf if len(steps) - 1 in bad else 1)
 
-        def noted_step(model, window, steps_of, options, scale):
+        def noted_step(model, window, steps_of, options, *aids):
             rate = max(group["lr"] for group in steps_of.param_groups)
             rows = {
                 name: [row for batch in window for row in batch.rows[name]]
@@ -142,7 +142,7 @@ def watched(flags, monkeypatch):
             }
             before = content(model, steps_of)
             steps.append({"lr": rate, "rows": rows, "before": before})
-            step = training_step(model, window, steps_of, options, scale)
+            step = training_step(model, window, steps_of, options, *aids)
             steps[-1] |= {"after": content(model, steps_of), "taken": step.problem is None}
             return step
 
