@@ -322,6 +322,7 @@ def predict(args: argparse.Namespace) -> None:
             use_gpu=args.use_gpu,
             precision=args.precision,
             batch_size=args.batch_size,
+            both_orders=args.both_orders,
             spacy_model=args.spacy_model,
             cache_dir=args.cache_dir,
         )
@@ -362,6 +363,8 @@ def build_parser() -> Parser:
     flag("--json", action="store_true", help="one JSON object a line, for programs")
     flag("--output", metavar="FILE", help="default: standard output")
     flag("--batch_size", type=positive_int, default=64, help="as in an evaluation; default: 64")
+    what = "average both orders of a pair also for models that were trained without this flag"
+    flag("--both_orders", action="store_true", help=what)
     flag("--use_gpu", action="store_true")
     flag("--precision", choices=PRECISIONS, default="auto", help="default: that of training")
     flag(

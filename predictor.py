@@ -62,6 +62,7 @@ class Predictor:
             numbers are averaged; a task is answered by those that know it.
         tasks: name of the one that answers, or names; default: all.
         precision: "float32", "bfloat16", "float16" or "auto", that of training.
+        both_orders: read each pair in both orders also where training did not.
         spacy_model: the pipeline of models with tags, if it has moved since.
         cache_dir: where tags are kept for the next time.
 
@@ -77,6 +78,7 @@ class Predictor:
         use_gpu: bool = False,
         precision: str = "auto",
         batch_size: int = 64,
+        both_orders: bool = False,
         spacy_model: str | None = None,
         cache_dir: str | None = None,
     ):
@@ -96,12 +98,15 @@ class Predictor:
             tasks={n: task for n, task in options.tasks.items() if n in (tasks or options.tasks)},
             precision=precision,
             batch_size=batch_size,
+            both_orders=both_orders,
             spacy_model=spacy_model,
             cache_dir=cache_dir,
         )
         self.tasks = asked.tasks
         members = [Member(load_trained(path, asked), self.device) for path in asked.evaluate]
         self.members = [member for member in members if member.tasks]
+        if both_orders and not any(task.takes_both_orders for task in self.tasks.values()):
+            raise UserError("both_orders: no task reads a pair as one sequence without an order")
         self.max_length = min(member.max_length for member in self.members)
 
     def tasks_for(self, n_sentences: int) -> list[str]:

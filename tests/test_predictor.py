@@ -171,6 +171,15 @@ def test_the_order_of_a_pair_does_not_count_with_both_orders(checkpoints, kinds)
         one, other = Predictor(single, tasks=["para"]).predict([pair, pair[::-1]])
         differ.append(abs(one.paraphrase - other.paraphrase))
     assert max(differ) > 1e-3
+    asked = Predictor(single, both_orders=True)
+    for pair in PAIRS:
+        one, other = (vars(answer) for answer in asked.predict([pair, pair[::-1]]))
+        assert one == {key: close_to(value) for key, value in other.items()}
+
+
+def test_both_orders_are_refused_where_no_task_takes_them(checkpoints):
+    with pytest.raises(UserError, match="both_orders: no task reads a pair as one sequence"):
+        Predictor(checkpoints("plain")[0], both_orders=True)
 
 
 def test_a_pair_whose_order_counts_is_not_exchanged(tiny_directory, tmp_path):
