@@ -193,6 +193,8 @@ def figures(study: Any, trials: list[Trial]) -> dict[str, Any]:
         "history": drawn.plot_optimization_history(study),
         "seconds": pyplot.subplots()[1],
     }
+    parallel = axes["parallel"].figure
+    parallel.set_size_inches(max(7, len(parallel.axes)), 5)  # an inch for the labels of each flag
     axes["seconds"].scatter([t.seconds for t in trials], [t.objective for t in trials])
     axes["seconds"].set(xlabel="seconds of the trial", ylabel="Objective Value")
     pyplot.close("all")
