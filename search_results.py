@@ -187,7 +187,7 @@ def figures(study: Any, trials: list[Trial]) -> dict[str, Any]:
     import optuna.visualization.matplotlib as drawn
     from matplotlib import pyplot
 
-    axes = {
+    axes: dict[str, Any] = {
         "parallel": drawn.plot_parallel_coordinate(study),
         "importance": drawn.plot_param_importances(study),
         "history": drawn.plot_optimization_history(study),
