@@ -94,8 +94,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 class Writer:
     """Writes checkpoints. `in_thread`, a write waits only for a copy of its content, and training goes
-    on. Files get written in order; after one that fails, those behind it are left out, so that no state
-    tells of a model that is not there."""
+    on. Files are written in order. After one that fails, the waiting ones are left out, so that no state
+    refers to a model that is missing."""
 
     def __init__(self, in_thread: bool):
         self.pool = ThreadPoolExecutor(1) if in_thread else None

@@ -515,9 +515,8 @@ def prepare_device(
 ) -> None:
     """Move the model to the device, with the same weights and another dropout in each process."""
     if options.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it starts
+        # cuBLAS reads it when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if options.optimizer == "sophiah":
         keep_freed_memory()
