@@ -343,8 +343,9 @@ def format_caption(summaries: dict[str, Summary], column: str) -> str:
 # --------------------------------------------------------------------------------- tables and pages
 
 
-def setting_tables(group: list[Summary], columns: list[str]) -> str:
-    """Return the tables of recipes in one setting. `columns` is for a table of its own."""
+def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[str]]:
+    """Return the tables of recipes in one setting, and the differences with an interval, those that are
+    clear in bold. `columns` is for a table of its own."""
     rows: list[dict[str, str]] = []
     remarks: list[str] = []
     summaries: dict[str, Summary] = {}
@@ -376,20 +377,36 @@ def setting_tables(group: list[Summary], columns: list[str]) -> str:
     below += [f"{mark}: {text}." for mark, text in MARKS.items() if mark in "".join(formatted)]
     above = [f"Compared with {name}: {', '.join(texts)}." for name, texts in differences.items()]
     parts = [f"### {', '.join(filter(None, group[0].setting))}", format_paragraph(*above)]
-    return "\n\n".join(filter(None, [*parts, *formatted, format_paragraph(*below)]))
+    with_interval = [
+        f"{text} compared with {name}, {group[0].cells['budget']}"
+        for name, texts in differences.items()
+        for text in texts
+        if "no interval" not in text
+    ]
+    text = "\n\n".join(filter(None, [*parts, *formatted, format_paragraph(*below)]))
+    return text, with_interval
 
 
 def recipe_tables(summaries: list[Summary], block: str) -> str:
-    """Return the tables of "main", or of the variants in a folder of recipes."""
+    """Return the tables of "main", or of the variants in a folder of recipes, below the answer: which
+    differences are clear."""
     more = [score for score in SCORES if score not in MAIN_SCORES] if block == "main" else []
-    parts = []
+    parts: list[str] = []
+    with_interval: list[str] = []
     for group in by_setting(summaries):
         own = [summary for summary in group if block_of(summary.recipe) == block]
         names = {n for summary in own for n in summary.ancestors if block_of(n) != block}
         if own:
             others = [s for s in group if s.recipe in names and not s.remark]
-            parts.append(setting_tables(others + own, more))
-    return "\n\n".join(parts) or "No runs yet."
+            text, differences = setting_tables(others + own, more)
+            parts.append(text)
+            with_interval += differences
+    if not parts:
+        return "No runs yet."
+    clear = [text.replace("**", "") for text in with_interval if "**" in text]
+    answer = f"Differences with an interval: {len(with_interval)}. Clear ones: "
+    answer += f"{'; '.join(clear) or 'none'}."
+    return "\n\n".join([format_paragraph(answer), *parts])
 
 
 def together_table(summaries: list[Summary]) -> str:

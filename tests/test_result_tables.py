@@ -241,6 +241,18 @@ def test_a_clear_difference_has_an_interval_without_zero():
         assert text.startswith("**") == cell.startswith("**") == cell.endswith("**") == clear
 
 
+def test_a_block_begins_with_the_differences_that_are_clear():
+    write_gains()
+    assert len(tables("main")) == 1
+    answer = " ".join(PAGE.read_text().partition("-->")[2].partition("###")[0].split())
+    head, *clear = re.split(r"Clear ones: |; ", answer.removesuffix("."))
+    assert (
+        head.strip() == f"Differences with an interval: {sum(len(g) > 1 for g in GAINS.values())}."
+    )
+    assert {text.split()[0] for text in clear} == {"[far]", "[lower]"}
+    assert all(text.endswith("compared with [baseline], 4 × 10,000") for text in clear)
+
+
 def test_kept_predictions_give_the_interval_of_compare(capsys):
     """Scores in the table alone say that the recipes are equal: other rows decide."""
     write_compared(2)
