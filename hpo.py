@@ -281,7 +281,7 @@ def choose_resources(options: argparse.Namespace, nodes: list[dict[str, float]])
             f"--hpo: no node has {cpus} cores and {gpus:g} GPUs for a trial; "
             "lower --hpo_cpus or --hpo_gpus"
         )
-    print(f"{len(nodes)} nodes; {cpus} cores and {gpus:g} GPUs for each trial")
+    print(f"nodes: {len(nodes)}; for each trial {cpus} cores and {gpus:g} GPUs")
     return {"cpu": cpus, "gpu": gpus}
 
 
@@ -500,7 +500,9 @@ def main(argv: list[str] | None = None) -> int:
     of_a_search = {"list": show, "plot": plot}
 
     def work():
-        if len(argv) == 2 and argv[0] in of_a_search:
+        if argv[:1] and argv[0] in of_a_search:
+            if len(argv) != 2 or argv[1].startswith("-"):
+                raise UserError(f"give one folder: python hpo.py {argv[0]} models/SEARCH")
             of_a_search[argv[0]](Path(argv[1]))
         else:
             search(search_options(argv))

@@ -54,7 +54,7 @@ def parse_options(
 def named_files(argv: list[str]) -> argparse.Namespace:
     """Return the files in the flags that decide which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--task_file", "--resume"):
+    for name in ("--config", "--task_file", "--resume", "--hpo_resume"):
         parser.add_argument(name, nargs="?")
     parser.add_argument("--evaluate", nargs="*")
     return parser.parse_known_args(argv)[0]

@@ -3,7 +3,7 @@
 import argparse
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from options import (
     problems,
     refilled,
 )
+from search_results import read_search
 from tasks import TASKS
 from utils import ROOT, UserError, did_you_mean, one_line
 
@@ -104,14 +105,28 @@ LOWEST, HIGHEST = (
 
 
 def search_options(argv: list[str]) -> argparse.Namespace:
-    """Parse the flags of a search. `hpo_space` is then what the file has of each flag; flags that are
-    given are not searched. Raises UserError for a file that cannot be used."""
+    """Parse the flags of a search. `hpo_space` is then what the file has of each flag. Those that are
+    left open are as in the search whose folder `--hpo_resume` names. Raises UserError for a file that
+    cannot be used."""
     argv = ["--hpo", *argv]
-    options = parse_options(argv)
-    if config := named_files(argv).config:
-        argv = config_arguments(config) + argv
-    path, given = Path(options.hpo_space or DEFAULT_SPACE), given_flags(argv)
-    rows = {}
+    files = named_files(argv)
+    continued = files.hpo_resume not in (None, "auto")
+    saved = read_search(Path(files.hpo_resume)).options if continued else None
+    options = parse_options(argv, tasks=saved.tasks if saved else None)
+    if files.config:
+        argv = config_arguments(files.config, options.tasks) + argv
+    given = given_flags(argv, TASKS | options.tasks)
+    if saved is None or "hpo_space" in given:
+        options = with_space(options, given)
+    if saved is None:
+        return options
+    return changed_options(saved, **{name: getattr(options, name) for name in given})
+
+
+def with_space(options: argparse.Namespace, given: Collection[str]) -> argparse.Namespace:
+    """Return the options with the content of the file `hpo_space` in its place. A flag that is given is
+    not searched."""
+    path, rows = Path(options.hpo_space or DEFAULT_SPACE), {}
     for name, row in read_space(path, options).items():
         conditions = row.get("when", {}).items()
         possible = all(f in rows or value_of(options, f) in values for f, values in conditions)
@@ -146,15 +161,19 @@ def check_row(name: str, row: Any, options: argparse.Namespace, later: list[str]
     """Raise ValueError or UserError for a name or a key that cannot be."""
     parser = build_parser(options.tasks, exit_on_error=False)
     flag, _, task = name.partition(".")
-    if flag not in parser.deciding:
-        hint = did_you_mean(flag, parser.deciding)
-        raise ValueError(f"{name}: no flag that decides the numbers of a run{hint}")
-    value = getattr(options, flag)
-    if flag in SHARED or isinstance(value, list):
+    shared = {flag for flag in parser.deciding if isinstance(getattr(options, flag), list)} | SHARED
+    if flag in parser.deciding & shared:
         raise ValueError(f"{name}: all trials must have the same value")
-    if isinstance(value, dict) != bool(task) or task and task not in value:
-        example = f"{flag}.{next(iter(value))}" if isinstance(value, dict) else flag
-        raise ValueError(f"{name}: no value of a flag; write it like {example}")
+    if flag not in parser.deciding:
+        hint = did_you_mean(flag, sorted(parser.deciding - shared))
+        raise ValueError(f"{name}: no flag that can be searched{hint}")
+    value = getattr(options, flag)
+    if not isinstance(value, dict) and task:
+        raise ValueError(f"{name}: this flag has one value for all tasks; write {flag}")
+    if isinstance(value, dict) and task not in value:
+        form = f'"{flag}.{next(iter(value))}" = {{ ... }}, with the quotes'
+        hint = f"there is no task {task!r}" if task else "this flag has a value for each task"
+        raise ValueError(f"{name}: {hint}; write {form}")
     known = [*KINDS, "of_default", "when"]
     if not isinstance(row, dict) or len(set(row) & set(KINDS)) != 1:
         raise ValueError(f"{name}: needs one of {', '.join(KINDS)}, as in {{ log = [0.1, 10] }}")

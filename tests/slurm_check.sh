@@ -117,14 +117,14 @@ check_search() {
   start_again "$job"
   finish "$job" search
   wait_for_end_of_ray "$job"
-  [[ $(grep -c "^$nodes nodes; " "$folder/search.out") == 3 ]]
+  [[ $(grep -c "^nodes: $nodes; " "$folder/search.out") == 3 ]]
   [[ $(grep -c "^| [0-9]* |" "$folder/search.out") == 6 ]] # four trials, two of them twice
   [[ $(grep -o "^trial [0-9]*, epoch" "$folder/search.out" | sort -u | wc -l) == 4 ]]
   sed -n '/^| trial/,$p' "$folder/search.out"
 
   echo "a search that is cancelled"
   job=$(submit run_hpo.sh cancelled "--nodes=$nodes")
-  wait_for "$job" cancelled "$nodes nodes; "
+  wait_for "$job" cancelled "nodes: $nodes; "
   scancel "$job"
   wait_for_end_of_ray "$job"
 }

@@ -13,6 +13,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
+from search_space import search_options
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -113,6 +114,24 @@ def test_an_interrupted_search_continues(flags, search_flags, hpo, tmp_path, cap
     assert "this search has other values of --lr" in capsys.readouterr().err
 
 
+def test_the_folder_of_a_search_has_its_flags(hpo, own_tasks, tmp_path, capsys):
+    """Tasks of a file, their values, the space and a flag that follows from others."""
+    flags = [*own_tasks, "--optimizer", "sophiah", "--rdrop", "nli=2", "--betas", "0.8,0.9"]
+    flags += ["--epochs", "3", "--hpo_trials", "7", "--models_dir", str(tmp_path / "models")]
+    options = search_options([*flags, "--logdir", str(tmp_path / "logdir")])
+    directory = hpo.new_search(options)
+    again = search_options(["--hpo_resume", str(directory), "--hpo_cpus", "1"])
+    assert hpo.find_search(again) == directory
+    changed = {"hpo_resume": str(directory), "hpo_cpus": 1, "betas": [0.8, 0.9]}
+    assert vars(again) == vars(options) | changed
+    other = ["--hpo_resume", str(directory), "--rdrop", "nli=1"]
+    assert hpo.main(other) == 1
+    assert "has other values of --rdrop; leave them out" in capsys.readouterr().err
+    for argv in (["list"], ["plot", "--help"]):
+        assert hpo.main(argv) == 1
+        assert f"give one folder: python hpo.py {argv[0]} models/SEARCH" in capsys.readouterr().err
+
+
 SEARCH_WITHOUT_FILES = f"""
 import shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -146,7 +165,7 @@ def test_trials_load_nothing_and_a_failing_one_is_recorded(
     command = [sys.executable, "-c", SEARCH_WITHOUT_FILES, *search_flags, *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "1 nodes; 1 cores and 0 GPUs for each trial" in done.stdout
+    assert "nodes: 1; for each trial 1 cores and 0 GPUs" in done.stdout
     assert not (tmp_path / "data").exists() and not (tmp_path / "bert").exists()
     rows = table_rows(done.stdout)
     assert len(rows) == 2 and {row["lr"] for row in rows} == {"0.001", "1e+30"}

@@ -82,7 +82,10 @@ def test_flags_that_depend_on_others_follow_them(space_file):
         ("lr = [", "Invalid value"),
         ("lr = 3", "lr: needs one of log, uniform, int, choice"),
         ("lrr = { log = [1e-5, 1e-3] }", "did you mean 'lr'?"),
-        ('models_dir = { choice = ["a"] }', "models_dir: no flag that decides the numbers"),
+        (
+            'models_dir = { choice = ["a"] }',
+            "models_dir: no flag that can be searched; known: batch_shares",
+        ),
         ("seed = { choice = [1, 2] }", "seed: all trials must have the same value"),
         ("lr = { log = [1e-3, 1e-5] }", "low=0.001, high=1e-05"),
         ("lr = { log = [0, 1] }", "`low > 0` must hold"),
@@ -94,8 +97,10 @@ def test_flags_that_depend_on_others_follow_them(space_file):
         ("batch_size = { choice = [] }", "batch_size: choice = [] cannot be"),
         ('optimizer = { choice = ["adamw", "sofia"] }', "invalid choice: 'sofia'"),
         ('lr = { log = [1, 2], when = { optimizer = ["sofia"] } }', "invalid choice: 'sofia'"),
-        ("rdrop = { choice = [1, 2] }", "rdrop: no value of a flag; write it like rdrop.sst"),
-        ('"rdrop.nli" = { choice = [1, 2] }', "rdrop.nli: no value of a flag"),
+        ("rdrop = { choice = [1, 2] }", 'each task; write "rdrop.sst" = { ... }, with the quotes'),
+        ("rdrop.sst = { choice = [1, 2] }", 'write "rdrop.sst" = { ... }, with the quotes'),
+        ('"lr.sst" = { choice = [1, 2] }', "this flag has one value for all tasks; write lr"),
+        ('"rdrop.nli" = { choice = [1, 2] }', "rdrop.nli: there is no task 'nli'"),
         ("warmup = { uniform = [0, 0.2] }", "--warmup: only with --scheduler"),
         (
             'lr = { log = [1, 2], when = { scheduler = ["none"] } }\n'

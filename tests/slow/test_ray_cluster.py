@@ -72,6 +72,6 @@ def test_a_search_on_two_nodes_survives_the_loss_of_one(flags, tmp_path, capsys)
         rest, errors = search.communicate(timeout=240)
     output += rest
     assert search.returncode == 0, errors
-    assert "2 nodes; 1 cores and 0 GPUs for each trial" in output
+    assert "nodes: 2; for each trial 1 cores and 0 GPUs" in output
     assert "its process or node has died; it continues" in output
     check_result(output, 4, flags, tmp_path, capsys)
