@@ -30,7 +30,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -40,6 +39,7 @@ from filelock import FileLock
 
 import evaluation
 from checkpoint import read_checkpoint
+from comparison import compare_recipes, plot_curves
 from datasets import SMOKETEST_ROWS, digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
 from options import given_flags, parse_options, read_config
@@ -49,26 +49,18 @@ from result_tables import (
     COLUMNS,
     CURVE_COLUMNS,
     CURVES,
-    FIGURE,
-    HEADINGS,
     IDENTITY,
     PREDICTIONS,
     RECIPES,
     RESULTS,
     Budget,
-    block_of,
-    format_difference,
-    format_table,
     main_scores,
-    pairs_of,
     read_table,
     recipe_path,
     recorded_flags,
-    summarize,
     write_tables,
 )
-from significance import difference, holm, permutation_test
-from streams import Parser, write_required
+from streams import Parser
 from tagging import Pipeline
 from tasks import TASKS, Task, plain_rows
 from utils import (
@@ -423,10 +415,10 @@ def train_all(missing: list[Run], jobs: int) -> None:
         raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
-def average(name: str, budget: str, flags: list[str]) -> None:
+def average(name: str, budget: Budget, flags: list[str]) -> None:
     """Do `average`: add the row of the mean of a recipe's models, one for each seed that is done."""
     done = set(read_table(RESULTS, COLUMNS)["run"])
-    runs = [plan_run(name, seed, BUDGETS[budget], flags) for seed in SEEDS]
+    runs = [plan_run(name, seed, budget, flags) for seed in SEEDS]
     runs = [run for run in runs if run.digest in done and run.models]
     if len(runs) < 2:
         raise UserError(f"{name}: fewer than two models of its runs are in {RUNS}")
@@ -446,79 +438,6 @@ def average(name: str, budget: str, flags: list[str]) -> None:
         row |= {f"{task.name}_{metric}": f"{value:.6f}" for metric, value in scores.items()}
     keep_predictions(mean)
     add_rows(RESULTS, [{key: row[key] for key in row.keys() - {"python"}}], COLUMNS, ["run"])
-
-
-# --------------------------------------------------------------------------------------- comparison
-
-
-def compare_recipes(names: list[str], budget: str) -> None:
-    """Do `compare`: print how recipes differ from the first, in each setting that they share."""
-    shown = summarize(read_table(RESULTS, COLUMNS))
-    shown = [s for s in shown if not s.remark and s.cells["budget"] == BUDGETS[budget].title]
-    rows, p_values = [], []
-    # Recipes with other tasks can be compared in the tasks that they share.
-    for _, rows_of in itertools.groupby(shown, key=lambda summary: summary.setting[:-1]):
-        of_recipe = {summary.recipe: summary for summary in rows_of}
-        setting = [*of_recipe.values()][0].setting
-        first = of_recipe.get(names[0])
-        for name in names[1:]:
-            pairs = pairs_of(first, of_recipe[name]) if first and name in of_recipe else {}
-            scores = {score: [pair] for score, pair in pairs.items()}
-            for score, of_score in (scores | {"mean": [*pairs.values()]} if pairs else {}).items():
-                found = difference(of_score)
-                p_values.append(max(found.p, permutation_test(of_score)))
-                row = {"recipe": name, "setting": ", ".join(setting[:3])}
-                row |= {"seeds": str(len(of_score[0].first)), "score": HEADINGS.get(score, score)}
-                rows.append(row | {"difference (95% interval)": format_difference(found)})
-    if not rows:
-        wanted = f"of two of these recipes, with the same seeds and --budget {budget}"
-        raise UserError(f"{PREDICTIONS}: no dev predictions {wanted}; `run` makes them")
-    for row, p, corrected in zip(rows, p_values, holm(p_values), strict=True):
-        row |= {"p": f"{p:.4f}", "p, Holm": f"{corrected:.4f}"}
-    write_required(f"Differences from {names[0]}:\n\n{format_table(rows, list(rows[0]))}\n")
-
-
-# ------------------------------------------------------------------------------------------- curves
-
-
-def plot_curves(names: list[str], budget: str) -> None:
-    """Do `plot`: draw the dev scores after each epoch. A task has a panel, a recipe a line: the
-    mean over seeds, in a band from the worst to the best."""
-    from matplotlib.figure import Figure
-
-    curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
-    shown = [
-        summary
-        for summary in summarize(read_table(RESULTS, COLUMNS))
-        if summary.cells["budget"] == BUDGETS[budget].title
-        and (
-            any(fnmatch(summary.recipe, name) for name in names)
-            or (not names and block_of(summary.recipe) == "main")
-        )
-    ]
-    runs = {run for summary in shown for run in summary.runs.values()}
-    curves = curves[curves["run"].isin(runs) & (curves["split"] == "dev")]
-    scores = main_scores(curves["metric"].unique())
-    if not scores:
-        raise UserError(f"{CURVES}: no run of these recipes with --budget {budget}")
-    figure = Figure(figsize=(3.7 * len(scores), 3.6), layout="constrained", dpi=100)
-    panels = figure.subplots(1, len(scores), squeeze=False)[0]
-    for summary in shown:
-        name = f"{summary.recipe} {summary.remark}".strip()
-        label = f"{name} ({', '.join(summary.setting[:3])}, seeds: {summary.cells['seeds']})"
-        own = curves[curves["run"].isin(summary.runs.values())]
-        for panel, score in zip(panels, scores, strict=True):
-            values = own[own["metric"] == score].groupby("epoch")["value"]
-            (line,) = panel.plot(values.mean(), label=label, marker=".")
-            low, high = values.min(), values.max()
-            panel.fill_between(low.index, low, high, alpha=0.15, color=line.get_color())
-    for panel, (score, title) in zip(panels, scores.items(), strict=True):
-        panel.set(title=title, xlabel="epoch", ylabel=score)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    with atomic_write(FIGURE) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -554,21 +473,35 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     mean = commands.add_parser("average", help="add the mean of the models of a recipe's seeds")
     mean.add_argument("name", metavar="NAME", help="a recipe that `run` has trained, same flags")
-    mean.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
+    of_rows: dict[str, Any] = dict(
+        type=budget_of, default="full", help="default: full; others like 1x64"
+    )
+    mean.add_argument("--budget", **of_rows)
     table = commands.add_parser("table", help="print the tables of results")
     pages = "write them into README.md and docs/, between their markers"
     table.add_argument("--write", action="store_true", help=pages)
     compare = commands.add_parser("compare", help="say how recipes differ from the first one")
     compare.add_argument("names", nargs="+", metavar="NAME", help="recipes, two or more")
-    compare.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
+    compare.add_argument("--budget", **of_rows)
     curves = commands.add_parser("plot", help="draw the learning curves, results/curves.png")
     default = "default: those of docs/results.md"
     curves.add_argument("names", nargs="*", metavar="NAME", help=default)
-    curves.add_argument("--budget", choices=BUDGETS, default="full", help="default: full")
+    curves.add_argument("--budget", **of_rows)
     args, flags = parser.parse_known_args(argv)
     if flags and args.command not in ("run", "average"):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if args.command == "compare" and len(args.names) < 2:
+        parser.error("compare: give two recipes or more")
     return args, flags
+
+
+def budget_of(text: str) -> Budget:
+    """A type for argparse: `full`, or epochs and rows of each task, `1x64`."""
+    if text in BUDGETS:
+        return BUDGETS[text]
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be {', '.join(BUDGETS)} or like 1x64")
+    return Budget(*map(int, text.split("x")))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,7 +63,7 @@ PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_
 SUMMARIZED = {
     "baseline": "",
     "best": "",
-    f"best{AVERAGED}": "models of `best` averaged, one for each seed",
+    f"best{AVERAGED}": "answers of the models of `best`, averaged",
 }
 ENCODERS = {"minilm": "MiniLM, 22 M", "bert-base-uncased": "BERT-base, 110 M"}
 # Folders of recipes with tables of their own. All other recipes are in those of "main".
@@ -253,9 +253,12 @@ def read_predictions(run: str) -> dict[str, np.ndarray]:
 
 
 def reference(summary: Summary, group: list[Summary]) -> Summary | None:
-    """Return the row of a setting that a recipe is compared with: that of its nearest ancestor."""
-    unchanged = {other.recipe: other for other in reversed(group) if not other.remark}
-    return next((unchanged[name] for name in summary.ancestors if name in unchanged), None)
+    """Return the row of a setting that a recipe is compared with: that of its nearest ancestor, if
+    there is one with the same other flags."""
+    rows = {(other.recipe, other.remark): other for other in reversed(group)}
+    rows.pop((summary.recipe, summary.remark))
+    keys = [(name, remark) for name in summary.ancestors for remark in (summary.remark, "")]
+    return next((rows[key] for key in keys if key in rows), None)
 
 
 def mean_difference(first: Summary, second: Summary) -> Difference:
@@ -295,9 +298,9 @@ def format_spread(values: "pd.Series", form: str = ".3f") -> str:
     return mean if len(values) == 1 else f"{mean} ± {values.std():{form.removeprefix('+')}}"
 
 
-def format_difference(found: Difference) -> str:
-    interval = "no interval" if np.isnan(found.low) else f"{found.low:+.4f} to {found.high:+.4f}"
-    return f"{found.value:+.4f} ({interval})"
+def format_difference(found: Difference, about: str = "") -> str:
+    interval = f"{found.low:+.4f} to {found.high:+.4f}{about}"
+    return f"{found.value:+.4f} ({'no interval' if np.isnan(found.low) else interval})"
 
 
 def describe_flags(flags: dict[str, Any], known: dict[str, Any] | None) -> str:
@@ -360,7 +363,8 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
         if first := reference(summary, group):
             found = mean_difference(first, summary)
             bold = "**" if found.is_clear else ""
-            text = f"{label} {bold}{format_difference(found)}{bold}"
+            about = "" if pairs_of(first, summary) else ", seeds"
+            text = f"{label} {bold}{format_difference(found, about)}{bold}"
             differences.setdefault(first.cells["recipe"], []).append(text)
             spread = format_spread((summary.means - first.means).dropna(), "+.3f")
             own["difference"] = f"{bold}{spread}{bold}"
@@ -397,7 +401,8 @@ def recipe_tables(summaries: list[Summary], block: str) -> str:
         own = [summary for summary in group if block_of(summary.recipe) == block]
         names = {n for summary in own for n in summary.ancestors if block_of(n) != block}
         if own:
-            others = [s for s in group if s.recipe in names and not s.remark]
+            remarks = {"", *(s.remark for s in own)}
+            others = [s for s in group if s.recipe in names and s.remark in remarks]
             text, differences = setting_tables(others + own, more)
             parts.append(text)
             with_interval += differences
@@ -430,16 +435,12 @@ def together_table(summaries: list[Summary]) -> str:
                     row[f"{column} - alone"] = f"{bold}{format_difference(found)}{bold}"
             row |= {"setting": ", ".join(alone.setting[:-1]), "seeds": alone.cells["seeds"]}
             rows.append(row)
-    names = ["alone", "together", "after", "together - alone", "after - alone"]
-    settings = dict.fromkeys(row["setting"] for row in rows)
-    tables = [
-        f"### {setting}\n\n"
-        + format_table(
-            [row for row in rows if row["setting"] == setting], ["task", "seeds", *names]
-        )
-        for setting in settings
-    ]
-    return "\n\n".join(tables) or "No runs yet."
+    parts = []
+    for setting, of_setting in groupby(rows, key=lambda row: row["setting"]):
+        own = [*of_setting]
+        parts += [f"### {setting}", format_table(own, "task seeds alone together after".split())]
+        parts.append(format_table(own, ["task", "together - alone", "after - alone"]))
+    return "\n\n".join(parts) or "No runs yet."
 
 
 def dev_errors(summaries: list[Summary]) -> str:
@@ -484,9 +485,16 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
     precision, device, budget = ours[0].setting[1:4] if ours else ("", "", "")
     budget = f"{budget.replace(' × ', ' epochs of ')} rows of each task"
     setting = f" over {seeds} seeds ({precision}, {device}, {budget})" if ours else ""
+    pairs = [(s, first) for s in ours if (first := reference(s, ours))]
+    differences = "".join(
+        f" {s.cells['recipe']} - {first.cells['recipe']}, mean over the tasks: "
+        f"{format_difference(mean_difference(first, s))}."
+        for s, first in pairs
+    )
     page = f"{to_root}{DOCS}/results"
     caption = format_paragraph(
-        f"Dev scores, mean ± standard deviation{setting}. The last row is [as the original report",
+        f"Dev scores, mean ± standard deviation{setting}.{differences}",
+        "The last row is [as the original report",
         f"lists it]({page}.md#the-best-published-models). [All tables]({page}.md),",
         f"[variants]({page}-variants.md).",
     )

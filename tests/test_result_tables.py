@@ -1,5 +1,6 @@
 """Tables and curves, from invented results."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from result_tables import (
     RESULTS,
     filled_in,
     format_spread,
+    read_table,
 )
 
 START, END = "# A\n\n  text \n<!-- experiments:{} -->\n", "<!-- /experiments -->"
@@ -261,7 +263,7 @@ def test_kept_predictions_give_the_interval_of_compare(capsys):
     found = intervals()
     assert ex.main(["compare", "baseline", "far", "near"]) == 0
     lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
-    compared = {line[0]: line[4] for line in lines if line[3:4] == ["mean"]}
+    compared = {line[0]: line[3] for line in lines if line[2:3] == ["mean"]}
     assert {name: text.strip("*") for (_, name), text in found.items()} == {
         f"[{name}]": text for name, text in compared.items()
     }
@@ -426,8 +428,44 @@ def test_recipes_with_other_rows_or_seeds_are_not_compared(capsys):
     keep("far", 2, "far2", scores)
     result_tables.read_predictions.cache_clear()
     assert ex.main(["compare", "baseline", "far"]) == 1
-    assert "no dev predictions of two of these recipes" in capsys.readouterr().err
-    assert ex.main(["compare", "baseline", "near", "--budget", "gpu"]) == 1
+    problem = "far: cannot be compared with baseline; results/predictions has no dev predictions"
+    assert problem in capsys.readouterr().err
+    assert ex.main(["compare", "baseline", "far", "near"]) == 0
+    out, err = capsys.readouterr()
+    assert problem in err and "| near |" in out and "| far |" not in out
+
+
+@pytest.mark.parametrize(
+    "names, more, message",
+    [
+        (["baseline"], [], "compare: give two recipes or more"),
+        (["baseline", "for"], [], "for has no rows with --budget 4x10000; `run` makes them"),
+        (
+            ["near", "far"],
+            ["--budget", "1x64"],
+            "near has no rows with --budget 1x64; it has 4 × 10,000",
+        ),
+        (["near", "far"], ["--budget", "tiny"], "must be short, full, gpu or like 1x64"),
+    ],
+)
+def test_a_comparison_that_cannot_be_says_why(names, more, message, capsys):
+    write_compared()
+    with contextlib.suppress(SystemExit):
+        assert ex.main(["compare", *names, *more]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_rows_with_the_same_other_flags_are_compared(capsys):
+    """Of rows with other flags than their files, and with a budget that has no name."""
+    write_compared()
+    write_recipes(near=RECIPE | {"parent": "baseline"}, far=RECIPE | {"parent": "baseline"})
+    more = {"budget": "1x64", "flags": json.dumps(RECIPE | {"ema": 0.5})}
+    write_results(*[row | more for row in read_table(RESULTS, COLUMNS).to_dict("records")])
+    assert ex.main(["compare", "baseline", "far", "--budget", "1x64"]) == 0
+    out = capsys.readouterr().out
+    assert "1 × 64, with `--ema 0.5`:" in out
+    assert len(tables("main")) == 1
+    assert intervals().keys() == {("[baseline]", "[far]²"), ("[baseline]", "[near]³")}
 
 
 @pytest.mark.parametrize("name, end", [("main", ""), ("other", END)])
