@@ -5,6 +5,7 @@ import dataclasses
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,12 +188,13 @@ def figures(study: Any, trials: list[Trial]) -> dict[str, Any]:
     import optuna.visualization.matplotlib as drawn
     from matplotlib import pyplot
 
-    axes: dict[str, Any] = {
-        "parallel": drawn.plot_parallel_coordinate(study),
-        "importance": drawn.plot_param_importances(study),
-        "history": drawn.plot_optimization_history(study),
-        "seconds": pyplot.subplots()[1],
-    }
+    with warnings.catch_warnings(action="ignore"):  # axes of a flag that has one value only
+        axes: dict[str, Any] = {
+            "parallel": drawn.plot_parallel_coordinate(study),
+            "importance": drawn.plot_param_importances(study),
+            "history": drawn.plot_optimization_history(study),
+            "seconds": pyplot.subplots()[1],
+        }
     parallel = axes["parallel"].figure
     parallel.set_size_inches(max(7, len(parallel.axes)), 5)  # an inch for the labels of each flag
     axes["seconds"].scatter([t.seconds for t in trials], [t.objective for t in trials])
