@@ -61,11 +61,21 @@ class CudaCapture:
         return result
 
     def __call__(self, work: Callable[[], Pass]) -> tuple[Callable[[], Any], Pass]:
-        """Return what replays the work, and the tensors that its results are in after each replay."""
+        """Return what replays the work, and the tensors that its results are in after each replay. Raises
+        RuntimeError if the work cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy the next batches to the GPU.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            result = work()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        settings = graph, self.pool, self.stream
+        try:
+            # After a failure, PyTorch's context leaves this stream current, and the generator's state
+            # in use by the capture. "thread_local": other threads copy the next batches to the GPU.
+            with torch.cuda.stream(self.stream):
+                with torch.cuda.graph(*settings, capture_error_mode="thread_local"):
+                    result = work()
+        except RuntimeError:
+            generator.graphsafe_set_state(before)
+            raise
         return graph.replay, result
 
 

@@ -394,7 +394,8 @@ def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
     log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
     below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
     above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
-    is_above = labels[:, None] >= torch.tensor(borders, device=labels.device)
+    # Made on the device, so that a CUDA graph has no copy from the host.
+    is_above = labels[:, None] >= torch.arange(1, logits.shape[1], device=labels.device)
     return -torch.where(is_above, above, below).sum(dim=1).mean()
 
 

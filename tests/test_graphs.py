@@ -112,6 +112,8 @@ KINDS = {
     "two passes": ["--rdrop", "1,1,1"],
     "learned weights": ["--loss_weights", "learned"],
     "two tasks": ["--sst", "--sts"],
+    "a loss for each border": ["--sst_loss", "ordinal", "--label_smoothing", "0.1"],
+    "a loss for each class": ["--sst_loss", "one_vs_all"],
 }
 
 
@@ -213,6 +215,24 @@ def test_where_a_capture_fails_all_steps_go_the_plain_way_after_one_warning(trai
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     warning = "warning: steps are launched, not replayed: CUDA error: operation not permitted"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+@CUDA
+def test_after_a_failed_capture_the_gpu_goes_on(trainee, monkeypatch, capsys):
+    """With dropout, whose random numbers a failed capture of PyTorch's leaves unusable."""
+    model, _, options, windows = trainee(dropout=True)
+    add_batch = mc.add_batch
+
+    def and_wait(losses, *arguments, **settings):
+        losses["sum"].item()  # not permitted in a capture
+        return add_batch(losses, *arguments, **settings)
+
+    monkeypatch.setattr(mc, "add_batch", and_wait)
+    stream = torch.cuda.current_stream()
+    losses, _, _ = steps(model, windows, options, graphs_of(model))
+    assert torch.cuda.current_stream() == stream
+    assert all(torch.isfinite(of_step["sum"]) for of_step in losses)
+    assert capsys.readouterr().err.count("warning: steps are launched, not replayed") == 1
 
 
 def test_a_run_keeps_a_dozen_graphs(trainee, monkeypatch):
