@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bert import EncoderWithHeads
+from processes import sum_over_processes
 from tasks import Task
-from utils import seeded_generator, sum_over_processes
+from utils import seeded_generator
 
 
 def loss_weight(model: EncoderWithHeads, task: Task, options: argparse.Namespace) -> Tensor | float:

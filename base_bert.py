@@ -14,15 +14,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from utils import (
-    UserError,
-    atomic_write,
-    find_pretrained,
-    load_torch_file,
-    one_line,
-    read_json_table,
-    without_weights,
-)
+from pretrained import find_pretrained, read_json_table
+from utils import UserError, atomic_write, load_torch_file, one_line, without_weights
 
 TAG_TABLES = "pos_tag_embeddings.weight", "ner_tag_embeddings.weight"
 # The activations of `transformers` that bring no weights of their own.
@@ -180,7 +173,7 @@ class BertPreTrainedModel(nn.Module):
         Args:
             name_or_path: a directory in Hugging Face layout (`config.json` with
                 `model.safetensors` or `pytorch_model.bin`), one of these weights files, a hub id,
-                or `minilm` (all-MiniLM-L6-v2 from the package that utils.py names).
+                or `minilm` (all-MiniLM-L6-v2 from the package that pretrained.py names).
             local_files_only: use the files on this disk and download nothing.
             overrides: settings of `BertConfig` that replace those of `config.json`.
 

@@ -28,6 +28,7 @@ from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
 from flags import DEFAULT_SPACY_MODEL, build_parser
 from options import changed_options, deciding, find_data, named_files, parse_options
+from processes import by_first, n_processes, rank
 from streams import complain, file_to_replace
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, Task, plain_rows, tasks_of_rows
@@ -35,14 +36,11 @@ from tokenizer import BertTokenizer
 from utils import (
     UserError,
     atomic_write,
-    by_first,
     check_writable,
     current_versions,
     load_torch_file,
     lock_files,
-    n_processes,
     one_line,
-    rank,
 )
 
 CHECKPOINT_FORMAT = 4

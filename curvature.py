@@ -11,7 +11,8 @@ from balancing import GradientSurgery
 from batches import Batch, step_noise
 from bert import EncoderWithHeads
 from optimizer import Sophia, SophiaG, SophiaH
-from utils import autocast, seeded_generator, sum_gradients
+from processes import sum_gradients
+from utils import autocast, seeded_generator
 
 
 def prepare_estimate(

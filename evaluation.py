@@ -15,8 +15,9 @@ import torch
 
 from batches import evaluation_batches
 from datasets import TaskDataset, rows_in_train
+from processes import gather, n_processes, rank
 from tasks import Task, combine, mean
-from utils import atomic_write, autocast, gather, n_processes, progress_bar, rank
+from utils import atomic_write, autocast, progress_bar
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
 NAMED_CLASSES = 20  # a confusion matrix of more classes has no names and numbers

@@ -18,8 +18,9 @@ from safetensors.torch import save
 from datasets import checked_max_length
 from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
+from pretrained import MINILM
 from tasks import TASKS, Task
-from utils import MINILM, ROOT, UserError, errors_of_writing
+from utils import ROOT, UserError, errors_of_writing
 
 CODE = "modeling_multitask.py", "heads.py"  # run in exported folders
 FORMATS = "pytorch", "onnx"

@@ -41,6 +41,16 @@ from heads import AttentionLayer, SequenceHead, new_head
 from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
 from optimizer import freeze_and_unfreeze
 from options import changed_options
+from processes import (
+    agree,
+    by_first,
+    join_processes,
+    leave_processes,
+    n_processes,
+    one_first_on_each_node,
+    rank,
+    sum_gradients,
+)
 from run_log import RunLog, describe_run
 from tagging import Pipeline, Tagger
 from tasks import SPLITS, TASKS, Task, combine, task_loss
@@ -57,20 +67,12 @@ from training import (
 from utils import (
     ROOT,
     UserError,
-    agree,
     autocast,
-    by_first,
     exit_status,
-    join_processes,
-    leave_processes,
     lock_files,
-    n_processes,
-    one_first_on_each_node,
     one_line,
     pick_device,
-    rank,
     seed_everything,
-    sum_gradients,
     terminate,
     uninterrupted,
     without_weights,
@@ -470,19 +472,18 @@ def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> Multit
     """Return a model with this encoder, and new heads where its own do not fit the tasks."""
     model = MultitaskBERT(trained.bert, options.tasks, options.loss_weights == "learned")
     model.attention_layer.load_state_dict(trained.attention_layer.state_dict())
-    kept: list[str] = []
-    new: list[str] = []
+    names: dict[bool, list[str]] = {True: [], False: []}  # of heads: are they kept?
     joint = model.joint_heads, trained.joint_heads, " in one sequence"
     for heads, others, what in ((model.heads, trained.heads, ""), joint):
         for name, head in heads.items():
             fits = name in others and checkpoint.same_shapes(head, others[name])
             hint = "" if fits else checkpoint.other_encoding(name, trained.tasks, model.tasks)
-            (kept if fits else new).append(name + what + hint)
+            names[fits].append(name + what + hint)
             if fits:
                 head.load_state_dict(others[name].state_dict())
-    heads_kept, heads_new = (", ".join(names) or "none" for names in (kept, new))
+    kept, new = (", ".join(names[are_kept]) or "none" for are_kept in (True, False))
     start = f"{options.init_from}: encoder, pooling and heads kept"
-    print(f"{start}: {heads_kept}; new heads: {heads_new}")
+    print(f"{start}: {kept}; new heads: {new}")
     return model
 
 

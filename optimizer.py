@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bert import EncoderWithHeads
-from utils import n_processes, positive_float, positive_int, sum_over_processes
+from processes import n_processes, sum_over_processes
+from utils import positive_float, positive_int
 
 # Elements of one block on a CPU. Seven passes read the four tensors of a block (parameter, gradient,
 # two moments) and one scratch tensor; 5 x 256 Ki floats are 5 MB, which stay in the last-level cache.

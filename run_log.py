@@ -22,11 +22,12 @@ from datasets import TaskDataset
 from evaluation import Evaluation, confusion_figure, mean_score
 from optimizer import Sophia
 from options import deciding, parse_options
+from processes import rank
 from streams import complain
 from tagging import Tagger
 from tasks import SPLITS, TASKS
 from tokenizer import BertTokenizer
-from utils import autocast, current_versions, progress_bar, rank
+from utils import autocast, current_versions, progress_bar
 
 # Optimizer steps between two writes to TensorBoard, since each write waits for the GPU. A prime, so
 # that the steps that are looked at have changing distances from an estimate of the Hessian.

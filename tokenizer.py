@@ -12,7 +12,8 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from utils import UserError, atomic_write, find_pretrained, one_line, read_json_table
+from pretrained import find_pretrained, read_json_table
+from utils import UserError, atomic_write, one_line
 
 SPECIAL_TOKENS = "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"
 # Keys of a `tokenizer_config.json` that name special tokens, in the order of `transformers`.

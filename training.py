@@ -39,6 +39,7 @@ from optimizer import (
     build_scheduler,
     freeze_and_unfreeze,
 )
+from processes import agree, copy_from_first, gather, n_processes, rank
 from profiler import StepProfiler
 from run_log import Progress, RunLog
 from streams import complain
@@ -48,16 +49,11 @@ from tokenizer import BertTokenizer
 from utils import (
     Terminated,
     UserError,
-    agree,
-    copy_from_first,
     cpu_features,
-    gather,
     half_dtype,
     keep_freed_memory,
-    n_processes,
     one_line,
     random_states,
-    rank,
     restore_random_states,
     seeded_generator,
     uninterrupted,

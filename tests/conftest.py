@@ -33,9 +33,10 @@ from hypothesis import settings  # noqa: E402
 
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
+from pretrained import minilm_directory  # noqa: E402
 from tasks import TASKS, read_task_file  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
-from utils import minilm_directory, seed_everything  # noqa: E402
+from utils import seed_everything  # noqa: E402
 
 settings.register_profile("thorough", max_examples=2000)  # for pytest --hypothesis-profile
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from utils import MINILM_PACKAGE
+from pretrained import MINILM_PACKAGE
 
 CONDA = """#!/usr/bin/env bash
 echo "conda $*" >>"$RECORD"

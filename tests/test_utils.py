@@ -15,16 +15,9 @@ from conftest import ROOT
 from huggingface_hub import constants
 
 from bert import BertModel
+from pretrained import find_pretrained
 from tokenizer import BertTokenizer
-from utils import (
-    Terminated,
-    UserError,
-    atomic_write,
-    exit_status,
-    find_pretrained,
-    one_line,
-    pick_device,
-)
+from utils import Terminated, UserError, atomic_write, exit_status, one_line, pick_device
 
 # ---------------------------------------------------------------------------------------- memory
 
