@@ -270,6 +270,15 @@ def mean_difference(first: Summary, second: Summary) -> Difference:
     return student(gains.mean(), gains.var() / len(gains), len(gains) - 1)
 
 
+class Comparison(NamedTuple):
+    """How a row of a table differs from the row that it is compared with."""
+
+    row: str
+    reference: str
+    difference: Difference
+    text: str
+
+
 def by_setting(summaries: list[Summary]) -> list[list[Summary]]:
     return [list(group) for _, group in groupby(summaries, key=lambda s: s.setting)]
 
@@ -300,7 +309,7 @@ def format_spread(values: "pd.Series", form: str = ".3f") -> str:
 
 def format_difference(found: Difference, about: str = "") -> str:
     interval = f"{found.low:+.4f} to {found.high:+.4f}{about}"
-    return f"{found.value:+.4f} ({'no interval' if np.isnan(found.low) else interval})"
+    return f"{found.value:+.4f} ({interval if found.has_interval else 'no interval'})"
 
 
 def describe_flags(flags: dict[str, Any], known: dict[str, Any] | None) -> str:
@@ -346,13 +355,13 @@ def format_caption(summaries: dict[str, Summary], column: str) -> str:
 # --------------------------------------------------------------------------------- tables and pages
 
 
-def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[str]]:
-    """Return the tables of recipes in one setting, and the differences with an interval, those that are
-    clear in bold. `columns` is for a table of its own."""
+def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[Comparison]]:
+    """Return the tables of recipes in one setting, and how these differ. `columns` is for a table of
+    its own."""
     rows: list[dict[str, str]] = []
     remarks: list[str] = []
     summaries: dict[str, Summary] = {}
-    differences: dict[str, list[str]] = {}  # recipe -> how others differ from it
+    compared: list[Comparison] = []
     for summary in group:
         label = summary.cells["recipe"]
         if summary.remark or label in summaries:
@@ -363,9 +372,8 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
         if first := reference(summary, group):
             found = mean_difference(first, summary)
             bold = "**" if found.is_clear else ""
-            about = "" if pairs_of(first, summary) else ", seeds"
-            text = f"{label} {bold}{format_difference(found, about)}{bold}"
-            differences.setdefault(first.cells["recipe"], []).append(text)
+            text = format_difference(found, "" if pairs_of(first, summary) else ", seeds")
+            compared.append(Comparison(label, first.cells["recipe"], found, text))
             spread = format_spread((summary.means - first.means).dropna(), "+.3f")
             own["difference"] = f"{bold}{spread}{bold}"
             own["seconds"] = f"{summary.seconds:.0f} ({summary.seconds / first.seconds:.2f})"
@@ -379,16 +387,14 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
     formatted = [format_table(rows, table) for table in tables]
     below = [*remarks, *(format_caption(summaries, column) for column in CAPTIONS)]
     below += [f"{mark}: {text}." for mark, text in MARKS.items() if mark in "".join(formatted)]
-    above = [f"Compared with {name}: {', '.join(texts)}." for name, texts in differences.items()]
-    parts = [f"### {', '.join(filter(None, group[0].setting))}", format_paragraph(*above)]
-    with_interval = [
-        f"{text} compared with {name}, {group[0].cells['budget']}"
-        for name, texts in differences.items()
-        for text in texts
-        if "no interval" not in text
-    ]
+    above: dict[str, list[str]] = {}
+    for row, name, found, text in compared:
+        bold = "**" if found.is_clear else ""
+        above.setdefault(name, []).append(f"{row} {bold}{text}{bold}")
+    sentences = [f"Compared with {name}: {', '.join(texts)}." for name, texts in above.items()]
+    parts = [f"### {', '.join(filter(None, group[0].setting))}", format_paragraph(*sentences)]
     text = "\n\n".join(filter(None, [*parts, *formatted, format_paragraph(*below)]))
-    return text, with_interval
+    return text, compared
 
 
 def recipe_tables(summaries: list[Summary], block: str) -> str:
@@ -396,20 +402,25 @@ def recipe_tables(summaries: list[Summary], block: str) -> str:
     differences are clear."""
     more = [score for score in SCORES if score not in MAIN_SCORES] if block == "main" else []
     parts: list[str] = []
-    with_interval: list[str] = []
+    clear: list[str] = []
+    n_intervals = 0
     for group in by_setting(summaries):
         own = [summary for summary in group if block_of(summary.recipe) == block]
         names = {n for summary in own for n in summary.ancestors if block_of(n) != block}
         if own:
             remarks = {"", *(s.remark for s in own)}
             others = [s for s in group if s.recipe in names and s.remark in remarks]
-            text, differences = setting_tables(others + own, more)
-            parts.append(text)
-            with_interval += differences
+            tables, compared = setting_tables(others + own, more)
+            parts.append(tables)
+            n_intervals += sum(comparison.difference.has_interval for comparison in compared)
+            clear += [
+                f"{row} {text} compared with {name}, {group[0].cells['budget']}"
+                for row, name, found, text in compared
+                if found.is_clear
+            ]
     if not parts:
         return "No runs yet."
-    clear = [text.replace("**", "") for text in with_interval if "**" in text]
-    answer = f"Differences with an interval: {len(with_interval)}. Clear ones: "
+    answer = f"Differences with an interval: {n_intervals}. Clear ones: "
     answer += f"{'; '.join(clear) or 'none'}."
     return "\n\n".join([format_paragraph(answer), *parts])
 

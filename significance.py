@@ -14,9 +14,13 @@ class Difference(NamedTuple):
     """The score of the second recipe minus that of the first."""
 
     value: float
-    low: float  # ends of the 95% interval
+    low: float  # ends of the 95% interval, nan for one seed without predictions
     high: float
     p: float
+
+    @property
+    def has_interval(self) -> bool:
+        return not np.isnan(self.low)
 
     @property
     def is_clear(self) -> bool:
