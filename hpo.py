@@ -120,10 +120,10 @@ def search(options: argparse.Namespace) -> Path:
             trainable = tune.with_parameters(run_trial, shared=shared, n_threads=resources["cpu"])
             trainable = tune.with_resources(trainable, resources)
             proposals = Proposals(options, directory)
-            n_left = options.hpo_trials - proposals.n_over
-            run_trials(trainable, proposals, n_left, directory, halving(options, directory))
-            again = Jobs(runs_to_confirm(options, directory))
-            run_trials(trainable, again, len(again.waiting), directory)
+            n_trials = options.hpo_trials
+            run_trials(trainable, proposals, n_trials, directory, halving(options, directory))
+            again = runs_to_confirm(options, directory)
+            run_trials(trainable, Jobs(again), len(again), directory)
         finally:
             ray.shutdown()
         return finish(options, directory, shared.logs)
@@ -297,11 +297,12 @@ def default_cores(nodes: list[dict[str, float]], gpus: float) -> int:
 
 
 class Jobs(Searcher):
-    """Gives Ray trials that are known, and notes which are over."""
+    """Gives Ray those of the trials that are not over, and notes which end."""
 
-    def __init__(self, waiting: list[Trial]):
+    def __init__(self, trials: list[Trial]):
         super().__init__(metric="objective", mode="max")
-        self.waiting, self.n_events = waiting, 0
+        self.waiting, self.n_events = [trial for trial in trials if trial.told is None], 0
+        self.n_over = len(trials) - len(self.waiting)  # when this program started
         self.running: dict[str, Path] = {}  # by Ray's names
 
     def suggest(self, trial_id: str) -> Any:
@@ -331,8 +332,7 @@ class Proposals(Jobs):
         sampler = optuna.samplers.TPESampler(seed=options.seed)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         trials = read_trials(directory)
-        super().__init__([trial for trial in trials if trial.told is None])
-        self.n_over = len(trials) - len(self.waiting)
+        super().__init__(trials)
         events = [(trial.asked, trial) for trial in trials]
         events += [(trial.told, trial) for trial in trials if trial.told is not None]
         for number, trial in sorted(events, key=lambda event: event[0]):
@@ -375,20 +375,20 @@ def halving(options: argparse.Namespace, directory: Path) -> AsyncHyperBandSched
 
 
 def runs_to_confirm(options: argparse.Namespace, directory: Path) -> list[Trial]:
-    """Return the runs of the best trials with other seeds that are not over."""
+    """Return the runs of the best trials with other seeds."""
     for trial in ranked(read_trials(directory))[: options.hpo_confirm]:
         for seed in range(options.seed + 1, options.seed + 1 + options.hpo_seeds):
             path = directory / "confirmation" / f"{trial.name}-{seed}.json"
             if not path.exists():
                 Trial(path, trial.flags, seed, asked=trial.asked).save()
-    return [run for run in read_trials(directory, "confirmation") if run.told is None]
+    return read_trials(directory, "confirmation")
 
 
 class Progress(tune.Callback):
     """Print a line for each epoch of each trial."""
 
-    def __init__(self, n_trials: int):
-        self.n_trials = n_trials
+    def __init__(self, n_trials: int, n_over: int):
+        self.n_trials, self.n_over = n_trials, n_over
 
     def on_trial_result(self, iteration, trials, trial, result, **_):
         if result.get("error"):
@@ -398,7 +398,7 @@ class Progress(tune.Callback):
             print(f"{name_of(trial)}, epoch {result['epoch']}: {text}", flush=True)
 
     def on_trial_complete(self, iteration, trials, trial, **_):
-        over = sum(other is trial or other.is_finished() for other in trials)
+        over = self.n_over + sum(other is trial or other.is_finished() for other in trials)
         print(f"{name_of(trial)} is over, {over} of {self.n_trials}", flush=True)
 
     def on_trial_recover(self, iteration, trials, trial, **_):
@@ -419,18 +419,19 @@ def run_trials(
     directory: Path,
     scheduler: TrialScheduler | None = None,
 ) -> None:
-    """Run the trials to their end. On Ctrl-C or SIGTERM, let Ray stop them, then raise
-    KeyboardInterrupt; a second Ctrl-C ends the process at once."""
-    if not n_trials:
+    """Run those of the `n_trials` that are not over. On Ctrl-C or SIGTERM, let Ray stop them, then
+    raise KeyboardInterrupt; a second Ctrl-C ends the process at once."""
+    n_left = n_trials - jobs.n_over
+    if not n_left:
         return
     tuner = tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(num_samples=n_trials, search_alg=jobs, scheduler=scheduler),
+        tune_config=tune.TuneConfig(num_samples=n_left, search_alg=jobs, scheduler=scheduler),
         run_config=tune.RunConfig(
             name="ray",
             storage_path=str(directory),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Progress(n_trials)],
+            callbacks=[Progress(n_trials, jobs.n_over)],
             verbose=0,
         ),
     )

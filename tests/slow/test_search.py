@@ -92,6 +92,8 @@ def test_a_search_that_is_killed_loses_no_trial_and_repeats_none(flags, tmp_path
     for path in [*directory.glob("trials/*.json"), *directory.glob("confirmation/*.json")]:
         epochs = [epoch["epoch"] for epoch in json.loads(path.read_text())["epochs"]]
         assert epochs == list(range(1, len(epochs) + 1))
+    counts = re.findall(r"^trial \S+ is over, (.*)", output + rest, re.M)
+    assert len(counts) == len(set(counts)) and {"6 of 6", "9 of 9"} <= set(counts)
     over = re.findall(r"^trial (\S+) is over", output + rest, re.M)
     assert len(over) == len(set(over)) and len(list(directory.glob("trials/*.json"))) == 6
     assert len(list(directory.glob("confirmation/*.json"))) == 9
