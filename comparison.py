@@ -1,8 +1,8 @@
 """How recipes differ: intervals and p-values, and learning curves."""
 
+import fnmatch
 import itertools
 import sys
-from fnmatch import fnmatch
 
 from result_tables import (
     COLUMNS,
@@ -22,7 +22,7 @@ from result_tables import (
     read_table,
     summarize,
 )
-from significance import difference, holm, permutation_test
+from significance import Pair, difference, holm, permutation_test
 from streams import write_required
 from utils import UserError, atomic_write
 
@@ -37,10 +37,13 @@ def compare_recipes(names: list[str], budget: Budget) -> None:
     shown = rows_of_recipes(names, budget)
     rows, p_values = [], []
     for setting, rows_of in itertools.groupby(sorted(shown, key=alike), key=alike):
-        of_recipe = {summary.recipe: summary for summary in rows_of}
-        first = of_recipe.get(names[0])
+        of_recipe: dict[str, list[Summary]] = {}
+        for summary in rows_of:
+            of_recipe.setdefault(summary.recipe, []).append(summary)
         for name in names[1:]:
-            pairs = pairs_of(first, of_recipe[name]) if first and name in of_recipe else {}
+            # Rows that differ in their data only; those with other dev rows make no pairs.
+            both = itertools.product(of_recipe.get(names[0], []), of_recipe.get(name, []))
+            pairs: dict[str, Pair] = next(filter(None, itertools.starmap(pairs_of, both)), {})
             scores = {score: [pair] for score, pair in pairs.items()}
             for score, of_score in (scores | {"mean": [*pairs.values()]} if pairs else {}).items():
                 found = difference(of_score)
@@ -73,22 +76,30 @@ def rows_of_recipes(names: list[str], budget: Budget) -> list[Summary]:
     return [summary for summary in summaries if summary.cells["budget"] == budget.title]
 
 
+def rows_with_curve(names: list[str], budget: Budget, runs: set[str]) -> list[Summary]:
+    """Return the rows of the recipes with these names, or of those of the main table, that one of the
+    runs belongs to. Raises UserError for a name without one."""
+    of_recipe: dict[str, list[Summary]] = {}
+    for summary in summarize(read_table(RESULTS, COLUMNS)):
+        if summary.cells["budget"] == budget.title and runs & set(summary.runs.values()):
+            of_recipe.setdefault(summary.recipe, []).append(summary)
+    chosen = {name for name in of_recipe if block_of(name) == "main"}
+    if names:
+        found = {name: fnmatch.filter(of_recipe, name) for name in names}
+        if missing := [name for name in names if not found[name]]:
+            problem = f"no run of {', '.join(missing)} with --budget {budget}"
+            raise UserError(f"{CURVES}: {problem}")
+        chosen = {*itertools.chain(*found.values())}
+    return [row for name in of_recipe if name in chosen for row in of_recipe[name]]
+
+
 def plot_curves(names: list[str], budget: Budget) -> None:
     """Do `plot`: draw the dev scores after each epoch. A task has a panel, a recipe a line: the
     mean over seeds, in a band from the worst to the best."""
     from matplotlib.figure import Figure
 
     curves = read_table(CURVES, CURVE_COLUMNS).astype({"epoch": int, "value": float})
-    shown = [
-        summary
-        for summary in summarize(read_table(RESULTS, COLUMNS))
-        if summary.cells["budget"] == budget.title
-        and (set(summary.runs.values()) & set(curves["run"]))
-        and (
-            any(fnmatch(summary.recipe, name) for name in names)
-            or (not names and block_of(summary.recipe) == "main")
-        )
-    ]
+    shown = rows_with_curve(names, budget, set(curves["run"]))
     runs = {run for summary in shown for run in summary.runs.values()}
     curves = curves[curves["run"].isin(runs) & (curves["split"] == "dev")]
     scores = main_scores(curves["metric"].unique())

@@ -252,14 +252,13 @@ def show_results(
 ) -> tuple[Scores, Scores]:
     """Write predictions (split -> task -> evaluation) and print the dev scores. Return them, and for tasks
     with dev rows that are in the training file too the scores without these rows."""
-    targets = {
-        getattr(options, f"{name}_{split}_out"): result
+    targets = [
+        (getattr(options, f"{name}_{split}_out"), result)
         for split, of_split in results.items()
         for name, result in of_split.items()
-    }
-    if rank() == 0:
-        for path, result in targets.items():
-            write_predictions(path, result)
+    ]
+    for path, result in targets if rank() == 0 else ():
+        write_predictions(path, result)
     scores = {name: result.scores for name, result in results["dev"].items()}
     print(f"\n{'task':<12} {'dev metric':<11} value")
     for name, metrics in scores.items():
@@ -275,7 +274,8 @@ def show_results(
                 which = f"the {known.sum()} of {len(known)} dev rows that are in train"
                 print(f"{name} without {which}: {format_scores(metrics)}")
     print(f"checkpoint: {source}")
-    for folder, paths in itertools.groupby(sorted(targets), os.path.dirname):
+    names = sorted({path for path, _ in targets})
+    for folder, paths in itertools.groupby(names, os.path.dirname):
         print(f"predictions in {folder or '.'}: {', '.join(map(os.path.basename, paths))}")
     return scores, unseen
 

@@ -19,6 +19,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -42,7 +43,7 @@ from checkpoint import read_checkpoint
 from comparison import compare_recipes, plot_curves
 from datasets import SMOKETEST_ROWS, digest_files, read_examples
 from flags import DEFAULT_SPACY_MODEL
-from options import given_flags, parse_options, read_config
+from options import config_arguments, given_flags, parse_options, read_config
 from result_tables import (
     AVERAGED,
     BUDGETS,
@@ -81,6 +82,8 @@ SEEDS = (11711, 1, 2, 3, 4)
 RUNS = Path("models/experiments")
 # Flags that this program sets itself.
 OWN_FLAGS = set("config seed resume evaluate hpo models_dir logdir predictions_dir".split())
+OWN_FLAGS |= {"tensorboard_subfolder"}
+LENGTH = {"epochs", "samples_per_epoch"}  # a recipe has none: --budget says it
 WITH_PREDICTIONS = ("baseline", "best")  # recipes whose test predictions are kept
 
 
@@ -125,10 +128,13 @@ class Run:
 def plan_run(recipe: str, seed: int, budget: Budget, flags: list[str]) -> Run:
     """Plan a run. A recipe that names another one as "after" has half of the epochs, and the other one
     has the first half. Raises UserError, or argparse's exit, if the flags cannot work."""
-    own = [name for name in given_flags(flags) if name in OWN_FLAGS or name.endswith("_out")]
-    if own:
-        raise UserError(f"--{', --'.join(own)}: experiments.py sets this itself; leave it out")
     path = str(recipe_path(recipe))
+    in_file = given_flags(config_arguments(path))
+    given = [("", given_flags(flags), OWN_FLAGS), (f"{path}: ", in_file, OWN_FLAGS | LENGTH)]
+    for where, names, own in given:
+        if wrong := [name for name in names if name in own or name.endswith("_out")]:
+            problem = f"--{', --'.join(wrong)}: experiments.py sets this itself; leave it out"
+            raise UserError(where + problem)
     lengths = f"--epochs {budget.epochs} --samples_per_epoch {budget.samples}"
     arguments = [*lengths.split(), "--seed", str(seed), "--config", path, *flags]
     options = parse_options(arguments)
@@ -138,6 +144,8 @@ def plan_run(recipe: str, seed: int, budget: Budget, flags: list[str]) -> Run:
         if budget.epochs % 2:
             problem = f"half of {budget.epochs} epochs go to {earlier!r}; give --epochs 2"
             raise UserError(f"{path}: {problem}")
+        if read_config(str(recipe_path(earlier))).get("after"):
+            raise UserError(f"{path}: {earlier!r}, after which it comes, goes on from another run")
         half = ["--epochs", str(budget.epochs // 2)]
         after = plan_run(earlier, seed, budget, [*flags, *half])
         # The model brings its encoder.
@@ -347,8 +355,9 @@ def dev_predictions(run: Run) -> dict[Task, np.ndarray]:
             path = run.folder / "predictions" / f"{name}-dev-output.csv"
             table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
             predicted = table[task.prediction_column].map(task.parse_label)
-            limit = SMOKETEST_ROWS if options.smoketest else None
-            both = np.array([[row.label for row in rows[:limit]], predicted])
+            if options.smoketest:
+                rows = [row for row in rows if not math.isnan(row.label)][:SMOKETEST_ROWS]
+            both = np.array([[row.label for row in rows], predicted])
             found[task] = both[:, ~np.isnan(both[0])]
     return found
 
@@ -385,12 +394,16 @@ def run_missing(args: argparse.Namespace, flags: list[str]) -> None:
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done already")
     if earlier:
         print(f"first {len(earlier)} runs that others go on from")
-    train_all([*earlier.values()], args.jobs)
-    train_all([run for digest, run in missing.items() if digest not in earlier], args.jobs)
+    failed = train_all([*earlier.values()], args.jobs)
+    later = [run for digest, run in missing.items() if digest not in earlier]
+    failed += [run.name for run in later if run.after and not run.after.models]
+    failed += train_all([run for run in later if run.name not in failed], args.jobs)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
 
 
-def train_all(missing: list[Run], jobs: int) -> None:
-    """Train and record runs. One that fails stops no other; UserError names those at the end."""
+def train_all(missing: list[Run], jobs: int) -> list[str]:
+    """Train and record runs. One that fails stops no other. Return the names of those."""
     children, failed = Children(), []
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -411,8 +424,7 @@ def train_all(missing: list[Run], jobs: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             children.stop()
             raise
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}; the log.txt of each in {RUNS} says why")
+    return failed
 
 
 def average(name: str, budget: Budget, flags: list[str]) -> None:
@@ -424,11 +436,13 @@ def average(name: str, budget: Budget, flags: list[str]) -> None:
         raise UserError(f"{name}: fewer than two models of its runs are in {RUNS}")
     seeds = "+".join(run.identity["seed"] for run in runs)
     identity = runs[0].identity | {"recipe": f"{name}{AVERAGED}", "seed": seeds}
-    mean = Run(identity, runs[0].arguments)
+    # Without the seeds, so that a mean of more of them takes its place.
+    mean = Run(identity | {"seed": "mean"}, runs[0].arguments)
     models = [path for run in runs for path in run.models]
     options = parse_options(list(mean.arguments))
     command = [sys.executable, str(ROOT / "multitask_classifier.py"), "--evaluate", *models]
-    command += ["--data_dir", options.data_dir, *(["--use_gpu"] if options.use_gpu else [])]
+    command += ["--data_dir", options.data_dir]
+    command += [f"--{name}" for name in ("use_gpu", "smoketest") if getattr(options, name)]
     command += ["--predictions_dir", str(mean.folder / "predictions")]
     if subprocess.run(command).returncode:
         raise UserError(f"{name}: the mean of its models could not be evaluated; see above")

@@ -92,6 +92,7 @@ def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) 
         + ", ".join(task.title for task in tasks.values())
         + ".",
         exit_on_error=exit_on_error,
+        allow_abbrev=False,  # `named_files` knows whole names only
     )
     training = parser.flags("training")
     add_training_flags(training)
@@ -335,7 +336,7 @@ def add_run_flags(flag: FlagAdder) -> None:
         action="store_true",
         help="a run of seconds, to see that all works; other defaults: "
         + ", ".join(f"--{key} {value}" for key, value in SMOKETEST.items())
-        + f"; {SMOKETEST_ROWS} rows of each file; predictions go to predictions/smoketest",
+        + f"; {SMOKETEST_ROWS} rows of each file",
     )
 
 

@@ -15,6 +15,7 @@ Each trial has a JSON file with its flags and epochs. A search that was killed i
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -199,7 +200,8 @@ def report(trial: Trial, training: Training) -> None:
     run keeps its best model."""
     select = training.options.select
     dev = evaluation.mean_score(training.scores, select)
-    train = evaluation.mean_score(training.train_scores, select)
+    measured = {name: training.train_scores[name] for name in training.scores}
+    train = evaluation.mean_score(measured, select)
     objective = dev
     if training.options.hpo_objective == "dev_minus_gap":
         objective -= max(train - dev, 0)  # a model gains nothing by underfitting
@@ -369,8 +371,9 @@ def halving(options: argparse.Namespace, directory: Path) -> AsyncHyperBandSched
         if trial.told is not None:
             controller, known = cast(Any, (None, SimpleNamespace(trial_id=trial.name)))
             scheduler.on_trial_add(controller, known)
-            for epoch in trial.epochs:
-                scheduler.on_trial_result(controller, known, epoch)
+            best = itertools.accumulate((epoch["objective"] for epoch in trial.epochs), max)
+            for epoch, objective in zip(trial.epochs, best, strict=True):
+                scheduler.on_trial_result(controller, known, epoch | {"objective": objective})
     return scheduler
 
 
@@ -465,15 +468,16 @@ def finish(options: argparse.Namespace, directory: Path, logs: Path) -> Path:
     flags. Return the file of these flags."""
     space, best, good = Space(options), show(directory), ranked(read_trials(directory))
     if best is None:
-        raise UserError(f"every trial has failed; the table says why, the rest is in {directory}")
+        failed = "every run with another seed" if good else "every trial"
+        raise UserError(f"{failed} has failed; the table says why, the rest is in {directory}")
     for trial in good:
         log = RunLog(logs / trial.name)
         log.hyper_parameters(space.options_of(trial.flags), trial.best["scores"]["dev"])
         log.close()
-    if len(good) > 1:
-        plot(directory)
     path = directory / "best_config.json"
     write_json(path, flags_for_config(space.options_of(best.flags)))
+    if len(good) > 1:
+        plot(directory)
     print(f"best: trial {best.name}; train with its flags: --config {path}")
     print(f"TensorBoard log: {logs}")
     return path

@@ -24,6 +24,9 @@ from optimizer import OPTIMIZERS, STEP_SCHEDULES
 from tasks import SPLITS, TASKS, Task, read_task_file
 from utils import UserError, one_line
 
+# Flags whose defaults follow from other flags.
+DEPENDENT = ("lr", "betas", "weight_decay", "moe_balance", *OPTIMIZER_FLAGS)
+
 
 def parse_options(
     argv: list[str] | None = None,
@@ -49,6 +52,12 @@ def parse_options(
     if found := problems(options, chosen):
         parser.error("; ".join(found))
     return fill_defaults(options, chosen)
+
+
+def default_options(data_dir: str, tasks: Mapping[str, Task]) -> argparse.Namespace:
+    """Return the options of these tasks without any other flag."""
+    options = build_parser(TASKS | dict(tasks)).parse_args(["--data_dir", data_dir])
+    return fill_defaults(options, list(tasks.values()))
 
 
 def named_files(argv: list[str]) -> argparse.Namespace:
@@ -139,8 +148,7 @@ def fill_defaults(options: argparse.Namespace, tasks: Sequence[Task]) -> argpars
     """Return the options with the defaults that depend on other flags, and with `tasks` a mapping from
     names to tasks."""
     filled = argparse.Namespace(**vars(options))
-    dependent = ["lr", "betas", "weight_decay", "moe_balance", *OPTIMIZER_FLAGS]
-    filled.left_open = [name for name in dependent if getattr(options, name) is None]
+    filled.left_open = [name for name in DEPENDENT if getattr(options, name) is None]
     if filled.bert_model is None:
         filled.bert_model = filled.init_from or DEFAULT_BERT_MODEL
     row = OPTIMIZERS[options.optimizer]

@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import select
+import stat
 import sys
 import time
 import warnings
@@ -142,16 +143,24 @@ def read_queries(descriptor: int, name: str) -> Iterator[list[Query]]:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
 
 
+def holds_objects(path: str, header: list[str]) -> bool:
+    """Return whether a file with this header is Parquet or JSON lines: no lines of text."""
+    with open(path, "rb") as file:
+        start = file.read(len(codecs.BOM_UTF8) + 4).removeprefix(codecs.BOM_UTF8)
+    return bool(header) and start.lstrip().startswith((b"PAR1", b"{"))
+
+
 def read_table_queries(path: str, tasks: list[Task]) -> Iterator[list[Query]] | None:
     """Return the rows of a table in chunks; None for a file whose first line does not name the columns
     of a task. Raises UserError if the file cannot be read."""
     layouts = list(dict.fromkeys(task.sentences for task in tasks))
-    # Several tasks can differ in how a file without a header is read.
-    header, rows = open_table(path, layouts, tasks[0] if len(tasks) == 1 else None)
+    # Several tasks can differ in how their files are read.
+    agree = len({(task.columns, task.separator, task.quoting) for task in tasks}) == 1
+    header, rows = open_table(path, layouts, tasks[0] if agree else None)
     layout = next((names for names in layouts if set(names) <= set(header)), None)
     if layout is None:
         unnamed = f"line 1 does not name the columns {' or '.join(map(', '.join, layouts))}"
-        if path.lower().endswith(".csv"):
+        if path.lower().endswith(".csv") or holds_objects(path, header):
             raise UserError(f"{path}: {unnamed}")
         if path.lower().endswith(".tsv"):
             warnings.warn(f"{path}: {unnamed}; it is answered like the other lines")
@@ -305,6 +314,15 @@ def converse(predictor: Predictor, render: Render) -> None:
     print()
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Raise UserError for an output that cannot be written, or that is what is read."""
+    checkpoints = [path for pattern in args.checkpoint for path in find_files(pattern)]
+    for path in filter(os.path.isfile, filter(None, [args.input, *checkpoints])):
+        if os.path.exists(args.output) and os.path.samefile(path, args.output):
+            raise UserError(f"--output {args.output}: is read too; name another file")
+    check_writable(args.output)
+
+
 def predict(args: argparse.Namespace) -> None:
     """Answer the input that the flags name."""
     from_stdin = args.input in (None, "-")
@@ -315,7 +333,7 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
     with file:
         if args.output:
-            check_writable(args.output)
+            check_output(args)
         predictor = Predictor(
             args.checkpoint,
             tasks=args.task,
@@ -330,7 +348,8 @@ def predict(args: argparse.Namespace) -> None:
         if from_stdin and not args.output and file.isatty() and sys.stdout.isatty():
             converse(predictor, to_json_line if args.json else lambda _, a: to_text(tasks, a))
             return
-        table = None if from_stdin else read_table_queries(name, tasks)
+        is_file = not from_stdin and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        table = read_table_queries(name, tasks) if is_file else None
         chunks = table or read_queries(file.fileno(), name)
         to_line = to_json_line if args.json else functools.partial(to_text_line, tasks)
         write_answers(predictor, chunks, to_line, args.output)

@@ -321,5 +321,6 @@ def read_outputs(task: Task, outputs: Tensor) -> list[Entries]:
     if len(task.classes) == 2:
         return [{task.title: yes} for _, yes in rounded]
     key, texts = f"{task.title}_probabilities", map(task.show, task.decode(outputs).tolist())
-    labels = [int(text) if text.isdecimal() else text for text in texts]
+    # "01" stays a text.
+    labels = [int(text) if text.isdecimal() and str(int(text)) == text else text for text in texts]
     return [{task.title: label, key: row} for label, row in zip(labels, rounded, strict=True)]

@@ -255,10 +255,19 @@ def read_predictions(run: str) -> dict[str, np.ndarray]:
 def reference(summary: Summary, group: list[Summary]) -> Summary | None:
     """Return the row of a setting that a recipe is compared with: that of its nearest ancestor, if
     there is one with the same other flags."""
-    rows = {(other.recipe, other.remark): other for other in reversed(group)}
+    # The last row of a name counts: one with the same data, if there is one.
+    others = sorted(group, key=lambda other: other.cells["data"] == summary.cells["data"])
+    rows = {(s.recipe, s.remark): s for s in others if not have_other_labels(s, summary)}
     rows.pop((summary.recipe, summary.remark))
     keys = [(name, remark) for name in summary.ancestors for remark in (summary.remark, "")]
     return next((rows[key] for key in keys if key in rows), None)
+
+
+def have_other_labels(first: Summary, second: Summary) -> bool:
+    """Return whether the kept dev predictions of two recipes are for other rows."""
+    known, own = (read_predictions(next(iter(recipe.runs.values()))) for recipe in (first, second))
+    shared = known.keys() & own.keys()
+    return not all(np.array_equal(known[score][0], own[score][0]) for score in shared)
 
 
 def mean_difference(first: Summary, second: Summary) -> Difference:
@@ -376,7 +385,8 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
             compared.append(Comparison(label, first.cells["recipe"], found, text))
             spread = format_spread((summary.means - first.means).dropna(), "+.3f")
             own["difference"] = f"{bold}{spread}{bold}"
-            own["seconds"] = f"{summary.seconds:.0f} ({summary.seconds / first.seconds:.2f})"
+            if summary.seconds and first.seconds:
+                own["seconds"] = f"{summary.seconds:.0f} ({summary.seconds / first.seconds:.2f})"
         rows.append(summary.cells | own)
     tables = [
         ["recipe", "seeds", *main_scores(group[0].cells), "mean"],

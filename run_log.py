@@ -21,7 +21,7 @@ from bert import EncoderWithHeads
 from datasets import TaskDataset
 from evaluation import Evaluation, confusion_figure, mean_score
 from optimizer import Sophia
-from options import deciding, parse_options
+from options import deciding, default_options
 from processes import rank
 from streams import complain
 from tagging import Tagger
@@ -329,7 +329,7 @@ def describe_run(
 def changed_flags(options: argparse.Namespace) -> list[str]:
     """Return the flags that decide a run's numbers and differ from their defaults, as they are typed."""
     tasks = {name: TASKS.get(name, task) for name, task in options.tasks.items()}
-    defaults = shown(vars(parse_options(["--data_dir", options.data_dir], tasks=tasks)))
+    defaults = shown(vars(default_options(options.data_dir, tasks)))
     flags = [f"--config {options.config}"] if options.config else []
     for name, value in shown(deciding(vars(options))).items():
         if value == defaults.get(name, value) or name in ("bert_model", "precision"):

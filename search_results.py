@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flags import build_parser
-from options import deciding, parse_options
+from options import DEPENDENT, deciding, parse_options
 from tasks import TASKS, tasks_of_rows
 from utils import UserError, atomic_write, one_line
 
@@ -177,7 +177,12 @@ def flags_for_config(options: argparse.Namespace) -> dict[str, Any]:
     wanted["tasks"] = list(options.tasks)
     if any(getattr(options, name) for name in TASKS):
         del wanted["tasks"]  # the flags of single tasks say it
-    return {name: value for name, value in wanted.items() if value != defaults[name]}
+    return {
+        name: value
+        for name, value in wanted.items()
+        # Files of tasks that are left out are None.
+        if value is not None and (name in DEPENDENT or value != defaults[name])
+    }
 
 
 def figures(study: Any, trials: list[Trial]) -> dict[str, Any]:

@@ -77,9 +77,12 @@ def propose(trial: Any, name: str, row: Mapping[str, Any], default: Any) -> Any:
     """Let an Optuna trial propose a value. Raises UserError for a row that cannot be."""
     (kind,) = set(row) & set(KINDS)
     try:
+        values = [default * value for value in row[kind]] if row.get("of_default") else row[kind]
         if kind == "choice":
-            return trial.suggest_categorical(name, row["choice"])
-        low, high = (default * value if row.get("of_default") else value for value in row[kind])
+            return trial.suggest_categorical(name, values)
+        if kind == "int" and row.get("of_default"):
+            values = [round(value) for value in values]
+        low, high = values
         if kind == "int":
             return trial.suggest_int(name, low, high)
         return trial.suggest_float(name, low, high, log=kind == "log")
@@ -127,34 +130,42 @@ def with_space(options: argparse.Namespace, given: Collection[str]) -> argparse.
     """Return the options with the content of the file `hpo_space` in its place. A flag that is given is
     not searched."""
     path, rows = Path(options.hpo_space or DEFAULT_SPACE), {}
-    for name, row in read_space(path, options).items():
+    for name, row in read_space(path, options, given).items():
         conditions = row.get("when", {}).items()
-        possible = all(f in rows or value_of(options, f) in values for f, values in conditions)
-        if possible and name.partition(".")[0] not in given:
+        if all(f in rows or value_of(options, f) in values for f, values in conditions):
             rows[name] = row
     if not rows:
         raise UserError("--hpo: every flag that could be searched is given")
     space = Space(changed_options(options, hpo_space=rows))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn: set[str] = set()
     try:
         for trial in [LOWEST, HIGHEST] + [study.ask() for _ in range(CHECKED_DRAWS)]:
-            space.options_of(space.draw(trial))
+            flags = space.draw(trial)
+            drawn.update(flags)
+            space.options_of(flags)
+        if never := [name for name in rows if name not in drawn]:
+            raise UserError(f"{never[0]}: {CHECKED_DRAWS} random trials never met its `when`")
     except UserError as error:
         raise UserError(f"--hpo_space {path}: {error}") from error
     return space.options
 
 
-def read_space(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Read a file: flag -> its row. Raises UserError for flags and keys that cannot be."""
+def read_space(
+    path: Path, options: argparse.Namespace, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read a file: flag -> its row, without the flags that are given. Raises UserError for flags and
+    keys that cannot be."""
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))
-        for place, (name, row) in enumerate(rows.items()):
-            check_row(name, row, options, list(rows)[place:])
+        searched = [name for name in rows if name.partition(".")[0] not in given]
+        for place, name in enumerate(searched):
+            check_row(name, rows[name], options, searched[place:])
     except OSError as error:
         raise UserError(f"--hpo_space {path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, UserError) as error:
         raise UserError(f"--hpo_space {path}: {one_line(error)}") from error
-    return rows
+    return {name: rows[name] for name in searched}
 
 
 def check_row(name: str, row: Any, options: argparse.Namespace, later: list[str]) -> None:
@@ -179,8 +190,13 @@ def check_row(name: str, row: Any, options: argparse.Namespace, later: list[str]
         raise ValueError(f"{name}: needs one of {', '.join(KINDS)}, as in {{ log = [0.1, 10] }}")
     if unknown := [key for key in row if key not in known]:
         raise ValueError(f"{name}: no key {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    if any(isinstance(value, list | dict) for value in row.get("choice", [])):
+        raise ValueError(f'{name}: a choice is a number, true, false or a text such as "0.9,0.99"')
     for other, values in dict(row.get("when", {})).items():
         if other in later:
             raise ValueError(f"{name}: {other} must be above it in the file")
+        if not isinstance(values, list):
+            raise ValueError(f"{name}: when {other} is in a list, as in [{values!r}]")
+        flag, _, task = other.partition(".")
         for one in values:
-            flag_arguments({other: one}, parser, f"{name}: when")
+            flag_arguments({flag: {task: one} if task else one}, parser, f"{name}: when")

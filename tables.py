@@ -24,6 +24,8 @@ def open_table(
     """
     path = Path(path)
     try:
+        if path.is_fifo():  # it is read more than once
+            raise UserError(f"{path}: is a pipe, not a file; write it to a file first")
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             first = next((line for line in file if line.strip("\n")), "").lstrip(" ")
     except FileNotFoundError:
@@ -107,8 +109,9 @@ def text_rows(path: Path, separator: str, quoting: bool, n_columns: int | None) 
 
 
 def json_table(path: Path) -> tuple[list[str], TableRows]:
-    """Open JSON lines. The keys of the first object are the header."""
-    header = next((list(row) for _, row in json_rows(path) if isinstance(row, dict)), [])
+    """Open JSON lines. The keys of all objects are the header."""
+    objects = (row for _, row in json_rows(path) if isinstance(row, dict))
+    header = list(dict.fromkeys(key for row in objects for key in row))
 
     def rows() -> TableRows:
         for place, row in json_rows(path):
@@ -135,7 +138,11 @@ def as_text(value: Any) -> str:
     """Write a cell of JSON or Parquet like one of a text file."""
     if value is None or value != value:  # nan
         return ""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    # A date or a decimal number has no form in JSON.
+    in_json = isinstance(value, bool | int | float | list | dict)
+    text = json.dumps(value, default=str) if in_json else str(value)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half characters
 
 

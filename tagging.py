@@ -306,7 +306,10 @@ class Tagger:
     def _look_up_or_tag(self, sentences: list[str], title: str) -> dict[str, bytes]:
         found = self._read(sentences)
         if len(found) < len(sentences):
-            with self._store.lock() if self._store else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if self._store:
+                    with self._errors_as_warnings(self._store.path):
+                        stack.enter_context(self._store.lock())
                 # Another run may have tagged them while this one waited.
                 found |= self._read([sentence for sentence in sentences if sentence not in found])
                 if missing := [sentence for sentence in sentences if sentence not in found]:

@@ -26,7 +26,8 @@ CLASS_LOSSES = ("cross_entropy", "one_vs_all", "ordinal")
 CLASS_METRICS = ("accuracy", "macro_f1", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
 MOST_CLASSES = 10_000
-RESERVED_NAMES = ("sum", "mean", "balance")  # of other losses and scores
+# Of other losses and scores, and of other entries of an answer.
+RESERVED_NAMES = "sum mean balance error cut probabilities line row id".split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,7 +273,9 @@ def as_list(value: Any) -> list[Any]:
 
 def read_classes(value: Any) -> dict[str, tuple[str, ...]]:
     """Read the names of classes, what files have for them and their names, or their number."""
-    if is_number(value) and value in range(2, MOST_CLASSES):
+    if isinstance(value, int):
+        if value not in range(2, MOST_CLASSES) or value is True:
+            raise ValueError(f"must be a number from 2 to {MOST_CLASSES - 1}, or names")
         value = list(numbered(value))
     pairs = value if isinstance(value, dict) else {str(text): str(text) for text in as_list(value)}
     if not all(map(is_text, (*pairs, *pairs.values()))) or len(pairs) < len(value):
@@ -328,7 +331,8 @@ def read_task_file(path: str) -> dict[str, Task]:
             raise UserError(f"--task_file {path}: [{repr(name[:40])[1:-1]}]: {error}") from error
     titles = [task.title for task in (TASKS | tasks).values()]
     if repeated := [title for title in titles if titles.count(title) > 1]:
-        raise UserError(f"--task_file {path}: two tasks have the title {repeated[0][:40]!r}")
+        what = f"more than one task has the title {repeated[0][:40]!r} (sst, para and sts have one too)"
+        raise UserError(f"--task_file {path}: {what}; write another title = ...")
     return tasks
 
 
@@ -355,6 +359,8 @@ def _task_of_table(name: str, table: Any) -> Task:
         raise ValueError(f"{missing[0]} is missing")
     primary = values.pop("primary", None)
     task = Task(name=name, **values)
+    if task.title in RESERVED_NAMES:
+        raise ValueError(f"title {task.title!r} is taken; choose another one")
     if primary is None:
         return task
     others = [metric for metric in task.metrics if metric != primary]

@@ -221,6 +221,8 @@ class Training:
         )
         self.model.train()
         total = round(options.samples_per_epoch * sum(self.row_multiples.values()))
+        if not total:
+            raise UserError("an epoch has no row; raise --samples_per_epoch or --batch_shares")
         self.progress = Progress(self.epoch + 1, self._rows_seen(), total)
         with self.progress.bar:
             device = next(self.model.parameters()).device

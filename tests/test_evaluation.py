@@ -2,6 +2,7 @@ import csv
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,17 @@ def test_prediction_files(tiny_csv, tmp_path):
     assert rows[1:] == [["i0", "3"], ["i1", "0"], ["i2", "1"], ["i3", "4"], ["i4", "2"]]
     rows = list(csv.reader(open(tmp_path / "out" / "sts"), delimiter="\t"))
     assert [float(value) for _, value in rows[1:]] == [3, 0, 1, 5, 2]
+
+
+def test_two_predictions_into_one_stream_both_come(tiny_csv, tmp_path, capfd):
+    datasets = {name: tiny_csv(name) for name in TASKS}
+    results = evaluate(LengthModel(), datasets, 2)
+    places = {f"{name}_dev_out": f"{tmp_path}/{name}" for name in TASKS}
+    places |= {"sst_dev_out": "/dev/stdout", "para_dev_out": "/dev/stdout"}
+    options = SimpleNamespace(tasks=TASKS, **places)
+    evaluation.show_results({"dev": results}, "model", options, {})
+    lines = capfd.readouterr().out.splitlines()
+    assert "id\tpredicted_sentiment" in lines and "id\tpredicted_is_duplicate" in lines
 
 
 def test_confusion_figure_shows_the_counts(tiny_csv):

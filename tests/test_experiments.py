@@ -152,6 +152,10 @@ def test_the_models_of_two_seeds_are_averaged(folder, flags, small_data, monkeyp
     assert len(single) == 2
     expected = np.corrcoef(labels, np.mean(single, axis=0))[0, 1]
     assert float(row["sts_pearson"]) == pytest.approx(expected, abs=1e-4)
+    # The mean of more models takes its place.
+    assert ex.main(["run", *own, "--seeds", "3"]) == ex.main(["average", *own]) == 0
+    means = [row["seed"] for row in rows_of(RESULTS) if row["recipe"] == "baseline-averaged"]
+    assert means == ["11711+1+2"]
     assert ex.main(["table"]) == 0
     # The other flag, --sts, is explained below the table.
     assert re.search(r"\| baseline-averaged² \| 1‡? \|", capsys.readouterr().out)
@@ -243,10 +247,14 @@ def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, folder, mo
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("run nothing", "there is no recipe 'nothing', only baseline, broken"),
+        ("run nothing", "there is no recipe 'nothing', only baseline, broken, chain, long, then"),
         ("run broken", "--config recipes/broken.json: not JSON"),
         ("run baseline --seed 3", "--seed: experiments.py sets this itself"),
         ("run baseline --sst_dev_out x.csv", "--sst_dev_out: experiments.py sets this itself"),
+        ("run baseline --tensorboard_subfolder x", "--tensorboard_subfolder: experiments.py sets"),
+        ("run long", "recipes/long.json: --epochs: experiments.py sets this itself"),
+        ("run chain", "recipes/chain.json: 'then', after which it comes, goes on from another run"),
+        ("plot typo", "results/curves.csv: no run of typo with --budget 4x10000"),
         ("run baseline --data_dir nowhere", "nowhere/ids-sst-train.csv: cannot be read"),
         ("plot", "results/curves.csv: no run of these recipes with --budget 4x10000"),
         ("table --write", "README.md and docs: no page has a line <!-- experiments:NAME -->"),
@@ -254,6 +262,7 @@ def test_an_interrupted_run_comes_to_the_same_numbers(trained, flags, folder, mo
 )
 def test_what_cannot_work_is_an_error_in_one_line(folder, arguments, message, capsys):
     Path("recipes/broken.json").write_text("{")
+    write_recipes(long={"epochs": 7}, then={"after": "baseline"}, chain={"after": "then"})
     assert ex.main(arguments.split()) == 1
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}") and errors.count("\n") == 1

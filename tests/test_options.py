@@ -9,6 +9,7 @@ from conftest import ROOT, SAMPLE
 
 from flags import build_parser
 from options import deciding, fill_defaults, parse_options
+from run_log import changed_flags
 from tasks import TASKS, read_task_file
 from utils import UserError
 
@@ -121,6 +122,7 @@ def test_every_flag_is_explained_with_its_default():
         (["--betas", "-0.1,0.9"], "--betas: expected one argument"),
         (["--betas", "x,0.9"], "--betas: must be a number from 0 to below 1, not 'x'"),
         (["--batch_shares", "1,0,1"], "must be a number above 0, not '0'"),
+        (["--conf", "some.json"], "unrecognized arguments: --conf some.json"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags, message, capsys):
@@ -374,4 +376,5 @@ def test_a_run_without_any_dev_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(*flags)
     assert "no task has a dev file, so no epoch can be chosen" in capsys.readouterr().err
-    assert parse(*flags, "--two_dev", "x").two_dev == ["x"]
+    options = parse(*flags, "--two_dev", "x")
+    assert options.two_dev == ["x"] and "--two_dev x" in changed_flags(options)

@@ -265,6 +265,45 @@ def assert_near(answers, expected, **first):
             np.testing.assert_allclose(answer[key], value, atol=2e-5)
 
 
+def test_a_pipe_is_read_once(make_checkpoint, tmp_path, capsys):
+    """As lines, like standard input: a table is read more than once."""
+    pipe, output = tmp_path / "pipe", tmp_path / "answers.jsonl"
+    os.mkfifo(pipe)
+    lines = [f"one two {number}" for number in range(600)]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, "\n".join(lines))
+        flags = ["--json", "--output", str(output), "--checkpoint", str(make_checkpoint("plain"))]
+        assert predict.main([str(pipe), *flags]) == 0
+    answers = map(json.loads, output.read_text().splitlines())
+    assert [answer["line"] for answer in answers] == list(range(1, 601))
+
+
+def test_what_is_read_is_not_replaced(make_checkpoint, tmp_path, capsys):
+    path, link = tmp_path / "lines.txt", tmp_path / "link.txt"
+    path.write_text("good\n")
+    link.symlink_to(path)
+    checkpoint = make_checkpoint("plain")
+    before = checkpoint.read_bytes()
+    for output in (path, link, checkpoint):
+        flags = ["--checkpoint", str(checkpoint), "--output", str(output)]
+        assert predict.main([str(path), *flags]) == 1
+        error = f"error: --output {output}: is read too; name another file\n"
+        assert capsys.readouterr().err == error
+    assert path.read_text() == "good\n" and checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_objects_without_the_columns_are_no_lines(make_checkpoint, tmp_path, capsys, kind):
+    path, frame = tmp_path / f"rows.{kind}", pd.DataFrame({"text": ["a", "b"]})
+    if kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    assert predict.main([str(path), "--checkpoint", str(make_checkpoint("plain"))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: line 1 does not name the columns sentence or ")
+
+
 @pytest.mark.parametrize("first", ['"I said', "a,b;c", "[laughs] a", "{ a", "\ufeffa", "PAR", ""])
 def test_a_file_of_lines_is_no_table(ask, first):
     """Whatever its first line looks like."""

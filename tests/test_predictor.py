@@ -18,7 +18,7 @@ from bert import BertModel
 from checkpoint import checkpoint_content, write_checkpoint
 from options import parse_options
 from predictor import Predictor
-from tasks import TASKS
+from tasks import TASKS, Task
 from tokenizer import BertTokenizer, word_piece_backend
 from utils import UserError, seed_everything
 
@@ -341,6 +341,15 @@ def test_texts_without_an_answer_keep_their_place(checkpoints):
     assert answers[6].sentiment and not hasattr(answers[6], "error")
     tab, space = model.predict(["a\tb", "a b"])
     assert tab == space and tab.sentiment
+
+
+def test_labels_with_zeros_before_them_stay_texts():
+    """Whole numbers are numbers in JSON."""
+    texts = ("01", "7", "10")
+    task = Task(name="nli", sentences=("a", "b"), label="l", classes=("x", "y", "z"), texts=texts)
+    answers = predictor.read_outputs(task, torch.eye(3))
+    assert [answer["nli"] for answer in answers] == ["01", 7, 10]
+    assert [predictor.name_classes(answer, [task]).nli for answer in answers] == ["x", "y", "z"]
 
 
 def other_task(path, target, **changes):

@@ -271,6 +271,28 @@ def test_kept_predictions_give_the_interval_of_compare(capsys):
     assert rows["[far]"]["mean, difference"].startswith("**")
 
 
+def test_a_row_is_compared_with_one_of_the_same_data():
+    """With several, the one with the same files; with none, one whose dev rows are not known to be
+    others."""
+    write_family(tried="baseline", more="baseline", other="baseline")
+    labels = {"A": np.zeros(9), "B": np.ones(9)}
+    rows = []
+    for data, score in {"A": 0.5, "B": 0.4}.items():
+        for seed in (1, 2):
+            run = f"baseline{seed}{data}"
+            rows.append(result("baseline", seed, (score,) * 3, data=data, run=run))
+            scores = {name: np.stack([labels[data]] * 2) for name in MAIN_SCORES}
+            keep("baseline", seed, run, scores)
+    for recipe, data, of in (("tried", "B", "B"), ("more", "B+", "B"), ("other", "C", "C")):
+        rows.append(result(recipe, 1, (0.41,) * 3, data=data, run=recipe))
+        scores = {name: np.stack([labels.get(of, np.zeros(7))] * 2) for name in MAIN_SCORES}
+        keep(recipe, 1, recipe, scores)
+    write_results(*rows)
+    (shown,) = tables("main").values()
+    found = {name: row["mean, difference"] for name, row in shown.items() if "base" not in name}
+    assert found == {"[tried]": "+0.010", "[more]": "+0.010", "[other]": ""}
+
+
 def test_the_last_epoch_is_beside_the_best_and_doubtful_runs_are_marked():
     write_family(curves="baseline", half="baseline")
     runs = {

@@ -1,10 +1,14 @@
 """The space of a search: what Optuna proposes from a file, and files that cannot be used."""
 
+import json
+
 import optuna
 import pytest
+from conftest import ROOT
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from options import parse_options
+from options import deciding, parse_options
+from search_results import flags_for_config
 from search_space import Space, search_options
 from utils import UserError
 
@@ -107,6 +111,24 @@ def test_flags_that_depend_on_others_follow_them(space_file):
             'scheduler = { choice = ["none", "cosine"] }',
             "lr: scheduler must be above it in the file",
         ),
+        (
+            "betas = { choice = [[0.9, 0.99], [0.9, 0.999]] }",
+            'betas: a choice is a number, true, false or a text such as "0.9,0.99"',
+        ),
+        (
+            'lr = { log = [1, 2], when = { optimizer = "sophiah" } }',
+            "lr: when optimizer is in a list, as in ['sophiah']",
+        ),
+        (
+            'scheduler = { choice = ["none", "cosine"] }\n'
+            'warmup = { uniform = [0, 0.2], when = { scheduler = ["linear"] } }',
+            "warmup: 100 random trials never met its `when`",
+        ),
+        (
+            "batch_size = { choice = [16, 32] }\n"
+            'lr = { log = [1e-5, 1e-4], when = { batch_size = ["16"] } }',
+            "lr: 100 random trials never met its `when`",
+        ),
     ],
 )
 def test_a_space_that_cannot_be_is_one_line(text, message, space_file):
@@ -117,6 +139,25 @@ def test_a_space_that_cannot_be_is_one_line(text, message, space_file):
     assert len(text) <= 300 + len(space_file(text)[1]) and "\n" not in text
 
 
+def test_multiples_of_a_default_and_conditions_by_task(space_file):
+    options = search_options(
+        space_file(
+            "lr = { choice = [0.5, 2], of_default = true }\n"
+            "batch_size = { int = [0.5, 2], of_default = true }\n"
+            '"rdrop.sst" = { choice = [0, 3] }\n'
+            '"loss_weights.sst" = { choice = [0.25, 0.5], when = { "rdrop.sst" = [3] } }\n'
+        )
+    )
+    space, study, seen, default = Space(options), optuna.create_study(), set(), parse_options([])
+    for _ in range(60):
+        flags = space.draw(study.ask())
+        trial = space.options_of(flags)
+        assert default.batch_size / 2 <= trial.batch_size <= default.batch_size * 2
+        assert ("loss_weights.sst" in flags) == (trial.rdrop["sst"] == 3)
+        seen.add((trial.lr / default.lr, trial.rdrop["sst"], trial.loss_weights["sst"]))
+    assert seen == {(lr, *rest) for lr in (0.5, 2) for rest in ((0, 1), (3, 0.25), (3, 0.5))}
+
+
 def test_given_flags_are_not_searched(capsys):
     options = search_options(["--clip", "1", "--lr", "1e-4"])
     assert set(options.hpo_space) == {
@@ -125,6 +166,29 @@ def test_given_flags_are_not_searched(capsys):
         "batch_size",
         "scheduler",
     }
+    levers = ["--hpo_space", str(ROOT / "recipes/spaces/levers.toml")]
+    options = search_options([*levers, "--loss_weights", "learned"])
+    assert "rdrop.sst" in options.hpo_space and "loss_weights.sst" not in options.hpo_space
     given = ["--lr=1", "--weight_decay=0", "--clip=1", "--hidden_dropout_prob=0"]
     with pytest.raises(UserError, match="every flag that could be searched is given"):
         search_options([*given, "--batch_size=8", "--scheduler=none"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--sst",
+        "--tasks sst,para",
+        "--moe soft",
+        "--optimizer sophiah --lr 8e-5",  # AdamW's default
+        "--optimizer sophiag --betas 0.9,0.999 --weight_decay 0.05",
+        "--optimizer sophiag --rho 0.1 --weight_decay 0.001",
+        "--option pretrain --lr 8e-5",
+    ],
+)
+def test_the_flags_of_a_winner_give_its_options(flags, tmp_path):
+    options = parse_options(flags.split())
+    path = tmp_path / "best_config.json"
+    path.write_text(json.dumps(flags_for_config(options)))
+    again = parse_options(["--config", str(path)])
+    assert deciding(vars(again)) == deciding(vars(options))

@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import decimal
 import io
 import json
 import math
+import os
 import re
 import warnings
 
@@ -275,6 +277,13 @@ def test_a_line_that_is_no_json_object_is_named(write, line):
         assert read_examples(path, SST, "train") == FOUND
 
 
+def test_a_key_may_be_missing_in_the_first_object(write):
+    lines = [{"id": "1", "sentence": "a"}, {"id": "2", "sentence": "b", "sentiment": 3}]
+    with pytest.warns(UserWarning, match=r"1 row unusable: no label \(line 1\)$"):
+        found = read_examples(write("\n".join(map(json.dumps, lines))), SST, "train")
+    assert found == expected([["2", "b", "3"]])
+
+
 def test_a_line_of_json_that_is_not_utf8_is_named(write):
     rows = [json.dumps(row).encode() for row in OBJECTS]
     path = write(b"\n".join([rows[0], '{"id": "é"}'.encode("latin-1"), *rows[1:]]))
@@ -340,6 +349,13 @@ def test_nothing_in_a_cell_of_parquet_is_no_label(parquet, nothing):
     with pytest.warns(UserWarning, match=r"1 row unusable: no label \(row 2\)$"):
         found = read_examples(parquet(frame), SST, "train")
     assert found == expected([["a", "x", "4"], ["c", "z", "0"]])
+
+
+def test_bytes_and_decimals_of_parquet_are_texts(parquet):
+    frame = pd.DataFrame(ROWS, columns=NAMES)
+    frame["sentence"] = [text.encode() for text in frame["sentence"]]
+    frame["sentiment"] = [decimal.Decimal(label) for label in frame["sentiment"]]
+    assert read_examples(parquet(frame), SST, "train") == expected(ROWS)
 
 
 def test_other_columns_of_parquet_do_not_matter(parquet):
@@ -429,6 +445,12 @@ def test_a_file_of_no_use_is_one_clear_line(write, tmp_path, message, content, s
 def test_a_folder_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be read: Is a directory"):
         read_examples(tmp_path, SST, "train")
+
+
+def test_a_pipe_is_one_clear_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is a pipe, not a file; write it to a file first"):
+        read_examples(tmp_path / "pipe", SST, "train")
 
 
 def test_an_error_names_the_task_of_a_file(write):

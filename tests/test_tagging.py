@@ -538,6 +538,19 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
         assert tags_of(tagger, minilm_tokenizer, ["Anna is good"]) == expected
 
 
+def test_a_cache_without_a_lock_is_a_warning(
+    pipeline, loaded_spacy, minilm_tokenizer, tmp_path, monkeypatch
+):
+    def refuse(store):
+        raise PermissionError("Permission denied")
+
+    expected = tags_of(Tagger(pipeline), minilm_tokenizer, ["Anna is good"])
+    monkeypatch.setattr(tagging.TagStore, "lock", refuse)
+    tagger = Tagger(pipeline, tmp_path)
+    with pytest.warns(UserWarning, match="Permission denied, so tags are not kept there"):
+        assert tags_of(tagger, minilm_tokenizer, ["Anna is good"]) == expected
+
+
 def test_a_full_disk_is_a_warning_and_nothing_is_tagged_twice(
     pipeline, loaded_spacy, minilm_tokenizer, tmp_path, monkeypatch, spacy_runs
 ):

@@ -872,11 +872,23 @@ REFUSED = {
     ),
     "the same title": (
         [('title = "entailment"', 'title = "emotion"')],
-        "{file}: two tasks have the title 'emotion'",
+        "{file}: more than one task has the title 'emotion'",
     ),
     "a built-in title": (
         [('title = "entailment"', 'title = "similarity"')],
-        "{file}: two tasks have the title 'similarity'",
+        "{file}: more than one task has the title 'similarity' (sst, para and sts have one too)",
+    ),
+    "a title of other entries": (
+        [('title = "entailment"', 'title = "error"')],
+        "{file}: [nli]: title 'error' is taken; choose another one",
+    ),
+    "a name of other entries": (
+        [("[nli]", "[line]")],
+        "{file}: [line]: this name is taken; choose another one",
+    ),
+    "one class": (
+        [("range = [1, 5]", "classes = 1")],
+        "{file}: [rating]: classes must be a number from 2 to 9999, or names",
     ),
     "a built-in name": (
         [("[nli]", "[sts]")],
