@@ -51,6 +51,10 @@ class CudaCapture:
     def __init__(self):
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
+    def forget(self) -> None:
+        """Give later captures a new pool: that of graphs which are gone may not be used again."""
+        self.pool = torch.cuda.graph_pool_handle()
+
     def warm_up(self, work: Callable[[], Pass]) -> Pass:
         """Do the work on the stream of later captures, as PyTorch asks."""
         current = torch.cuda.current_stream()
@@ -157,16 +161,23 @@ class StepGraphs:
             return self._first_pass(graph, work)
         if graph.replay is None:
             self._set_gradients(graph)
-            try:
-                graph.replay, graph.result = self.capture(lambda: work(graph.batch))
-            except RuntimeError as error:
+            if problem := self._capture(graph, work):
                 self.works = False
                 self.graphs.clear()
-                complain(f"warning: steps are launched, not replayed: {one_line(error)}")
+                complain(f"warning: steps are launched, not replayed: {problem}")
                 return work(batch)
+        assert graph.replay
         self._set_gradients(graph)
         graph.replay()
         return tree_map(torch.clone, graph.result)  # the next replay writes there again
+
+    def _capture(self, graph: StepGraph, work: Work) -> str | None:
+        """Capture a pass. Return why it cannot be, as a text: the error itself holds all of the pass."""
+        try:
+            graph.replay, graph.result = self.capture(lambda: work(graph.batch))
+        except RuntimeError as error:
+            return one_line(error)
+        return None
 
     def _key(self, batch: Batch, longest: int) -> tuple:
         rows = ((name, len(labels), batch.step_rows[name]) for name, labels in batch.labels.items())
@@ -179,6 +190,7 @@ class StepGraphs:
         if frozen != self.frozen:
             self.frozen = frozen
             self.graphs.clear()
+            self.capture.forget()
             self.gradients.clear()
 
     def _first_pass(self, graph: StepGraph, work: Work) -> Pass:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import batches
@@ -128,6 +129,17 @@ def clip_and_step(
     return check, arrival
 
 
+def update_average(average: AveragedModel, model: nn.Module) -> None:
+    """Do what `average.update_parameters(model)` does, without its copy of a number to the GPU, for
+    which the host would wait. The model has no buffers."""
+    if average.n_averaged == 0:
+        average.update_parameters(model)
+        return
+    averaged, own = ([p.detach() for p in m.parameters()] for m in (average.module, model))
+    cast(Any, average.multi_avg_fn)(averaged, own, None)  # which does not use the number
+    average.n_averaged += 1
+
+
 class Training:
     """Everything that a run changes while it trains.
 
@@ -143,10 +155,10 @@ class Training:
         options, train = self.options, self.data["train"]
         freeze_and_unfreeze(self.model, options, epoch=0)
         # The moving average of the weights. If there is one, it is evaluated and kept.
-        self.average: torch.optim.swa_utils.AveragedModel | None = None
+        self.average: AveragedModel | None = None
         if options.ema:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)
-            self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+            self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(self.model, options)
         device = next(self.model.parameters()).device
         is_float16 = half_dtype(device, options.precision) == torch.float16
@@ -257,7 +269,7 @@ class Training:
         if (problem := step.problem) is None:
             self.consecutive_skips = 0
             if self.average:
-                self.average.update_parameters(self.model)
+                update_average(self.average, self.model)
             self.answers.extend(step.answers)
             values = step.losses | {"gradients/norm": step.check[1]}
             n_tokens = sum(len(batch.input_ids) for batch in window)

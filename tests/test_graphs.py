@@ -29,6 +29,9 @@ class Replays:
     def __init__(self, model):
         self.model, self.captured, self.replayed = model, 0, 0
 
+    def forget(self):
+        pass
+
     def warm_up(self, work):
         return work()
 
@@ -71,7 +74,9 @@ def trainee(flags, by_offsets, pipeline_directory):
 
     def make(*more, rows=33, dropout=False):
         tags = ["--spacy_model", str(pipeline_directory)] if "--additional_input" in more else []
-        options = parse_options([*flags, *tags, *more])
+        # In bfloat16, one rounding that differs is more than what is compared here.
+        precision = [] if "--precision" in more else ["--precision", "float32"]
+        options = parse_options([*flags, *tags, *precision, *more])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = mc.load_all(options).data["train"]
         model = mc.load_all(options).model
@@ -168,8 +173,20 @@ def test_what_is_in_the_padding_does_not_count(trainee, monkeypatch):
         model, _, options, windows = trainee()
         results.append(steps(model, windows, options, graphs_of(model)))
     assert len(results[0][2]) == len(windows)
-    pairs = zip(*map(tree_leaves, results), strict=True)
-    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    # On a GPU, sums of index_add have no fixed order.
+    bounds = dict(rtol=1e-4, atol=1e-5) if torch.cuda.is_available() else dict(rtol=0, atol=0)
+    for one, other in zip(*map(tree_leaves, results), strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, **bounds)
+        else:
+            assert one == other
+
+
+def test_replayed_steps_in_bfloat16_are_near_the_plain_way(trainee):
+    model, twin, options, windows = trainee("--precision", "bfloat16")
+    ours = steps(model, windows, options, graphs_of(model))
+    theirs = steps(twin, windows, options, None)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-2, atol=1e-3)
 
 
 def test_dropout_differs_from_replay_to_replay(trainee):

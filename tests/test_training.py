@@ -620,3 +620,22 @@ def test_deterministic_algorithms_are_asked_for(flags, monkeypatch, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert results == [False, True] and scores[0] == scores[1]
+
+
+def test_the_average_of_the_weights_is_pytorchs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    averages = [
+        torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
+        for _ in range(2)
+    ]
+    for _ in range(4):
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        training.update_average(averages[0], model)
+        averages[1].update_parameters(model)
+    ours, theirs = (average.state_dict() for average in averages)
+    assert ours.keys() == theirs.keys() and int(ours["n_averaged"]) == 4
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
