@@ -200,7 +200,9 @@ def report(trial: Trial, training: Training) -> None:
     run keeps its best model."""
     select = training.options.select
     dev = evaluation.mean_score(training.scores, select)
-    measured = {name: training.train_scores[name] for name in training.scores}
+    # A task can have no dev file.
+    known = training.scores
+    measured = {name: own for name, own in training.train_scores.items() if name in known}
     train = evaluation.mean_score(measured, select)
     objective = dev
     if training.options.hpo_objective == "dev_minus_gap":

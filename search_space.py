@@ -77,11 +77,12 @@ def propose(trial: Any, name: str, row: Mapping[str, Any], default: Any) -> Any:
     """Let an Optuna trial propose a value. Raises UserError for a row that cannot be."""
     (kind,) = set(row) & set(KINDS)
     try:
-        values = [default * value for value in row[kind]] if row.get("of_default") else row[kind]
+        values = row[kind]
+        if row.get("of_default"):
+            values = [default * value for value in values]
+            values = [*map(round, values)] if kind == "int" else values
         if kind == "choice":
             return trial.suggest_categorical(name, values)
-        if kind == "int" and row.get("of_default"):
-            values = [round(value) for value in values]
         low, high = values
         if kind == "int":
             return trial.suggest_int(name, low, high)
@@ -151,9 +152,7 @@ def with_space(options: argparse.Namespace, given: Collection[str]) -> argparse.
     return space.options
 
 
-def read_space(
-    path: Path, options: argparse.Namespace, given: Collection[str] = ()
-) -> dict[str, Any]:
+def read_space(path: Path, options: argparse.Namespace, given: Collection[str]) -> dict[str, Any]:
     """Read a file: flag -> its row, without the flags that are given. Raises UserError for flags and
     keys that cannot be."""
     try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import batches
@@ -157,7 +157,7 @@ class Training:
         # The moving average of the weights. If there is one, it is evaluated and kept.
         self.average: AveragedModel | None = None
         if options.ema:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)
+            average = get_ema_multi_avg_fn(options.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(self.model, options)
         device = next(self.model.parameters()).device
