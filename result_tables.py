@@ -351,6 +351,24 @@ def format_paragraph(*sentences: str) -> str:
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
+def format_comparisons(compared: list[Comparison]) -> str:
+    """Return the answer of a setting, what is clearly better or worse, and then all differences."""
+    if not compared:
+        return ""
+    clear = [(row, found.value) for row, _, found, _ in compared if found.is_clear]
+    rows = {
+        "Clearly better": [row for row, value in clear if value > 0],
+        "Clearly worse": [row for row, value in clear if value < 0],
+    }
+    answers = [f"{answer}: {', '.join(of)}." for answer, of in rows.items() if of]
+    above: dict[str, list[str]] = {}
+    for row, name, found, text in compared:
+        bold = "**" if found.is_clear else ""
+        above.setdefault(name, []).append(f"{row} {bold}{text}{bold}")
+    sentences = [f"Compared with {name}: {', '.join(texts)}." for name, texts in above.items()]
+    return format_paragraph(*(answers or ["No difference is clear."]), *sentences)
+
+
 def format_caption(summaries: dict[str, Summary], column: str) -> str:
     """Return what most rows have in a column, then the rows that have something else."""
     texts = {label: summary.cells[column] or "none" for label, summary in summaries.items()}
@@ -397,12 +415,9 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
     formatted = [format_table(rows, table) for table in tables]
     below = [*remarks, *(format_caption(summaries, column) for column in CAPTIONS)]
     below += [f"{mark}: {text}." for mark, text in MARKS.items() if mark in "".join(formatted)]
-    above: dict[str, list[str]] = {}
-    for row, name, found, text in compared:
-        bold = "**" if found.is_clear else ""
-        above.setdefault(name, []).append(f"{row} {bold}{text}{bold}")
-    sentences = [f"Compared with {name}: {', '.join(texts)}." for name, texts in above.items()]
-    parts = [f"### {', '.join(filter(None, group[0].setting))}", format_paragraph(*sentences)]
+    if not all(found.has_interval for _, _, found, _ in compared):
+        below.append("No interval: only one seed in common, so chance can explain the difference.")
+    parts = [f"### {', '.join(filter(None, group[0].setting))}", format_comparisons(compared)]
     text = "\n\n".join(filter(None, [*parts, *formatted, format_paragraph(*below)]))
     return text, compared
 

@@ -255,6 +255,26 @@ def test_a_block_begins_with_the_differences_that_are_clear():
     assert all(text.endswith("compared with [baseline], 4 × 10,000") for text in clear)
 
 
+def test_a_setting_begins_with_its_answer_and_ends_with_what_it_cannot_tell():
+    write_gains()
+    tables("main")
+    text = " ".join(PAGE.read_text().partition("\n### ")[2].split())
+    answer = text.partition("Compared with")[0]
+    assert answer.endswith(" Clearly better: [far]. Clearly worse: [lower]. ")
+    below = text[text.rindex("|") :]
+    assert "(no interval)" in text and "chance can explain the difference" in below
+
+
+def test_a_setting_without_a_clear_difference_says_so():
+    write_family(tried="baseline")
+    write_results(*(result(name, 1, (0.5,) * 3) for name in ("baseline", "tried")))
+    tables("main")
+    assert "\n\nNo difference is clear. Compared with [baseline]:" in PAGE.read_text()
+    write_results(result("tried", 2, (0.6,) * 3), result("baseline", 2, (0.4,) * 3))
+    tables("main")
+    assert "(no interval)" not in PAGE.read_text() and "chance" not in PAGE.read_text()
+
+
 def test_kept_predictions_give_the_interval_of_compare(capsys):
     """Scores in the table alone say that the recipes are equal: other rows decide."""
     write_compared(2)
