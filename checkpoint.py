@@ -27,11 +27,18 @@ from base_bert import BertConfig
 from bert import BertModel, EncoderWithHeads
 from datasets import TaskDataset
 from flags import DEFAULT_SPACY_MODEL, build_parser
-from options import changed_options, deciding, find_data, named_files, parse_options
+from options import (
+    changed_options,
+    deciding,
+    find_data,
+    given_flags,
+    named_files,
+    parse_options,
+)
 from processes import by_first, n_processes, rank
 from streams import complain, file_to_replace
 from tagging import Pipeline, Tagger
-from tasks import SPLITS, Task, plain_rows, tasks_of_rows
+from tasks import SPLITS, TASKS, Task, plain_rows, tasks_of_rows
 from tokenizer import BertTokenizer
 from utils import (
     UserError,
@@ -275,11 +282,11 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Namespace:
     """Return the options of an evaluation: tasks and data are those of the checkpoints, unless `argv` has
     others. Of a task that several know, the first decides. Raises UserError if one of several shares no
-    task with the others, or none knows a task."""
+    task with the others, if none knows a task, or if a flag is for another model."""
     paths = [path for pattern in patterns for path in find_files(pattern)]
+    trained = {path: read_checkpoint(path)["options"] for path in paths}
     defaults: dict[str, Any] = {"tasks": {}}
-    for path in paths:
-        saved = read_checkpoint(path)["options"]
+    for path, saved in trained.items():
         tasks: dict[str, Task] = defaults["tasks"]
         if tasks and not set(tasks) & set(saved["tasks"]):
             raise UserError(f"{path}: shares no task with {paths[0]}, so they are not averaged")
@@ -298,7 +305,20 @@ def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Na
     if untrained := [name for name in options.tasks if name not in defaults["tasks"]]:
         known = ", ".join(defaults["tasks"])
         raise UserError(f"{paths[0]}: was not trained on {', '.join(untrained)}, only on {known}")
+    given = given_flags(argv, TASKS | defaults["tasks"])
+    for path, saved in trained.items():
+        check_as_trained(given, saved, path)
     return changed_options(options, evaluate=paths)
+
+
+def check_as_trained(given: Mapping[str, Any], trained: Mapping[str, Any], path: str) -> None:
+    """Raise UserError for a flag on the command line with which the model would be another one than
+    that of the checkpoint."""
+    for flag, value in given.items():
+        of_model = flag in ("moe", "additional_input") or flag.endswith(("_encoding", "_loss"))
+        if of_model and (own := trained.get(flag, value)) != value:
+            how = f"with --{flag} {own}" if own else f"without --{flag}"
+            raise UserError(f"{path}: was trained {how}; leave --{flag} out")
 
 
 def find_files(pattern: str) -> list[str]:

@@ -1037,6 +1037,31 @@ def test_an_evaluation_takes_tasks_and_data_from_the_checkpoint(
     assert found.para_dev == (para_dev and para_dev.split())
 
 
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        ("--sts_encoding bi", "with --sts_encoding cross; leave --sts_encoding out"),
+        ("--sst_loss ordinal", "with --sst_loss cross_entropy; leave --sst_loss out"),
+        ("--moe hard", "without --moe; leave --moe out"),
+        ("--additional_input", "without --additional_input; leave --additional_input out"),
+        ("--sts_encoding cross --sst_loss cross_entropy --lr 1", None),
+    ],
+)
+def test_an_evaluation_refuses_flags_of_another_model(
+    model, tiny_directory, tmp_path, flags, problem
+):
+    trained, path = options("--sts_encoding", "cross"), tmp_path / "model.pt"
+    tokenizer = BertTokenizer.from_pretrained(tiny_directory)
+    write_checkpoint(path, checkpoint_content(model, tokenizer, trained, 3, {}))
+    argv = ["--evaluate", str(path), *flags.split()]
+    if problem is None:
+        assert options_to_evaluate(argv, [str(path)]).evaluate == [str(path)]
+        return
+    with pytest.raises(UserError) as caught:
+        options_to_evaluate(argv, [str(path)])
+    assert str(caught.value) == f"{path}: was trained {problem}"
+
+
 def test_checkpoint_of_no_use_is_one_clear_line(checkpoint, tmp_path, capsys):
     content = torch.load(checkpoint, weights_only=True)
     whole = checkpoint.read_bytes()
