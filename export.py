@@ -79,17 +79,22 @@ python multitask_classifier.py --evaluate {checkpoint} --data_dir {data_dir}{smo
 
 ## Limits
 
-- It was trained on English only. Text is cut after {max_length} word pieces.
+- {language} Text is cut after {max_length} word pieces.
 - The epoch was chosen by its scores on the same dev files, so they are a little too high.
 - Scores on other text than that of the dev files, and bias, have not been measured.{about}
 
 ## Licence
 
-Apache 2.0, for weights and code. The training data have their own terms.
+{licence} The training data have their own terms.
 """
+# The models whose licence we know, by their names on the Hub.
+APACHE = ["sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased"]
 ABOUT_REAL_DATA = """ In the
   real data, sentiment is about film reviews, paraphrase about questions, and similarity about captions,
   headlines and forum posts."""
+UNKNOWN_LANGUAGE = "It knows the languages of its encoder and of its training data only."
+UNKNOWN_LICENCE = """\
+The code is under Apache 2.0. The weights come from an encoder that has terms of its own."""
 SCORED_BY_COSINE = """\
 The {title} that was scored below is the cosine of two vectors, on the scale of its labels ({scale})."""
 NOT_BY_COSINE = """\
@@ -250,9 +255,10 @@ def model_card(
     titles = [task.title for task in model.tasks.values()]
     tasks = ", ".join([*titles[:-2], " and ".join(titles[-2:])])
     base = None if options.get("init_from") else hub_id(options["bert_model"])
+    is_english, is_apache = set(model.tasks) <= set(TASKS), base in APACHE
     front = ModelCardData(
-        language="en",
-        license="apache-2.0",
+        language="en" if is_english else None,
+        license="apache-2.0" if is_apache else None,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "bert", *titles],
@@ -265,7 +271,9 @@ def model_card(
         origin=f", from `{base}`" if base else "",
         heads="`heads.*`, `joint_heads.*`" if model.joint_heads else "`heads.*`",
         similarity="\n".join(map(about_cosine, by_cosine)) or UNTRAINED,
-        about=ABOUT_REAL_DATA if set(model.tasks) <= set(TASKS) else "",
+        language="It was trained on English only." if is_english else UNKNOWN_LANGUAGE,
+        about=ABOUT_REAL_DATA if is_english else "",
+        licence="Apache 2.0, for weights and code." if is_apache else UNKNOWN_LICENCE,
         scores="\n".join(score_rows(checkpoint)),
         epoch=checkpoint["epoch"],
         smoketest=" --smoketest  # 32 rows of each file" if options["smoketest"] else "",
@@ -288,6 +296,6 @@ def score_rows(checkpoint: Mapping[str, Any]) -> Iterator[str]:
 def hub_id(bert_model: str) -> str | None:
     """Return the Hub's name of the model that training started from; None for one in a folder."""
     if bert_model == MINILM:
-        return "sentence-transformers/all-MiniLM-L6-v2"
+        return APACHE[0]
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", bert_model) and not Path(bert_model).exists()
     return bert_model if is_id else None

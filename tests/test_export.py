@@ -307,7 +307,7 @@ def test_an_export_is_the_whole_model(exported, make_checkpoint, kind):
 @pytest.mark.parametrize("kind", ["plain", "cross", "both", "only sts"])
 def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
     card = ModelCard.load(exported(kind) / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "sentence-transformers"
+    assert card.data.library_name == "sentence-transformers"
     assert ("| accuracy | 0.4321 |" in card.content) == (kind != "only sts")
     assert "| pearson | 0.8765 |" in card.content
     assert ("is not the similarity for which" in card.content) == (kind in ("cross", "both"))
@@ -320,6 +320,22 @@ def test_the_card_says_what_it_is(exported, make_checkpoint, kind):
             text = path.read_text(encoding="utf-8")
             assert "{" not in text or path.suffix != ".md"
             assert str(ROOT) not in text and str(exported(kind).parent) not in text
+
+
+@pytest.mark.parametrize("encoder, licence", [("minilm", "apache-2.0"), ("some/other", None)])
+def test_the_card_claims_no_licence_that_it_does_not_know(make_checkpoint, encoder, licence):
+    model, _, content = mc.load_checkpoint(make_checkpoint("plain"))
+    content["options"]["bert_model"] = encoder
+    card = ModelCard(export.model_card(model, content, "m.pt", 128))
+    assert card.data.license == licence and card.data.language == "en"
+    assert ("for weights and code" in card.content) == bool(licence)
+
+
+def test_the_card_of_own_tasks_claims_no_language(make_checkpoint):
+    model, _, content = mc.load_checkpoint(make_checkpoint("plain"))
+    model.tasks["nli"] = model.tasks.pop("sst")
+    card = ModelCard(export.model_card(model, content, "m.pt", 128))
+    assert card.data.language is None and "English" not in card.content
 
 
 def test_the_card_names_the_model_that_training_started_from():
