@@ -109,9 +109,11 @@ def score(task: Task, labels: np.ndarray, predictions: np.ndarray) -> dict[str, 
 
 def mean_score(scores: Mapping[str, Mapping[str, float]], select: str | None = None) -> float:
     """Return the score that selects the model: the mean over tasks of their first metrics; with `select`
-    (a task), that of this task."""
+    (a task), that of this task. nan if there is none."""
     first = {name: next(iter(metrics.values())) for name, metrics in scores.items()}
-    return first[select] if select else sum(first.values()) / len(first)
+    if select:
+        return first.get(select, math.nan)
+    return sum(first.values()) / len(first) if first else math.nan
 
 
 @dataclasses.dataclass

@@ -348,6 +348,36 @@ def test_a_recipe_goes_on_from_the_model_of_another(folder, flags, monkeypatch, 
     assert "half of 3 epochs go to 'baseline'" in capsys.readouterr().err
 
 
+def test_a_first_stage_that_fails_stops_its_second_only(folder, flags, monkeypatch, capsys):
+    monkeypatch.setitem(BUDGETS, "full", Budget(2, 64))
+    write_recipes(bad=TOO_LONG, **{"then-bad": RECIPE | {"after": "bad"}})
+    started = []
+
+    def train_all(runs, _):
+        names = [run.identity["recipe"] for run in runs]
+        started.append(names)
+        return [run.name for run, name in zip(runs, names, strict=True) if name == "bad"]
+
+    monkeypatch.setattr(ex, "train_all", train_all)
+    assert ex.main(["run", "then-bad", "baseline", "--seeds", "1", *flags]) == 1
+    assert started == [["bad"], ["baseline"]]
+    error = capsys.readouterr().err
+    assert "failed: bad-1x64-seed11711-" in error and ", then-bad-2x64-seed11711-" in error
+
+
+def test_a_smoketest_is_averaged_too(folder, flags):
+    """Its dev scores are of 32 rows."""
+    own = ["baseline", *flags, "--sts", "--smoketest", "--epochs", "1"]
+    assert ex.main(["run", *own, "--seeds", "2"]) == ex.main(["average", *own]) == 0
+    *_, row = rows_of(RESULTS)
+    (kept,) = Path("results/predictions").glob("baseline-averaged-*.npz")
+    with np.load(kept) as arrays:
+        labels, predictions = arrays["sts_pearson"]
+    assert row["recipe"] == "baseline-averaged" and len(labels) == 32
+    expected = np.corrcoef(labels, predictions)[0, 1]
+    assert float(row["sts_pearson"]) == pytest.approx(expected, abs=1e-5)
+
+
 def test_two_writers_lose_nothing(folder):
     def write(recipe):
         for seed in range(12):

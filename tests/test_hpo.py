@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import multitask_classifier as mc
+from options import changed_options
 from search_space import search_options
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -130,6 +132,77 @@ def test_the_folder_of_a_search_has_its_flags(hpo, own_tasks, tmp_path, capsys):
     for argv in (["list"], ["plot", "--help"]):
         assert hpo.main(argv) == 1
         assert f"give one folder: python hpo.py {argv[0]} models/SEARCH" in capsys.readouterr().err
+
+
+@pytest.fixture
+def searched(hpo, flags, tmp_path):
+    """(options, folder) of a search that has run nothing yet."""
+    options = search_options([*flags, "--epochs", "4"])
+    directory = hpo.new_search(options)
+    (directory / "trials").mkdir()
+    return options, directory
+
+
+def write_trial(hpo, directory, number, objectives):
+    """A trial that is over, with an objective for each epoch."""
+    epochs = [
+        {"epoch": epoch, "dev": value, "train": value, "gap": 0.0, "objective": value}
+        | {"seconds": 1.0, "scores": {"dev": {"sst": {"accuracy": value}}}}
+        for epoch, value in enumerate(objectives, 1)
+    ]
+    path = directory / "trials" / f"{number}.json"
+    flags = {"lr": 1e-4 * (number + 1)}
+    hpo.Trial(path, flags, 1, 2 * number, 2 * number + 1, epochs=epochs).save()
+
+
+@pytest.mark.parametrize(
+    "select, train, expected",
+    [
+        (None, {"sst": 0.9, "no_dev": 1.0}, 0.4 - 0.5),  # a task without dev counts on neither side
+        ("sst", {"sst": 0.7}, 0.4 - 0.3),
+        (None, {"sst": 0.2}, 0.4),  # to underfit gains nothing
+        ("sst", {}, -1.0),  # no row of it was drawn in this epoch
+        (None, {}, -1.0),
+    ],
+)
+def test_the_gap_is_of_tasks_with_dev(
+    hpo, searched, select, train, expected, monkeypatch, tmp_path
+):
+    told = []
+    monkeypatch.setattr(hpo.tune, "report", told.append)
+    options = changed_options(searched[0], hpo_objective="dev_minus_gap", select=select)
+    training = SimpleNamespace(options=options, epoch=1, scores={"sst": {"accuracy": 0.4}})
+    training.train_scores = {name: {"accuracy": value} for name, value in train.items()}
+    trial = hpo.Trial(tmp_path / "0.json", {}, 1)
+    hpo.report(trial, training)
+    assert told[0]["objective"] == pytest.approx(expected)
+    assert hpo.Trial.read(trial.path).epochs[0]["objective"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("score, decision", [(0.45, "STOP"), (0.55, "CONTINUE")])
+def test_a_continued_search_halves_by_the_best_so_far(hpo, searched, score, decision):
+    """What a trial reported after four epochs was its best epoch's objective, not that of the last."""
+    options, directory = searched
+    options = changed_options(options, epochs=5)
+    write_trial(hpo, directory, 0, [0.5, 0.4, 0.4, 0.3])
+    scheduler, new = hpo.halving(options, directory), SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, new)
+    result = {"epoch": 4, "objective": score, "training_iteration": 4}
+    assert scheduler.on_trial_result(None, new, result) == decision
+
+
+def test_flags_of_the_winner_are_kept_when_its_pictures_fail(hpo, searched, monkeypatch):
+    options, directory = searched
+    for number, objective in enumerate((0.3, 0.5)):
+        write_trial(hpo, directory, number, [objective])
+
+    def fail(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hpo, "plot", fail)
+    with pytest.raises(OSError):
+        hpo.finish(options, directory, directory / "logs")
+    assert json.loads((directory / "best_config.json").read_text())["lr"] == 2e-4
 
 
 SEARCH_WITHOUT_FILES = f"""

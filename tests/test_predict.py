@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from conftest import ROOT
 import multitask_classifier as mc
 import predict
 from tasks import TASKS
+from utils import UserError
 
 
 @pytest.fixture
@@ -233,6 +235,16 @@ def test_a_csv_of_no_use_is_one_line(make_checkpoint, tmp_path, capsys, content,
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: ") and message in error and error.count("\n") == 1
     assert output.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_tasks_without_quotes_read_a_table_together(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('sentence1\tsentence2\n"a\tb\nc\td\n')
+    tasks = [dataclasses.replace(TASKS[name], quoting=False) for name in ("para", "sts")]
+    rows = [query.sentences for chunk in predict.read_table_queries(path, tasks) for query in chunk]
+    assert rows == [('"a', "b"), ("c", "d")]
+    with pytest.raises(UserError, match="is a quote missing"):  # which one is right for both?
+        list(predict.read_table_queries(path, [tasks[0], TASKS["sts"]]))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows"])
