@@ -246,7 +246,8 @@ def find_search(options: argparse.Namespace) -> Path | None:
             directory = file.parent.absolute()
             finished = (directory / "best_config.json").exists()
             if not finished and comparable(read_search(directory).options) == wanted:
-                return directory
+                with lock_files([directory / "search.json"], STILL_RUNNING):
+                    return directory
     print(f"--hpo_resume auto: {options.models_dir} has no such search; this is a new one")
     return None
 

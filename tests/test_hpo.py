@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import multitask_classifier as mc
 from options import changed_options
 from search_space import search_options
+from utils import lock_files
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -203,6 +204,14 @@ def test_flags_of_the_winner_are_kept_when_its_pictures_fail(hpo, searched, monk
     with pytest.raises(OSError):
         hpo.finish(options, directory, directory / "logs")
     assert json.loads((directory / "best_config.json").read_text())["lr"] == 2e-4
+
+
+def test_a_search_that_is_still_running_is_not_continued(hpo, searched, capsys):
+    options = changed_options(searched[0], hpo_resume="auto")
+    assert hpo.find_search(options) == searched[1]
+    with lock_files([searched[1] / "search.json"], hpo.STILL_RUNNING):
+        assert hpo.find_search(options) is None
+    assert "has no such search; this is a new one" in capsys.readouterr().out
 
 
 SEARCH_WITHOUT_FILES = f"""
