@@ -66,16 +66,16 @@ def read_examples(
     for (place, cells), number in zip(rows, numbers or itertools.count(1), strict=False):
         try:
             row = check_cells(cells, header)
-            examples.append(_to_example(row, columns, task, split, number))
-        except _Unscored as problem:
-            examples.append(problem.example)
-            unscored.append((place, str(problem)))
-        except ValueError as problem:
-            unusable.append((place, str(problem)))
+            example, problem = _to_example(row, columns, task, split, number)
+        except ValueError as error:
+            unusable.append((place, str(error)))
             continue
-        if (id := examples[-1].id) in ids:
+        examples.append(example)
+        if problem:
+            unscored.append((place, problem))
+        if example.id in ids:
             repeated.append((place, "an earlier row has the same id"))
-        ids.add(id)
+        ids.add(example.id)
     if not any(split == "test" or not math.isnan(example.label) for example in examples):
         what = "row to predict" if split == "test" else "row with a label"
         reasons = "; ".join(f"{place}: {reason}" for place, reason in (unusable + unscored)[:2])
@@ -88,32 +88,25 @@ def read_examples(
     return examples
 
 
-class _Unscored(ValueError):
-    """A dev row whose label cannot be used."""
-
-    def __init__(self, example: Example, reason: str):
-        super().__init__(reason)
-        self.example = example
-
-
 def _to_example(
     cells: list[str], columns: dict[str, int], task: Task, split: str, number: int
-) -> Example:
+) -> tuple[Example, str]:
+    """Read a row. Return also why it cannot be scored, or "". Raises ValueError if it is unusable."""
     id = cells[columns[task.id]].strip() if task.id else str(number)
     sentences = tuple(cells[columns[name]] for name in task.sentences)
     if not id:
         raise ValueError("no id")
     if split == "test":
-        return Example(sentences, math.nan, id)
+        return Example(sentences, math.nan, id), ""
     try:
         label = task.parse_label(cells[columns[task.label]])
     except ValueError as problem:
         if split == "train":
             raise
-        raise _Unscored(Example(sentences, math.nan, id), str(problem)) from None
+        return Example(sentences, math.nan, id), str(problem)
     if split == "train" and not all(sentence.strip() for sentence in sentences):
         raise ValueError("empty sentence")
-    return Example(sentences, label, id)
+    return Example(sentences, label, id), ""
 
 
 def _describe(kind: str, problems: list[tuple[str, str]]) -> str:
@@ -242,7 +235,7 @@ class TaskDataset:
         split: "train", "dev" or "test".
         max_length: sequences are cut after this many tokens, special tokens included.
         cache_dir: folder that keeps the ids for the next run; None: they are not kept.
-        limit: keep at most this many examples.
+        limit: keep at most this many examples, in train and dev only labelled ones.
         tagger: gives the word pieces their tags; None: they have none.
         both_orders: the columns have each pair twice, the second time (after all others) with its
             sentences exchanged.
@@ -330,8 +323,7 @@ def digest_files(paths: Sequence[str | Path]) -> str:
     for path in paths:
         try:
             with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
@@ -415,21 +407,21 @@ def _write_token_cache(path: Path, pieces: np.ndarray, lengths: np.ndarray) -> N
 
 
 def checked_max_length(
-    options: argparse.Namespace, source: str, config: BertConfig, tokenizer: BertTokenizer
+    max_length: int | None, source: str, config: BertConfig, tokenizer: BertTokenizer
 ) -> int:
     """Return the length at which sequences are cut for the encoder from `source`. Raises UserError if
-    encoder, tokenizer and --max_length do not fit together."""
+    encoder, tokenizer and `max_length`, that of the flag, do not fit together."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} word pieces, "
             f"the encoder only {config.vocab_size}; they do not belong together"
         )
-    if options.max_length and options.max_length > config.max_position_embeddings:
+    if max_length and max_length > config.max_position_embeddings:
         raise UserError(
-            f"--max_length {options.max_length} is more than this encoder's "
+            f"--max_length {max_length} is more than this encoder's "
             f"{config.max_position_embeddings} positions"
         )
-    return options.max_length or config.max_position_embeddings
+    return max_length or config.max_position_embeddings
 
 
 def load_data(
@@ -486,9 +478,7 @@ def git_blob_id(path: Path) -> str:
     """Return the id that git gives the content of a file: SHA-1 of "blob <size>\\0" and the content."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def download(data_dir: str | Path, url: str = DATA_URL, blobs: dict[str, str] = GIT_BLOBS) -> None:

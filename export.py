@@ -1,6 +1,5 @@
 """Export a checkpoint as a folder that other libraries open."""
 
-import argparse
 import contextlib
 import json
 import logging
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import save
 
 from datasets import checked_max_length
-from moe import MixtureOfExperts
 from multitask_classifier import MultitaskBERT, load_checkpoint
 from pretrained import MINILM
 from tasks import TASKS, Task
@@ -129,14 +127,14 @@ def export(checkpoint_path: str, directory: str, format: str = "pytorch") -> Non
     """
     with new_folder(Path(directory)) as folder:
         model, tokenizer, content = load_checkpoint(checkpoint_path)
-        bert, tags = model.bert, content.get("tags")
-        if isinstance(bert, MixtureOfExperts) or tags:
-            raise UserError(
-                f"{checkpoint_path}: was trained with --{'additional_input' if tags else 'moe'}, which "
-                "transformers' BERT does not have, so it cannot be exported"
-            )
-        asked = argparse.Namespace(max_length=content["options"]["max_length"])
-        max_length = checked_max_length(asked, checkpoint_path, bert.config, tokenizer)
+        for flag in ("additional_input", "moe"):
+            if content["options"].get(flag):
+                raise UserError(
+                    f"{checkpoint_path}: was trained with --{flag}, which transformers' BERT does not "
+                    "have, so it cannot be exported"
+                )
+        asked = content["options"]["max_length"]
+        max_length = checked_max_length(asked, checkpoint_path, model.bert.config, tokenizer)
         tokenizer.max_length = max_length
         tokenizer.save_pretrained(str(folder))
         write_model(model, folder, max_length)

@@ -149,7 +149,9 @@ class Shared(NamedTuple):
 def load_shared(options: argparse.Namespace, directory: Path) -> Shared:
     start, tokenizer, tagger = load_start(options)
     encoder = start.bert if isinstance(start, MultitaskBERT) else start
-    max_length = checked_max_length(options, options.bert_model, encoder.config, tokenizer)
+    max_length = checked_max_length(
+        options.max_length, options.bert_model, encoder.config, tokenizer
+    )
     data = load_data(options, tokenizer, max_length, ("train", "dev"), tagger)
     for rows in (rows for of_split in data.values() for rows in of_split.values()):
         rows.forget_texts()

@@ -19,7 +19,6 @@ from attention import Sequences
 from base_bert import BertConfig
 from batches import Batch
 from bert import BertModel, EncoderWithHeads, Tokens
-from utils import without_weights
 
 N_EXPERTS = 3
 GATINGS = ("soft", "hard")
@@ -35,22 +34,17 @@ class MixtureOfExperts(nn.Module):
     weights: Tensor  # [B, E] of the experts, for the sequences of the last pass
     choice: Tensor  # [B] the expert with the largest weight
 
-    def __init__(self, config: BertConfig, gating: str):
-        super().__init__()
-        self.config, self.gating = config, gating
-        self.experts = nn.ModuleList(BertModel(config) for _ in range(N_EXPERTS))
-        self.gate = BertModel(config)
-        self.route = nn.Linear(config.hidden_size, N_EXPERTS)
-
-    @classmethod
-    def of(cls, bert: BertModel, gating: str) -> "MixtureOfExperts":
+    def __init__(self, bert: BertModel, gating: str):
         """Start all experts and the gate as `bert`; only the layer that weighs them is new."""
-        with without_weights():
-            mixture = cls(bert.config, gating)
-        mixture.experts = nn.ModuleList(copy.deepcopy(bert) for _ in range(N_EXPERTS))
-        mixture.gate = bert
-        mixture.route = nn.Linear(bert.config.hidden_size, N_EXPERTS)
-        return mixture
+        super().__init__()
+        self.gating = gating
+        self.experts = nn.ModuleList(copy.deepcopy(bert) for _ in range(N_EXPERTS))
+        self.gate = bert
+        self.route = nn.Linear(bert.config.hidden_size, N_EXPERTS)
+
+    @property
+    def config(self) -> BertConfig:
+        return self.gate.config
 
     @property
     def stacks(self) -> list[BertModel]:
@@ -116,17 +110,16 @@ class MixtureOfExperts(nn.Module):
         return N_EXPERTS * (shares * self.weights.mean(0)).sum()
 
 
-def new_encoder(config: BertConfig, gating: str | None) -> BertModel | MixtureOfExperts:
-    """Make an encoder without trained weights; with a gating, a mixture of experts."""
-    return MixtureOfExperts(config, gating) if gating else BertModel(config)
+def with_experts(bert: BertModel, gating: str | None) -> BertModel | MixtureOfExperts:
+    """Return the encoder of `--moe`: a mixture of experts that start as `bert`, or `bert` itself."""
+    return MixtureOfExperts(bert, gating) if gating else bert
 
 
 def take(tokens: Tokens, place: Tensor, lengths: list[int]) -> Tokens:
     """Take the tokens at `place` [n], which form sequences of these lengths."""
     sequences = Sequences.of(lengths, place.device, tokens.sequences.second_derivative)
-    taken: dict[str, Any] = tokens._asdict() | {"sequences": None}
-    taken = {name: None if part is None else part[..., place] for name, part in taken.items()}
-    return Tokens(**taken | {"sequences": sequences})
+    rest = (t if t is None else t[..., place] for t in (tokens.token_type_ids, tokens.tags))
+    return Tokens(tokens.input_ids[place], tokens.position_ids[place], sequences, *rest)
 
 
 def per_token(values: Tensor, sequences: Sequences) -> Tensor:

@@ -38,7 +38,7 @@ from curvature import LossScale, add_gradients, prepare_estimate
 from datasets import TaskDataset, checked_max_length, load_data
 from graphs import Pass, StepGraphs
 from heads import AttentionLayer, SequenceHead, new_head
-from moe import MixtureOfExperts, add_routing, expert_tags, new_encoder
+from moe import MixtureOfExperts, add_routing, expert_tags, with_experts
 from optimizer import freeze_and_unfreeze
 from options import changed_options
 from processes import (
@@ -393,7 +393,7 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> LoadedCh
     try:
         config = BertConfig(**content["bert_config"])
         with without_weights():
-            encoder = new_encoder(config, content["options"].get("moe"))
+            encoder = with_experts(BertModel(config), content["options"].get("moe"))
             learned = content["options"].get("loss_weights") == "learned"
             model = MultitaskBERT(encoder, content["options"]["tasks"], learned)
         model.load_state_dict(content["model"], assign=True)
@@ -417,7 +417,7 @@ def load_all(
         start, tokenizer, tagger = load_start(options)
         seed_everything(options.seed)  # an encoder without a pooler has drawn one
         model, source = new_model(start, options), options.bert_model
-    max_length = checked_max_length(options, source, model.bert.config, tokenizer)
+    max_length = checked_max_length(options.max_length, source, model.bert.config, tokenizer)
     data = load_data(options, tokenizer, max_length, SPLITS, tagger)
     return Parts(model, tokenizer, tagger, data, options)
 
@@ -428,8 +428,8 @@ def new_model(start: BertModel | MultitaskBERT, options: argparse.Namespace) -> 
         set_dropout(start, options.hidden_dropout_prob)
     if isinstance(start, MultitaskBERT):
         return with_heads_of(start, options)
-    encoder = MixtureOfExperts.of(start, options.moe) if options.moe else start
-    return MultitaskBERT(encoder, options.tasks, options.loss_weights == "learned")
+    learned = options.loss_weights == "learned"
+    return MultitaskBERT(with_experts(start, options.moe), options.tasks, learned)
 
 
 def load_start(
@@ -516,7 +516,7 @@ def load_trained(path: str, options: argparse.Namespace) -> Trained:
             trained.get("precision", "auto") if options.precision == "auto" else options.precision
         ),
     )
-    length = checked_max_length(options, path, model.bert.config, tokenizer)
+    length = checked_max_length(options.max_length, path, model.bert.config, tokenizer)
     return Trained(model, tokenizer, tagger, content, changed_options(options, max_length=length))
 
 

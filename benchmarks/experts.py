@@ -25,7 +25,7 @@ from measuring import (
 from throughput import Inputs, mc
 
 from batches import Batch
-from moe import N_EXPERTS, MixtureOfExperts
+from moe import N_EXPERTS, with_experts
 from optimizer import build_optimizer
 from options import parse_options
 
@@ -39,7 +39,7 @@ class Contender:
         gating, bert = KINDS[kind], copy.deepcopy(inputs.bert)
         self.options = parse_options(flags + (["--moe", gating] if gating else []))
         torch.manual_seed(1)  # the same gate in all
-        self.model = mc.MultitaskBERT(MixtureOfExperts.of(bert, gating) if gating else bert)
+        self.model = mc.MultitaskBERT(with_experts(bert, gating))
         if gating:
             self.shares = even_out(self.model, inputs.windows[0][0])
         with contextlib.redirect_stdout(io.StringIO()):

@@ -7,7 +7,7 @@ from test_resume import OFTEN, Killed, assert_same, nth_call, outcome
 
 import multitask_classifier as mc
 from batches import EpochSampler, training_windows
-from bert import BertModel
+from bert import BertModel, set_dropout
 from moe import GATINGS, N_EXPERTS, MixtureOfExperts
 from optimizer import build_optimizer, freeze_and_unfreeze
 from options import changed_options, parse_options
@@ -25,7 +25,10 @@ def mixture(tiny_config):
 
     def make(gating):
         torch.manual_seed(7)
-        return MixtureOfExperts(tiny_config, gating).eval()
+        mixture = MixtureOfExperts(BertModel(tiny_config), gating).eval()
+        for expert in mixture.experts:
+            expert.init_weights()
+        return mixture
 
     return make
 
@@ -50,7 +53,7 @@ def spread(mixture, batch):
 
 @pytest.mark.parametrize("gating", GATINGS)
 def test_identical_experts_are_one_encoder(bert, gating, padded_batch):
-    mixture = MixtureOfExperts.of(bert, gating).eval()
+    mixture = MixtureOfExperts(bert, gating).eval()
     expected, found = bert(*padded_batch), mixture(*padded_batch)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
@@ -67,6 +70,13 @@ def test_a_gate_forced_to_one_expert_is_that_expert(mixture, gating, number, pad
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
     other = mixture.experts[number - 1](*padded_batch)
     assert not torch.allclose(found["pooler_output"], other["pooler_output"], atol=1e-2)
+
+
+def test_the_dropout_of_a_mixture_is_that_of_its_parts(mixture):
+    """A checkpoint stores the mixture's config."""
+    mixture = mixture("soft")
+    set_dropout(mixture, 0.45)
+    assert mixture.config.hidden_dropout_prob == 0.45
 
 
 def test_soft_gating_is_the_weighted_sum(mixture, padded_batch):
