@@ -238,7 +238,7 @@ class LanguageModelGenerator(Generator):
                 self._train_step(batch, optimizer)
                 schedule.step()
             perplexity = self.perplexity(dev) if dev else math.nan
-            print(f"epoch {epoch}: perplexity on dev {perplexity:.1f}")
+            print(f"epoch {epoch}" + (f": perplexity on dev {perplexity:.1f}" if dev else ""))
             # Without a dev set it is nan, which is never worse.
             if not perplexity >= best:
                 best, weights = perplexity, copy.deepcopy(self.model.state_dict())
@@ -395,7 +395,6 @@ class OpenAIGenerator(Generator):
 
     PER_REQUEST = 10  # sentences that one request asks for, at most
     EXAMPLES = 8  # sentences of the training set that one request shows
-    ATTEMPTS = 3  # requests in a round, until an answer has the right form
     RETRIES = 6  # of a request that fails; the library waits longer from one to the next
     FUNCTION: Any = {
         "name": "write",
@@ -438,13 +437,12 @@ class OpenAIGenerator(Generator):
             f"These sentences from film reviews are of {SST.classes[label]} sentiment:\n{shown}\n"
             f"Write {n} new ones of the same sentiment and style, on different things."
         )
-        for _ in range(self.ATTEMPTS):
-            try:
-                sentences = json.loads(self._request(text))["sentences"]
-                if isinstance(sentences, list) and all(isinstance(s, str) for s in sentences):
-                    return [Sentence(label, sentence) for sentence in sentences[:n]]
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                continue  # not what was asked for
+        try:
+            sentences = json.loads(self._request(text))["sentences"]
+            if isinstance(sentences, list) and all(isinstance(s, str) for s in sentences):
+                return [Sentence(label, sentence) for sentence in sentences[:n]]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            pass  # not what was asked for: a round without a sentence
         return []
 
     def _request(self, text: str) -> str:

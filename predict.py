@@ -21,7 +21,6 @@ import functools
 import itertools
 import json
 import select
-import stat
 import sys
 import time
 import warnings
@@ -146,7 +145,7 @@ def read_queries(descriptor: int, name: str) -> Iterator[list[Query]]:
 def holds_objects(path: str, header: list[str]) -> bool:
     """Return whether a file with this header is Parquet or JSON lines: no lines of text."""
     with open(path, "rb") as file:
-        start = file.read(len(codecs.BOM_UTF8) + 4).removeprefix(codecs.BOM_UTF8)
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8)
     return bool(header) and start.lstrip().startswith((b"PAR1", b"{"))
 
 
@@ -168,16 +167,9 @@ def read_table_queries(path: str, tasks: list[Task]) -> Iterator[list[Query]] | 
     columns = find_columns(path, header, list(layout))
     ids = [task.id for task in tasks if task.sentences == layout and task.id in header]
     id = ids[0] if ids else ""
-
-    def chunks() -> Iterator[list[Query]]:
-        for size in chunk_sizes():
-            chunk = itertools.islice(rows, size)
-            queries = [parse_row(*row, header, columns, id) for row in chunk]
-            if not queries:
-                break
-            yield queries
-
-    return chunks()
+    queries = (parse_row(*row, header, columns, id) for row in rows)
+    chunks = (list(itertools.islice(queries, size)) for size in chunk_sizes())
+    return itertools.takewhile(bool, chunks)
 
 
 # -------------------------------------------------------------------------------------- answering
@@ -348,7 +340,7 @@ def predict(args: argparse.Namespace) -> None:
         if from_stdin and not args.output and file.isatty() and sys.stdout.isatty():
             converse(predictor, to_json_line if args.json else lambda _, a: to_text(tasks, a))
             return
-        is_file = not from_stdin and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        is_file = not from_stdin and os.path.isfile(name)
         table = read_table_queries(name, tasks) if is_file else None
         chunks = table or read_queries(file.fileno(), name)
         to_line = to_json_line if args.json else functools.partial(to_text_line, tasks)

@@ -28,8 +28,8 @@ LONGEST = 100_000  # bytes of a text: more than any encoder has positions for
 Texts = list[tuple[str, ...]]  # sentences and pairs
 Entries = dict[str, Any]  # name -> value; {"error": reason} where there is no answer
 Progress = Callable[[int], object]  # is told how many more texts have been answered
-# What a tokenizer made of texts, by the tokenizer: word pieces and lengths.
-Pieces = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
+# What a tokenizer and a tagger made of texts: word pieces and lengths.
+Pieces = dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class Predictor:
         precision: "float32", "bfloat16", "float16" or "auto", that of training.
         both_orders: read each pair in both orders also where training did not.
         spacy_model: the pipeline of models with tags, if it has moved since.
-        cache_dir: where tags are kept for the next time.
+        cache_dir: where tags are kept for the next time; None: they are not kept.
 
     Raises:
         UserError: a checkpoint cannot be used, or none was trained on one of the tasks.
@@ -121,8 +121,7 @@ class Predictor:
         """Return why no task takes so many sentences; None if one does."""
         if self.tasks_for(len(sentences)):
             return None
-        numbers = {1: "one sentence", 2: "two sentences"}
-        what = numbers.get(len(sentences), f"{len(sentences)} sentences")
+        what = "one sentence" if len(sentences) == 1 else "two sentences"
         return f"{what}, where only {self.titles} can be answered"
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[Answer]:
@@ -165,9 +164,8 @@ class Predictor:
         """
         answers: list[Entries] = [{} for _ in texts]
         for n_sentences in (1, 2):
-            rows = [row for row, text in enumerate(texts) if len(text) == n_sentences]
-            names = self.tasks_for(n_sentences)
-            if rows and names:
+            if rows := [row for row, text in enumerate(texts) if len(text) == n_sentences]:
+                names = self.tasks_for(n_sentences)
                 found = self._answer(names, [texts[row] for row in rows], progress)
                 for row, answer in zip(rows, found, strict=True):
                     answers[row] = answer
@@ -203,13 +201,14 @@ class Member:
         self.device, self.tasks = device, options.tasks
         self.max_length, self.batch_size = options.max_length, options.batch_size
         self.precision, self.both_orders = options.precision, options.both_orders
-        self.tokenizes_like = self.tokenizer.to_json(), self.max_length
+        pipeline = self.tagger.pipeline if self.tagger else None
+        self.tokenizes_like = self.tokenizer.to_json(), self.max_length, pipeline
 
     def rows(self, names: list[str], texts: Texts, pieces: Pieces) -> TextRows:
         """Make each column that one of the tasks needs once: sentences one by one, then both as one
         sequence. `pieces` keeps what members with equal tokenizers share."""
         sentences = [text for column in zip(*texts, strict=True) for text in column]
-        if self.tagger or self.tokenizes_like not in pieces:
+        if self.tokenizes_like not in pieces:
             pieces[self.tokenizes_like] = tokenize_cached(
                 sentences, self.tokenizer, self.max_length, None, "", self.tagger
             )

@@ -8,7 +8,6 @@ The CSV is one for `multitask_classifier.py --sst_train`.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -23,12 +22,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from datasets import Example, read_examples
+from datasets import Example, digest_files, read_examples
 from flags import PRECISIONS
 from generators import GENERATORS, LABELS, SST, Generator, LimitReached, Sentence
-from multitask_classifier import load_checkpoint
+from predictor import Predictor
 from streams import Parser
 from tasks import SPLITS
 from utils import (
@@ -189,29 +186,18 @@ def to_one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def load_classifier(args: argparse.Namespace, device: torch.device) -> Classifier | None:
+def load_classifier(args: argparse.Namespace) -> Classifier | None:
     """Load the model of `--filter_with`. Return a function that tells, for each sentence, whether it
     gives the label a probability of at least `--min_confidence`; None without this flag."""
-    path = args.filter_with
-    if not path:
+    if not args.filter_with:
         return None
-    model, tokenizer, content = load_checkpoint(path)
-    if content["tags"] is not None:
-        raise UserError(f"{path}: was trained with tags; filter with a model without")
-    if "sst" not in content["options"]["tasks"]:
-        raise UserError(f"{path}: was not trained on sentiment; filter with a model that was")
-    limit = content["options"]["max_length"] or model.bert.config.max_position_embeddings
-    model.to(device).eval()
+    predictor = Predictor(args.filter_with, tasks="sst", use_gpu=args.use_gpu, precision="float32")
 
-    @torch.no_grad()
     def agrees(sentences: list[Sentence]) -> list[bool]:
-        texts = [sentence.text for sentence in sentences]
-        batch = tokenizer(texts, True, truncation=True, max_length=limit, return_tensors="pt")
-        ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-        labels = torch.tensor([sentence.label for sentence in sentences])
-        probabilities = model.predict_sentiment(ids, mask).float().softmax(-1).cpu()  # [B, 5]
-        of_labels = probabilities.gather(1, labels[:, None]).squeeze(1)
-        return (of_labels >= args.min_confidence).tolist()
+        answers = predictor.answers([(sentence.text,) for sentence in sentences])
+        shares = [answer[f"{SST.title}_probabilities"] for answer in answers]
+        pairs = zip(shares, sentences, strict=True)
+        return [share[sentence.label] >= args.min_confidence for share, sentence in pairs]
 
     return agrees
 
@@ -262,7 +248,7 @@ def generate(args: argparse.Namespace) -> None:
         folder = output.with_name(f"{output.name}.part")
         draft = Draft(folder, draft_settings(args))
         generator = GENERATORS[args.generator](args, device)
-        classifier = load_classifier(args, device)
+        classifier = load_classifier(args)
         dev = [example for example in real["dev"] if not math.isnan(example.label)]
         generator.fit(real["train"], dev, folder)
         draft.write_settings()
@@ -295,8 +281,7 @@ def draft_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: value for name, value in vars(args).items() if name not in others}
     for name in ("sst_train", "sst_dev", "sst_test", "filter_with"):
         if settings[name]:
-            with open(settings[name], "rb") as file:
-                settings[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            settings[name] = digest_files([settings[name]])
     return settings
 
 

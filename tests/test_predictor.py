@@ -134,6 +134,16 @@ def test_several_models_answer_with_the_mean(checkpoints, kinds):
     assert np.std(spread, axis=0).min() > 1e-3  # else equal answers would mean nothing
 
 
+@pytest.mark.parametrize("kinds", [("tags", "plain"), ("plain", "tags")], ids=", ".join)
+def test_a_model_with_tags_and_one_without_answer_together(checkpoints, kinds):
+    paths, texts = checkpoints(*kinds), [(sentence,) for sentence in SENTENCES]
+    alone = [Predictor(path).answers(texts) for path in paths]
+    for answer, *singles in zip(Predictor(paths).answers(texts), *alone, strict=True):
+        shares = [single["sentiment_probabilities"] for single in singles]
+        assert not np.allclose(*shares, atol=1e-3)
+        assert answer["sentiment_probabilities"] == close_to(np.mean(shares, axis=0))
+
+
 def test_one_model_three_times_is_that_model(checkpoints):
     (path,) = checkpoints("both")
     one, three = (Predictor([path] * n).answers([(s,) for s in SENTENCES] + PAIRS) for n in (1, 3))

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 # From top to bottom: a file imports only files that come after it.
 ORDER = """
-    predict predictor export modeling_multitask report synthetic generators experiments comparison
+    predict export modeling_multitask report synthetic predictor generators experiments comparison
     result_tables hpo search_space search_results multitask_classifier heads training checkpoint run_log options flags
     evaluation significance moe curvature balancing graphs batches optimizer datasets tables bert base_bert attention
     kernels tokenizer tagging profiler tasks pretrained utils processes streams
