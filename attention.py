@@ -213,7 +213,5 @@ ATTENTION = {"cpu": cpu_attention, "cuda": cuda_attention}
 
 def attend(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
     """Compute attention in the way that suits the device: qkv [N, 3, H, K] to the context [N, H, K]."""
-    attention = plain_attention
-    if not sequences.second_derivative:
-        attention = ATTENTION.get(qkv.device.type, plain_attention)
-    return attention(qkv, sequences, dropout)
+    kind = "" if sequences.second_derivative else qkv.device.type
+    return ATTENTION.get(kind, plain_attention)(qkv, sequences, dropout)

@@ -55,13 +55,12 @@ class GradientSurgery:
         options: argparse.Namespace,
     ):
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        is_shared = [name.startswith(("bert.", "attention_layer.")) for name, _ in trained]
-        pairs = list(zip(trained, is_shared, strict=True))
-        self.shared = [parameter for (_, parameter), shared in pairs if shared]
-        self.own = [parameter for (_, parameter), shared in pairs if not shared]
+        shared = "bert.", "attention_layer."
+        self.shared = [parameter for name, parameter in trained if name.startswith(shared)]
+        self.own = [parameter for name, parameter in trained if not name.startswith(shared)]
+        self.sizes = [parameter.numel() for parameter in self.shared]
         self.places = {name: place for place, name in enumerate(options.tasks)}
-        size = sum(parameter.numel() for parameter in self.shared)
-        self.gradients = self.shared[0].new_zeros(len(self.places), size)  # [T, P]
+        self.gradients = self.shared[0].new_zeros(len(self.places), sum(self.sizes))  # [T, P]
         # Steps taken: the same in all processes, and after --resume.
         n_steps = int(optimizer.state.get(self.own[0], {}).get("step", 0))
         self.generator = seeded_generator(torch.device("cpu"), options.seed, n_steps)
@@ -72,11 +71,10 @@ class GradientSurgery:
             both = torch.autograd.grad(
                 term, self.shared + self.own, retain_graph=True, allow_unused=True
             )
-            offset, row = 0, self.gradients[self.places[name]]
-            for parameter, gradient in zip(self.shared, both, strict=False):
+            parts = self.gradients[self.places[name]].split(self.sizes)
+            for part, gradient in zip(parts, both, strict=False):
                 if gradient is not None:
-                    row[offset : offset + parameter.numel()] += gradient.flatten()
-                offset += parameter.numel()
+                    part += gradient.flatten()
             for parameter, gradient in zip(self.own, both[len(self.shared) :], strict=True):
                 if gradient is not None:
                     old = parameter.grad
@@ -89,7 +87,7 @@ class GradientSurgery:
         orders = [torch.randperm(len(self.places), generator=self.generator) for _ in self.places]
         factors = projected_sum(products, [order.tolist() for order in orders])
         total = torch.from_numpy(factors).to(self.gradients) @ self.gradients  # [P]
-        parts = total.split([parameter.numel() for parameter in self.shared])
+        parts = total.split(self.sizes)
         for parameter, part in zip(self.shared, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 

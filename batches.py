@@ -6,7 +6,7 @@ import heapq
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,9 +48,8 @@ class Batch:
     token_type_ids: Tensor | None  # [N] 1 in the second sentence of a sequence, else 0
     lengths: list[int]  # [B]; on the host, so that reading them never waits for a GPU
     places: Tensor  # [B]
-    columns: dict[
-        str, list[slice]
-    ]  # task -> its sentence columns, in the order that `places` gives
+    # task -> its sentence columns, in the order that `places` gives
+    columns: dict[str, list[slice]]
     labels: dict[str, Tensor]  # task -> [n_rows]
     rows: dict[str, np.ndarray]  # task -> [n_rows] row numbers in the task's dataset
     step_rows: dict[str, int]  # task -> rows of the optimizer step, in all batches and processes
@@ -66,15 +65,9 @@ class Batch:
                 tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
-        return dataclasses.replace(
-            self,
-            input_ids=move(self.input_ids),
-            tags=None if self.tags is None else move(self.tags),
-            position_ids=move(self.position_ids),
-            token_type_ids=None if self.token_type_ids is None else move(self.token_type_ids),
-            places=move(self.places),
-            labels={name: move(labels) for name, labels in self.labels.items()},
-        )
+        moved: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        moved["labels"] = {name: move(labels) for name, labels in self.labels.items()}
+        return dataclasses.replace(self, **moved)
 
     def tokens(self, second_derivative: bool = False) -> Tokens:
         """Return what the encoder reads. With `second_derivative` the pass is slower, and its result
@@ -82,8 +75,7 @@ class Batch:
         sequences = self.sequences or Sequences.of(
             self.lengths, self.input_ids.device, second_derivative
         )
-        ids = self.input_ids, self.position_ids
-        return Tokens(*ids, sequences, self.token_type_ids, self.tags)
+        return Tokens(self.input_ids, self.position_ids, sequences, self.token_type_ids, self.tags)
 
 
 def collate(

@@ -8,6 +8,7 @@ Axes:  N tokens of all sequences    B sequences    S tokens of one sequence
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -135,16 +136,12 @@ def gelu_curvature(factor: Tensor, states: Tensor) -> Tensor:
     return result.view(factor.shape)
 
 
-def gelu_tanh(states: Tensor) -> Tensor:
-    return F.gelu(states, approximate="tanh")
-
-
 # By the names that `hidden_act` has in a config.json. Some differ only in their rounding.
+TANH = "gelu_new gelu_fast gelu_accurate gelu_pytorch_tanh gelu_python_tanh".split()
 PLAIN = ("silu", "hardswish", "mish", "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
 ACTIVATION_FUNCTIONS = {name: getattr(F, name) for name in PLAIN} | {
     **dict.fromkeys(["gelu", "gelu_python"], Gelu.apply),
-    **dict.fromkeys(["gelu_new", "gelu_fast", "gelu_accurate"], gelu_tanh),
-    **dict.fromkeys(["gelu_pytorch_tanh", "gelu_python_tanh"], gelu_tanh),
+    **dict.fromkeys(TANH, functools.partial(F.gelu, approximate="tanh")),
     "gelu_10": lambda x: Gelu.apply(x).clamp(-10, 10),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "swish": F.silu,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from balancing import GradientSurgery
 from batches import Batch, step_noise
 from bert import EncoderWithHeads
-from optimizer import Sophia, SophiaG, SophiaH
+from optimizer import SophiaG, SophiaH
 from processes import sum_gradients
 from utils import autocast, seeded_generator
 
@@ -23,15 +23,13 @@ def prepare_estimate(
 ) -> bool:
     """Prepare Sophia's estimate of the Hessian if the coming step uses a new one. Return whether the
     gradients of the step need a graph."""
-    if not isinstance(optimizer, Sophia) or not optimizer.refreshes:
-        return False
     # SophiaH makes its estimate in `step`, from the graph of the gradients.
-    if isinstance(optimizer, SophiaH):
+    if isinstance(optimizer, SophiaH) and optimizer.refreshes:
         device = next(model.parameters()).device
         optimizer.generator = seeded_generator(device, options.seed, optimizer.n_steps)
         return True
     # SophiaG needs a backward pass of its own.
-    if isinstance(optimizer, SophiaG):
+    if isinstance(optimizer, SophiaG) and optimizer.refreshes:
         gauss_newton_gradients(model, window, options, optimizer.n_steps)
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from optimizer import (
     PLATEAU_FACTOR,
     PLATEAU_PATIENCE,
     SCHEDULES,
+    WEIGHT_DECAY,
     OwnFlag,
 )
 from streams import Parser, write_required
@@ -191,9 +192,8 @@ def add_update_flags(flag: FlagAdder) -> None:
     flag.decides(
         "--weight_decay",
         type=non_negative_float,
-        help="decoupled; biases and LayerNorm have none; default: "
-        + ", ".join(f"{row.weight_decay:g} for {name}" for name, row in OPTIMIZERS.items())
-        + "; with Sophia it is multiplied by rho",
+        help=f"decoupled; biases and LayerNorm have none; default: {WEIGHT_DECAY:g}, with Sophia times "
+        "rho",
     )
     flag.decides(
         "--clip",

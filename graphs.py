@@ -107,6 +107,7 @@ class StepGraph:
         self.trained: list[nn.Parameter] = []  # the weights that get gradients
         self.replay: Callable[[], Any] | None = None
         self.result: Pass
+        self.read(like)
 
     def read(self, batch: Batch) -> None:
         """Copy a batch. Its padding keeps what was there: ids of some tokens."""
@@ -151,23 +152,20 @@ class StepGraphs:
         self._forget_if_refrozen()
         longest = max(SHORT, 2 ** (max(batch.lengths) - 1).bit_length())
         key = self._key(batch, longest)
-        graph, is_new = self.graphs.get(key), key not in self.graphs
+        graph = self.graphs.get(key)
         if graph is None:
             graph = StepGraph(batch, longest)
             if len(self.graphs) < MOST_GRAPHS:
                 self.graphs[key] = graph
-        graph.read(batch)
-        if is_new:
             return self._first_pass(graph, work)
-        if graph.replay is None:
-            self._set_gradients(graph)
-            if problem := self._capture(graph, work):
-                self.works = False
-                self.graphs.clear()
-                complain(f"warning: steps are launched, not replayed: {problem}")
-                return work(batch)
-        assert graph.replay
+        graph.read(batch)
         self._set_gradients(graph)
+        if graph.replay is None and (problem := self._capture(graph, work)):
+            self.works = False
+            self.graphs.clear()
+            complain(f"warning: steps are launched, not replayed: {problem}")
+            return work(batch)
+        assert graph.replay
         graph.replay()
         return tree_map(torch.clone, graph.result)  # the next replay writes there again
 

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 
-from heads import SequenceHead, new_head
+from heads import AttentionLayer, SequenceHead, new_head
 
 
-class AttentionLayer(nn.Module):
-    """A learned weighted sum of each sequence's token vectors: softmax(v tanh(W h)) over tokens."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.W = nn.Linear(hidden_size, hidden_size)
-        self.v = nn.Linear(hidden_size, 1, bias=False)
+class PaddedPooling(AttentionLayer):
+    """Attention pooling of padded hidden states."""
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Pool padded hidden states: [B, S, D] and a mask [B, S] to [B, D]."""
@@ -34,7 +29,7 @@ class MultitaskBERT(BertPreTrainedModel):
         size, rows = config.hidden_size, config.multitask["tasks"]
         self.tasks = {name: SimpleNamespace(**row) for name, row in rows.items()}
         self.bert = BertModel(config)
-        self.attention_layer = AttentionLayer(size)
+        self.attention_layer = PaddedPooling(size)
         self.heads, self.joint_heads = nn.ModuleDict(), nn.ModuleDict()
         for name, task in self.tasks.items():
             if task.encoding != "cross":

@@ -1,7 +1,6 @@
 """Optimizers from scratch, and what they train: which weights, at which rate, on which schedule."""
 
 import argparse
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -56,11 +55,11 @@ class AdamW(torch.optim.Optimizer):
         loss = loss_of(closure)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            settings = {name: group[name] for name in ("lr", "eps", "weight_decay")}
             if params and params[0].device.type in FUSED_DEVICES:
                 columns = map(list, zip(*map(self._tensors, params), strict=True))
                 params, grads, averages, squares, steps = columns
                 torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+                settings = {name: group[name] for name in ("lr", "eps", "weight_decay")}
                 settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
                 settings |= dict(amsgrad=False, maximize=False)
                 settings |= dict(grad_scale=grad_scale, found_inf=found_inf)
@@ -71,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
                     if grad_scale is not None and grad_scale != 1:
                         grad.div_(grad_scale)
                     for blocks in cache_sized_blocks([(param, grad, *moments)]):
-                        adamw_update(*blocks, step=int(step), betas=group["betas"], **settings)
+                        adamw_update(blocks, int(step), group)
         return loss
 
     def _tensors(self, param) -> tuple[Tensor, ...]:
@@ -87,29 +86,19 @@ class AdamW(torch.optim.Optimizer):
         return param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
 
 
-def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Take one AdamW step on lists of tensors, in place."""
-    beta1, beta2 = betas
+def adamw_update(blocks: list[list[Tensor]], step: int, group: dict[str, Any]) -> None:
+    """Take one AdamW step on lists of parameters, gradients and both moments, in place."""
+    params, grads, exp_avgs, exp_avg_sqs = blocks
+    lr, (beta1, beta2) = group["lr"], group["betas"]
     correction1 = 1 - beta1**step
     correction2 = (1 - beta2**step) ** 0.5
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     # m / c1 / (sqrt(v) / c2 + eps) = c2 / c1 * m / (sqrt(v) + eps * c2) saves one pass.
     denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(denominators, eps * correction2)
+    torch._foreach_add_(denominators, group["eps"] * correction2)
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr * correction2 / correction1)
 
 
@@ -162,15 +151,20 @@ class Sophia(torch.optim.Optimizer):
         loss = loss_of(closure)
         self._before_update()
         for group in self.param_groups:
-            names = ("lr", "betas", "rho", "weight_decay", "eps")
-            settings = {name: group[name] for name in names}
+            lr, rho = group["lr"], group["rho"]
             tensors: list[tuple[Tensor, ...]] = [
                 (param, param.grad, *self._averages(param, param.grad))
                 for param in group["params"]
                 if param.grad is not None
             ]
-            for blocks in cache_sized_blocks(tensors):
-                sophia_update(*blocks, **settings)
+            for params, grads, exp_avgs, hessians in cache_sized_blocks(tensors):
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_lerp_(exp_avgs, grads, 1 - group["betas"][0])
+                limited = torch._foreach_clamp_min(hessians, group["eps"])
+                updates = torch._foreach_div(exp_avgs, limited)
+                torch._foreach_clamp_min_(updates, -rho)
+                torch._foreach_clamp_max_(updates, rho)
+                torch._foreach_add_(params, updates, alpha=-lr)
             group["step"] += 1
         return loss
 
@@ -226,8 +220,6 @@ class SophiaH(Sophia):
         weight_decay: a step shrinks a parameter by `lr * weight_decay` of itself.
         eps: smallest value that the average of the gradient is divided by.
         hess_interval: steps from one estimate to the next; the first step makes one.
-        all_reduce: sums a list of tensors over all processes, in place. For data-parallel training,
-            where `.grad` has the values of the whole batch but the graph of this process's share.
 
     `generator` draws the noise u (None: PyTorch's own). It must have the same state in all processes.
 
@@ -247,10 +239,8 @@ class SophiaH(Sophia):
         weight_decay=0.0,
         eps=1e-12,
         hess_interval=10,
-        all_reduce: Callable[[list[Tensor]], None] | None = None,
     ):
         super().__init__(params, lr, betas, rho, weight_decay, eps, hess_interval)
-        self.all_reduce = all_reduce
         self.generator: torch.Generator | None = None
 
     def _before_update(self) -> None:
@@ -275,7 +265,7 @@ class SophiaH(Sophia):
             if param.grad is not None and param.grad.requires_grad
         ]
         # One of several processes may have no row in a step; then it has no graph.
-        if not pairs and (self.all_reduce is None or n_processes() == 1):
+        if not pairs and n_processes() == 1:
             raise RuntimeError(
                 f"step {self.n_steps + 1} estimates the Hessian, which needs gradients with a "
                 "graph: call loss.backward(create_graph=True) before it"
@@ -285,8 +275,8 @@ class SophiaH(Sophia):
         products = torch.autograd.grad(
             gradients, params, vectors, allow_unused=True, materialize_grads=True
         )
-        if self.all_reduce:
-            self.all_reduce(list(products))
+        # `.grad` has the values of the whole batch, but the graph of this process's share.
+        sum_over_processes(list(products))
         rows = zip(params, noise, products, strict=True)
         return {param: u * product for param, u, product in rows}
 
@@ -311,7 +301,7 @@ class SophiaG(Sophia):
     Several tasks at once: sum each task's mean loss times the square root of its number of rows
     (and of its weight); the cross terms between tasks vanish too; then call `update_hessian(1)`.
 
-    Args: like SophiaH, without `all_reduce`.
+    Args: like SophiaH.
     """
 
     def __init__(
@@ -342,27 +332,6 @@ class SophiaG(Sophia):
     def _before_update(self) -> None:
         self._average_in(self.estimates)
         self.estimates = {}
-
-
-def sophia_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    rho: float,
-    weight_decay: float,
-    eps: float,
-) -> None:
-    """Take one Sophia step on lists of tensors, in place."""
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
-    updates = torch._foreach_div(exp_avgs, torch._foreach_clamp_min(hessians, eps))
-    torch._foreach_clamp_min_(updates, -rho)
-    torch._foreach_clamp_max_(updates, rho)
-    torch._foreach_add_(params, updates, alpha=-lr)
 
 
 def loss_of(closure) -> Tensor | None:
@@ -414,6 +383,9 @@ class OwnFlag(NamedTuple):
     metavar: str | None = None
 
 
+WEIGHT_DECAY = 0.05  # default of --weight_decay; with Sophia times rho, the largest step over lr
+
+
 class OptimizerRow(NamedTuple):
     """A value of `--optimizer`."""
 
@@ -424,9 +396,6 @@ class OptimizerRow(NamedTuple):
     why_betas: str
     help: str
     flags: dict[str, OwnFlag] = {}
-    weight_decay: float = (
-        0.05  # default of --weight_decay; of the largest step, for Sophia rho * lr
-    )
 
 
 SOPHIA_FLAGS = {
@@ -447,7 +416,7 @@ OPTIMIZERS = {
         help="Adam with decoupled weight decay",
     ),
     "sophiah": OptimizerRow(
-        functools.partial(SophiaH, all_reduce=sum_over_processes),
+        SophiaH,
         lr=4e-4,
         pretrain_lr=4e-4,
         betas=(0.985, 0.99),

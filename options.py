@@ -20,7 +20,7 @@ from flags import (
     OptionParser,
     build_parser,
 )
-from optimizer import OPTIMIZERS, STEP_SCHEDULES
+from optimizer import OPTIMIZERS, STEP_SCHEDULES, WEIGHT_DECAY
 from tasks import SPLITS, TASKS, Task, read_task_file
 from utils import UserError, one_line
 
@@ -159,7 +159,7 @@ def fill_defaults(options: argparse.Namespace, tasks: Sequence[Task]) -> argpars
             setattr(filled, name, own.default)
     filled.betas = tuple(filled.betas or row.betas)
     if filled.weight_decay is None:
-        filled.weight_decay = row.weight_decay * (filled.rho or 1)
+        filled.weight_decay = WEIGHT_DECAY * (filled.rho or 1)
     if filled.moe and filled.moe_balance is None:
         filled.moe_balance = DEFAULT_MOE_BALANCE
     # A checkpoint knows its own pipeline.

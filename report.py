@@ -71,11 +71,9 @@ class Result:
         if not outputs.isfinite().all():
             raise UserError(f"{dataset.paths[0]}: the model's answers are not finite numbers")
         task, rows = dataset.task, np.flatnonzero(~np.isnan(dataset.labels))
-        predictions = task.decode(outputs).double().numpy()
-        scores = evaluation.score(task, dataset.labels, predictions)
+        whole = Evaluation.of(dataset, outputs)
         probabilities = outputs[rows].double().softmax(dim=-1).numpy() if task.classes else None
-        whole = Evaluation(dataset, predictions, scores)
-        return cls(whole, rows, dataset.labels[rows], predictions[rows], probabilities)
+        return cls(whole, rows, dataset.labels[rows], whole.predictions[rows], probabilities)
 
     @property
     def dataset(self) -> TaskDataset:
@@ -283,7 +281,6 @@ class Piece(NamedTuple):
 
     text: str
     weight: float  # in its sequence's vector
-    shade: float  # weight, divided by the largest weight of the sequence
 
 
 class WeighedRow(NamedTuple):
@@ -316,10 +313,8 @@ def weigh_examples(
     for column, places in zip(dataset.columns, batch.columns[name], strict=True):
         for example, row, tensor in zip(examples, rows, weights[places], strict=True):
             pieces = tokenizer.pieces_of(column.row(row)[0])
-            values = tensor.float().cpu().numpy()
-            shades = values / values.max()
-            triples = zip(pieces, values.tolist(), shades.tolist(), strict=True)
-            example.sequences.append([Piece(*triple) for triple in triples])
+            pairs = zip(pieces, tensor.float().tolist(), strict=True)
+            example.sequences.append([Piece(*pair) for pair in pairs])
     return examples
 
 

@@ -21,13 +21,35 @@ from utils import UserError, did_you_mean, one_line
 
 SPLITS = ("train", "dev", "test")
 PAIR_ENCODINGS = ("bi", "cross", "both")
-CLASS_LOSSES = ("cross_entropy", "one_vs_all", "ordinal")
 # The metrics of tasks with classes, and of tasks whose label is a number; see evaluation.METRICS.
 CLASS_METRICS = ("accuracy", "macro_f1", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
 MOST_CLASSES = 10_000
 # Of other losses and scores, and of other entries of an answer.
 RESERVED_NAMES = "sum mean balance error cut probabilities line row id".split()
+
+
+def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of "is it this class?", summed over the classes, averaged over the rows."""
+    truth = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    by_class = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # [B, C]
+    return by_class.sum(dim=1).mean()
+
+
+def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of "is the class above this border?" with the softmax's probabilities,
+    summed over the borders between neighbouring classes, averaged over the rows."""
+    log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
+    below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
+    above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
+    # Made on the device, so that a CUDA graph has no copy from the host.
+    is_above = labels[:, None] >= torch.arange(1, logits.shape[1], device=labels.device)
+    return -torch.where(is_above, above, below).sum(dim=1).mean()
+
+
+# They add a term to the cross-entropy.
+ADDED_LOSSES = {"one_vs_all": one_vs_all, "ordinal": ordinal}
+CLASS_LOSSES = ("cross_entropy", *ADDED_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,28 +407,6 @@ def tasks_of_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
 
 
 # ---------------------------------------------------------------------------------- loss of a step
-
-
-def one_vs_all(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of "is it this class?", summed over the classes, averaged over the rows."""
-    truth = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    by_class = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # [B, C]
-    return by_class.sum(dim=1).mean()
-
-
-def ordinal(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of "is the class above this border?" with the softmax's probabilities,
-    summed over the borders between neighbouring classes, averaged over the rows."""
-    log_probs, borders = logits.log_softmax(dim=1), range(1, logits.shape[1])
-    below = torch.stack([log_probs[:, :k].logsumexp(dim=1) for k in borders], dim=1)  # [B, C - 1]
-    above = torch.stack([log_probs[:, k:].logsumexp(dim=1) for k in borders], dim=1)
-    # Made on the device, so that a CUDA graph has no copy from the host.
-    is_above = labels[:, None] >= torch.arange(1, logits.shape[1], device=labels.device)
-    return -torch.where(is_above, above, below).sum(dim=1).mean()
-
-
-# Those of CLASS_LOSSES that add a term to the cross-entropy.
-ADDED_LOSSES = {"one_vs_all": one_vs_all, "ordinal": ordinal}
 
 
 def head_loss(task: Task, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
