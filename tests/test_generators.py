@@ -346,6 +346,14 @@ def test_limits_of_requests_and_cost(ask, tmp_path):
     assert code == 0 and len(endpoint.bodies) == 2  # of 6 cents each
 
 
+def test_an_answer_of_no_use_is_paid_for_too(ask, tmp_path):
+    limit = "--max_requests", "2"
+    code, _, endpoint = ask(lambda n: "good" if n == 1 else "malformed", *limit)
+    assert code == 0 and len(endpoint.bodies) == 2
+    assert json.loads((tmp_path / "new.report.json").read_text())["requests"] == 2
+    assert len(ask(lambda n: "good", *limit)[2].bodies) == 0  # the run that goes on has none left
+
+
 def test_no_key_is_one_clear_line(train_csv, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     flags = ["--generator", "openai", "--output", str(tmp_path / "o.csv"), "--sst_train", train_csv]
