@@ -11,7 +11,6 @@ import functools
 import glob
 import os
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,10 +85,8 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically, in the first process. Raises UserError if it cannot be written;
-    then the previous file is still there."""
-    if rank():
-        return
+    """Write a checkpoint atomically. Raises UserError if it cannot be written; then the previous file is
+    still there."""
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
@@ -113,9 +110,10 @@ class Writer:
             return
         if not self.pool:
             self._write(path, content, failed)
-            return self.wait()
-        if len(self.coming) > 1 or all(future.done() for future in self.coming):
             self.wait()
+            return
+        if (len(self.coming) > 1 or all(future.done() for future in self.coming)) and self.wait():
+            return  # the content was made before this failure was known
         self.coming.append(self.pool.submit(self._write, path, host_copy(content), failed))
 
     def _write(self, path: Path, content: Any, failed: Callable[[UserError], Any]) -> None:
@@ -125,14 +123,15 @@ class Writer:
         except UserError as error:
             self.failure = functools.partial(failed, error)
 
-    def wait(self) -> None:
-        """Wait until all is written."""
+    def wait(self) -> bool:
+        """Wait until all is written. Return whether a write has failed."""
         for future in self.coming:
             future.result()
         self.coming.clear()
         failure, self.failure = self.failure, None
         if failure:
             failure()
+        return failure is not None
 
 
 def host_copy(content: Any) -> Any:
@@ -265,10 +264,9 @@ def check_pairs(config: BertConfig, source: str, tasks: Mapping[str, Task]) -> N
 # -------------------------------------------------------------------------- options of a checkpoint
 
 
-def options_of(argv: list[str] | None) -> argparse.Namespace:
+def options_of(argv: list[str]) -> argparse.Namespace:
     """Parse the flags. Those that are left open are as in the checkpoint that `--resume` or `--evaluate`
     names."""
-    argv = sys.argv[1:] if argv is None else argv
     options = named_files(argv)
     if not options.evaluate and options.resume in (None, "auto"):
         options = parse_options(argv)  # a --config may name a checkpoint too
@@ -285,9 +283,10 @@ def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Na
     task with the others, if none knows a task, or if a flag is for another model."""
     paths = [path for pattern in patterns for path in find_files(pattern)]
     trained = {path: read_checkpoint(path)["options"] for path in paths}
-    defaults: dict[str, Any] = {"tasks": {}}
+    data_dir, tasks = trained[paths[0]]["data_dir"], dict[str, Task]()
+    defaults: dict[str, Any] = {"data_dir": data_dir}
     for path, saved in trained.items():
-        tasks: dict[str, Task] = defaults["tasks"]
+        follows = saved["data_dir"] == data_dir or named_files(argv).data_dir
         if tasks and not set(tasks) & set(saved["tasks"]):
             raise UserError(f"{path}: shares no task with {paths[0]}, so they are not averaged")
         for name, task in saved["tasks"].items():
@@ -296,16 +295,16 @@ def options_to_evaluate(argv: list[str], patterns: Sequence[str]) -> argparse.Na
             if labels != (known.classes, known.range, known.sentences):
                 raise UserError(f"{path}: its task {name} is another one than that of {paths[0]}")
             for split in () if name in tasks else SPLITS:
-                # Other files than those of the task's row, which follow --data_dir.
+                # Those of the task's row follow --data_dir.
                 files = [find_data(saved["data_dir"], file) for file in getattr(task, split)]
-                if saved[f"{name}_{split}"] != files:
+                if saved[f"{name}_{split}"] != files or not follows:
                     defaults[f"{name}_{split}"] = saved[f"{name}_{split}"]
-        defaults = {"data_dir": saved["data_dir"]} | defaults | {"tasks": saved["tasks"] | tasks}
-    options = parse_options(argv, defaults, defaults["tasks"])
-    if untrained := [name for name in options.tasks if name not in defaults["tasks"]]:
-        known = ", ".join(defaults["tasks"])
+        tasks = saved["tasks"] | tasks
+    options = parse_options(argv, defaults, tasks)
+    if untrained := [name for name in options.tasks if name not in tasks]:
+        known = ", ".join(tasks)
         raise UserError(f"{paths[0]}: was not trained on {', '.join(untrained)}, only on {known}")
-    given = given_flags(argv, TASKS | defaults["tasks"])
+    given = given_flags(argv, TASKS | tasks)
     for path, saved in trained.items():
         check_as_trained(given, saved, path)
     return changed_options(options, evaluate=paths)
@@ -367,7 +366,7 @@ def lock_state(
     return path, read_state(path)
 
 
-def options_to_resume(argv: list[str] | None, path: str) -> argparse.Namespace:
+def options_to_resume(argv: list[str], path: str) -> argparse.Namespace:
     """Return the options of a saved run, with those flags of `argv` that do not change its numbers.
     Raises UserError for flags that do."""
     saved = read_state(path)["options"]

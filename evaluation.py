@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -129,10 +129,9 @@ class Evaluation:
     def of(cls, dataset: TaskDataset, outputs: torch.Tensor) -> "Evaluation":
         """Read and score the outputs of a model [n_rows, ...]."""
         predictions = dataset.task.decode(outputs).double().numpy()
-        labelled = not np.isnan(dataset.labels).all()
-        if not labelled:
-            return cls(dataset, predictions, {})
         rows = np.flatnonzero(~np.isnan(dataset.labels))
+        if not len(rows):
+            return cls(dataset, predictions, {})
         labels = torch.from_numpy(dataset.labels[rows]).to(
             torch.long if dataset.task.classes else outputs.dtype
         )
@@ -159,16 +158,14 @@ def outputs(
     was_training = model.training
     model.eval()
     parts: list[tuple[np.ndarray, torch.Tensor]] = []
-    progress: dict[str, Any] = dict(
-        total=len(dataset.n_tokens), desc=f"{task.name}-{dataset.split}", unit="row"
-    )
-    with progress_bar(**progress, leave=False) as bar, autocast(device, precision):
+    n_rows = len(dataset.n_tokens)
+    bar = progress_bar(total=n_rows, desc=f"{task.name}-{dataset.split}", unit="row", leave=False)
+    with bar, autocast(device, precision):
         for batch in evaluation_batches(dataset, batch_size, rank(), n_processes()):
             rows = batch.rows[task.name]
             parts.append((rows, model(batch.to(device))[task.name].float()))
             bar.update(len(rows) * n_processes())
     model.train(was_training)
-    n_rows = len(dataset.n_tokens)
     in_order = torch.empty(n_rows, *([len(task.classes)] if task.classes else []))
     mine = [(rows, output.cpu()) for rows, output in parts]
     for rows, output in itertools.chain(*gather(mine)):

@@ -4,7 +4,6 @@ python flags.py > docs/flags.md
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
 import textwrap
@@ -41,7 +40,6 @@ from utils import (
 DEFAULT_BERT_MODEL = "bert-base-uncased"
 DEFAULT_SPACY_MODEL = "en_core_web_sm"
 DEFAULT_MOE_BALANCE = 0.01  # Fedus et al. 2021, arXiv 2101.03961
-SAMPLING = ("equal", "proportional", "sqrt", "annealed")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SMOKETEST = dict(epochs=1, batch_size=8, samples_per_epoch=32)
 # Flags of single optimizers, and the optimizers that have them.
@@ -240,9 +238,16 @@ def add_schedule_flags(flag: FlagAdder) -> None:
 def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     by_task = ",".join(f"{name}=X" for name in tasks)
     weights = {name: task.weight for name, task in tasks.items()}
+    zeros, ones = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 1.0)
+
+    def weight(text: str) -> Any:
+        if text == "learned":
+            return text
+        return numbers_by_task(text, weights, non_negative_float)
+
     flag.decides(
         "--loss_weights",
-        type=WeightByTask(weights, non_negative_float),
+        type=weight,
         default=weights,
         metavar=f"{by_task}|learned",
         help="weights of the tasks' losses in their sum; learned: from each task's uncertainty (Kendall "
@@ -263,15 +268,15 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     )
     flag.decides(
         "--rdrop",
-        type=NumberByTask(dict.fromkeys(tasks, 0.0), non_negative_float),
-        default=dict.fromkeys(tasks, 0.0),
+        type=functools.partial(numbers_by_task, defaults=zeros, number=non_negative_float),
+        default=zeros,
         metavar=by_task,
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
         "makes is an added loss with these weights (alpha in the paper); default: 0, no second pass",
     )
     flag.decides(
         "--sampling",
-        choices=SAMPLING,
+        choices=("equal", "proportional", "sqrt", "annealed"),
         default="equal",
         help="how many rows of each task: equal: as many of each; proportional: as its file has; sqrt: "
         "as the root of that; annealed: from proportional towards equal (Stickland and Murray 2019); "
@@ -279,8 +284,8 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     )
     flag.decides(
         "--batch_shares",
-        type=NumberByTask(dict.fromkeys(tasks, 1.0), positive_float),
-        default=dict.fromkeys(tasks, 1.0),
+        type=functools.partial(numbers_by_task, defaults=ones, number=positive_float),
+        default=ones,
         metavar=by_task,
         help="rows of each task in a batch (and in an epoch) as multiples of --batch_size (and "
         "--samples_per_epoch); default: 1; --tasks leaves tasks out",
@@ -468,7 +473,7 @@ def add_output_flags(flag: FlagAdder) -> None:
     flag.free(
         "--tensorboard_subfolder",
         metavar="NAME",
-        help="folder of this run in the logdir",
+        help="folder in the logdir for the folders of runs",
     )
     flag.free(
         "--predictions_dir",
@@ -609,34 +614,23 @@ def add_trial_flags(flag: FlagAdder) -> None:
     )
 
 
-@dataclasses.dataclass(eq=False)
-class NumberByTask:
+def numbers_by_task(
+    text: str, defaults: Mapping[str, float], number: Callable[[str], float]
+) -> dict[str, float]:
     """A type for argparse: `para=2,sts=0.5`, where tasks that are not named have the default; or one
     number for each task, `1,2,0.5`."""
-
-    defaults: Mapping[str, float]
-    number: Callable[[str], float]
-
-    def __call__(self, text: str) -> dict[str, float]:
-        parts = text.split(",")
-        if "=" not in text:
-            if len(parts) != len(self.defaults):
-                form = ",".join(f"{name}=X" for name in self.defaults)
-                raise argparse.ArgumentTypeError(f"must be {form}, not {text!r}")
-            return dict(zip(self.defaults, map(self.number, parts), strict=True))
-        values: dict[str, float] = {}
-        for part in parts:
-            name, _, value = part.partition("=")
-            check_task(name, self.defaults, values)
-            values[name] = self.number(value)
-        return dict(self.defaults) | values
-
-
-class WeightByTask(NumberByTask):
-    """Like NumberByTask, or the word `learned`."""
-
-    def __call__(self, text: str) -> Any:
-        return text if text == "learned" else super().__call__(text)
+    parts = text.split(",")
+    if "=" not in text:
+        if len(parts) != len(defaults):
+            form = ",".join(f"{name}=X" for name in defaults)
+            raise argparse.ArgumentTypeError(f"must be {form}, not {text!r}")
+        return dict(zip(defaults, map(number, parts), strict=True))
+    values: dict[str, float] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        check_task(name, defaults, values)
+        values[name] = number(value)
+    return dict(defaults) | values
 
 
 def check_task(name: str, known: Mapping[str, Any], earlier: Collection[str]) -> None:

@@ -82,7 +82,7 @@ from search_results import (
 from search_space import Space, search_options
 from tagging import Pipeline, Tagger
 from tokenizer import BertTokenizer
-from training import Parts, Training, restored_training
+from training import Parts, Training, prepare_device, restored_training
 from utils import (
     Terminated,
     UserError,
@@ -191,7 +191,8 @@ def start_training(options: argparse.Namespace, shared: Shared, path: Path) -> T
     tasks, data = options.tasks, {}
     for split, known in shared.data.items():
         data[split] = {n: rows.arranged(tasks[n], options.both_orders) for n, rows in known.items()}
-    parts = Parts(model.to(device), tokenizer, tagger, data, options)
+    prepare_device(model, device, options)
+    parts = Parts(model, tokenizer, tagger, data, options)
     if state:
         return restored_training(parts, path, state)
     return Training(parts, path, RunLog(shared.logs / path.stem))

@@ -324,10 +324,10 @@ def train_multitask(options: argparse.Namespace) -> evaluation.Scores:
         else:
             training = Training(parts, path, RunLog(log_directory))
             training.log.start(options, parts.data["train"], parts.tokenizer, parts.tagger)
-        return train_and_evaluate(training, device)
+        return train_and_evaluate(training)
 
 
-def train_and_evaluate(training: Training, device: torch.device) -> evaluation.Scores:
+def train_and_evaluate(training: Training) -> evaluation.Scores:
     """Train the epochs that are left, then write the best model's predictions and return its scores.
     An interrupt saves the state."""
     # A single process answers a signal at once; several agree on it between two steps.
@@ -337,13 +337,13 @@ def train_and_evaluate(training: Training, device: torch.device) -> evaluation.S
             start = time.perf_counter()
             fit(training)
             training.print_epochs()
-            training.print_costs(time.perf_counter() - start, device)
-            scores = evaluate_best(training, device)
+            training.print_costs(time.perf_counter() - start)
+            scores = evaluate_best(training)
             training.save_finished()
             training.signals.clear()  # too late to stop
     except KeyboardInterrupt as interrupt:
         with uninterrupted():
-            training.save()
+            training.save(last=True)
         saved = f"saved: {training.describe_saved()}"
         raise type(interrupt)(f"{saved}; TensorBoard log: {training.log.directory}") from None
     finally:
@@ -352,13 +352,13 @@ def train_and_evaluate(training: Training, device: torch.device) -> evaluation.S
     return scores
 
 
-def evaluate_best(training: Training, device: torch.device) -> evaluation.Scores:
+def evaluate_best(training: Training) -> evaluation.Scores:
     """Write the predictions of the best model, log it, and return its dev scores."""
     options, log, path = training.options, training.log, training.path.with_suffix(".pt")
     if training.best is None:
         raise UserError(f"{path} could not be written; saved: {training.describe_saved()}")
     model, _, content = load_checkpoint(path)
-    model, cost = model.to(device), (options.batch_size, options.precision)
+    model, cost = model.to(training.device), (options.batch_size, options.precision)
     results = {
         split: evaluation.evaluate(model, training.data[split], *cost) for split in ("dev", "test")
     }
@@ -507,17 +507,17 @@ def load_trained(path: str, options: argparse.Namespace) -> Trained:
     if content.get("tags") is not None and options.spacy_model is None:
         options = changed_options(options, spacy_model=trained["spacy_model"])
     tagger = checkpoint.find_tagger(content.get("tags"), path, options)
+    asked = options.max_length or trained["max_length"]
     options = changed_options(
         options,
         tasks={name: task for name, task in trained["tasks"].items() if name in options.tasks},
-        max_length=options.max_length or trained["max_length"],
+        max_length=checked_max_length(asked, path, model.bert.config, tokenizer),
         both_orders=options.both_orders or trained["both_orders"],
         precision=(
             trained.get("precision", "auto") if options.precision == "auto" else options.precision
         ),
     )
-    length = checked_max_length(options.max_length, path, model.bert.config, tokenizer)
-    return Trained(model, tokenizer, tagger, content, changed_options(options, max_length=length))
+    return Trained(model, tokenizer, tagger, content, options)
 
 
 def outputs_of_models(
@@ -566,7 +566,7 @@ def evaluate_only(options: argparse.Namespace) -> evaluation.Scores:
 # ------------------------------------------------------------------------------------------- main
 
 
-def run(argv: list[str] | None) -> None:
+def run(argv: list[str]) -> None:
     """Do what the flags ask for."""
     join_processes()
     with one_first_on_each_node():
@@ -580,18 +580,18 @@ def run(argv: list[str] | None) -> None:
     leave_processes()
 
 
-def start_search(argv: list[str] | None) -> None:
+def start_search(argv: list[str]) -> None:
     """Replace this process by hpo.py, which imports Ray and calls this file's functions."""
     if n_processes() > 1:
         raise UserError("--hpo: start it without torchrun; Ray runs the trials")
-    flags = sys.argv[1:] if argv is None else argv
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-u", str(ROOT / "hpo.py"), *flags])
+    os.execv(sys.executable, [sys.executable, "-u", str(ROOT / "hpo.py"), *argv])
 
 
 def main(argv: list[str] | None = None) -> int:
+    flags = sys.argv[1:] if argv is None else argv
     advice = "lower --batch_size (with --grad_accumulation, for the same steps) or --max_length"
-    return exit_status(lambda: run(argv), advice, "nothing new was saved")
+    return exit_status(lambda: run(flags), advice, "nothing new was saved")
 
 
 if __name__ == "__main__":

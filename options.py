@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ DEPENDENT = ("lr", "betas", "weight_decay", "moe_balance", *OPTIMIZER_FLAGS)
 
 
 def parse_options(
-    argv: list[str] | None = None,
+    argv: list[str],
     defaults: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Task] | None = None,
 ) -> argparse.Namespace:
@@ -38,7 +37,6 @@ def parse_options(
     `defaults` replace those of the flags, `tasks` (of a checkpoint) those of `--task_file`. The options
     are not changed after this.
     """
-    argv = sys.argv[1:] if argv is None else argv
     if config := named_files(argv).config:
         argv = config_arguments(config, tasks) + argv
     if file := named_files(argv).task_file:
@@ -48,7 +46,8 @@ def parse_options(
     options = parser.parse_args(argv)
     parser.set_defaults(**(SMOKETEST if options.smoketest else {}) | dict(defaults or {}))
     options = parser.parse_args(argv)
-    chosen = [known[name] for name in chosen_tasks(options) or tasks or TASKS]
+    single = [name for name in TASKS if getattr(options, name)]
+    chosen = [known[name] for name in single or options.tasks or tasks or TASKS]
     if found := problems(options, chosen):
         parser.error("; ".join(found))
     return fill_defaults(options, chosen)
@@ -63,7 +62,7 @@ def default_options(data_dir: str, tasks: Mapping[str, Task]) -> argparse.Namesp
 def named_files(argv: list[str]) -> argparse.Namespace:
     """Return the files in the flags that decide which other flags there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--task_file", "--resume", "--hpo_resume"):
+    for name in ("--config", "--task_file", "--resume", "--hpo_resume", "--data_dir"):
         parser.add_argument(name, nargs="?")
     parser.add_argument("--evaluate", nargs="*")
     return parser.parse_known_args(argv)[0]
@@ -137,11 +136,6 @@ def task_problems(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[st
             options.select and options.select not in [task.name for task in with_dev]
         ),
     }
-
-
-def chosen_tasks(options: argparse.Namespace) -> list[str]:
-    """Return the names of the tasks that flags choose."""
-    return [name for name in TASKS if getattr(options, name)] or list(options.tasks or [])
 
 
 def fill_defaults(options: argparse.Namespace, tasks: Sequence[Task]) -> argparse.Namespace:

@@ -39,8 +39,7 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        steps = dict(wait=SKIPPED, warmup=WARM_UP, active=RECORDED, repeat=1)
-        schedule = torch.profiler.schedule(**steps)
+        schedule = torch.profiler.schedule(wait=SKIPPED, warmup=WARM_UP, active=RECORDED, repeat=1)
         self.profile = torch.profiler.profile(
             activities=activities, schedule=schedule, on_trace_ready=self._report, acc_events=True
         )

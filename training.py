@@ -45,7 +45,6 @@ from profiler import StepProfiler
 from run_log import Progress, RunLog
 from streams import complain
 from tagging import Tagger
-from tasks import Task
 from tokenizer import BertTokenizer
 from utils import (
     Terminated,
@@ -106,8 +105,7 @@ def clip_and_step(
 ) -> tuple[Tensor, torch.cuda.Event | None]:
     """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival.
     `scale` is that of the gradients, not of the loss."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scale:
         torch._foreach_div_(gradients, scale.factor)
     clip, norm = options.clip, nn.utils.get_total_norm(gradients).to(loss.device)
@@ -121,7 +119,7 @@ def clip_and_step(
         optimizer.step(grad_scale=grad_scale, found_inf=1 - total.isfinite().float())
     elif total.isfinite():
         if clip:
-            nn.utils.clip_grads_with_norm_(trained, clip, norm)
+            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scale:
@@ -160,11 +158,11 @@ class Training:
             average = get_ema_multi_avg_fn(options.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=average)
         self.optimizer = build_optimizer(self.model, options)
-        device = next(self.model.parameters()).device
-        is_float16 = half_dtype(device, options.precision) == torch.float16
-        self.scale = LossScale(device) if is_float16 else None
+        self.device = next(self.model.parameters()).device
+        is_float16 = half_dtype(self.device, options.precision) == torch.float16
+        self.scale = LossScale(self.device) if is_float16 else None
         self.graphs = StepGraphs.of(self.model, options)
-        self.writer = Writer(in_thread=device.type in batches.WORK_IN_THREADS)
+        self.writer = Writer(in_thread=self.device.type in batches.WORK_IN_THREADS)
         # The last step and its batches, while `settle` is to come.
         self.unsettled: tuple[Step, list[Batch]] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.settle())
@@ -190,7 +188,7 @@ class Training:
         self.signals: list[int] = []  # that arrived and wait for an answer
         self.profiler: StepProfiler | None = None
         if options.profiler and rank() == 0:
-            self.profiler = StepProfiler(log.directory, device, log.show_profile)
+            self.profiler = StepProfiler(log.directory, self.device, log.show_profile)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -237,8 +235,7 @@ class Training:
             raise UserError("an epoch has no row; raise --samples_per_epoch or --batch_shares")
         self.progress = Progress(self.epoch + 1, self._rows_seen(), total)
         with self.progress.bar:
-            device = next(self.model.parameters()).device
-            yield from batches.ahead(itertools.islice(windows, self.n_windows, None), device)
+            yield from batches.ahead(itertools.islice(windows, self.n_windows, None), self.device)
             with uninterrupted():
                 self.settle()
                 self.log.flush(self.optimizer, self.progress.bar)
@@ -305,8 +302,11 @@ class Training:
     def end_epoch(self, dev: Mapping[str, evaluation.Evaluation]) -> None:
         """Log and print the scores of an epoch, step the plateau schedule, and keep the model if it is
         the best so far."""
-        answers = itertools.chain(*gather(merged(self.answers)))
-        self.train_scores = scores_of(answers, self.options.tasks)
+        answers = merged(itertools.chain(*gather(merged(self.answers))))
+        self.train_scores = {
+            name: evaluation.score(self.options.tasks[name], *(t.double().numpy() for t in pair))
+            for name, *pair in answers
+        }
         self.scores = {name: result.scores for name, result in dev.items()}
         mean = evaluation.mean_score(self.scores, self.options.select)
         self.epoch += 1
@@ -339,14 +339,7 @@ class Training:
         if self.best is not None and comparable <= self.best:
             return ""
         checkpoint = self.path.with_suffix(".pt")
-        content = checkpoint_content(
-            self.evaluated_model,
-            self.tokenizer,
-            self.options,
-            self.epoch,
-            self.scores,
-            self.tagger,
-        )
+        content = self._content(self.evaluated_model)
         before, self.best, self.best_epoch = (self.best, self.best_epoch), comparable, self.epoch
         start = time.perf_counter()
 
@@ -373,9 +366,11 @@ class Training:
         if due:
             self.save()
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """Write the state. All processes must call it together. A full disk is only a warning."""
         self.settle()
+        if last:
+            self.writer.wait()  # the state has to know what could not be written
         start = time.perf_counter()
         self._write(self.state())
         self.saved_at = time.monotonic()
@@ -394,11 +389,14 @@ class Training:
 
         self.writer.write(self.path, content, failed)
 
+    def _content(self, model: EncoderWithHeads) -> dict[str, Any]:
+        """Return a checkpoint of the last epoch with the weights of `model`."""
+        rest = self.tokenizer, self.options, self.epoch, self.scores, self.tagger
+        return checkpoint_content(model, *rest)
+
     def state(self) -> dict[str, Any]:
         """Return the whole state. All processes must call it together."""
-        content = checkpoint_content(
-            self.model, self.tokenizer, self.options, self.epoch, self.scores, self.tagger
-        )
+        content = self._content(self.model)
         own = {"random": random_states(), "answers": [tuple(a) for a in merged(self.answers)]}
         return content | {
             "training": {
@@ -468,12 +466,12 @@ class Training:
         for row in table:
             print("  ".join(map(str.ljust, row, widths)).rstrip())
 
-    def print_costs(self, seconds: float, device: torch.device) -> None:
+    def print_costs(self, seconds: float) -> None:
         """Print how much of the training time was spent on saving, and the peak memory of a GPU."""
         print(f"saving took {self.saving_seconds:.1f} s of {seconds:.0f} s")
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 2**20
-            print(f"memory of {torch.cuda.get_device_name(device)}: {peak:,.0f} MB at most")
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            print(f"memory of {torch.cuda.get_device_name(self.device)}: {peak:,.0f} MB at most")
 
     def describe_saved(self) -> str:
         """Return what is on the disk, when all is written, for people to read."""
@@ -494,29 +492,17 @@ def merged(answers: Iterable[Answers]) -> list[Answers]:
     ]
 
 
-def scores_of(answers: Iterable[Answers], tasks: Mapping[str, Task]) -> evaluation.Scores:
-    """Return the scores of answers: task -> metric -> value."""
-    return {
-        name: evaluation.score(tasks[name], labels.double().numpy(), predictions.double().numpy())
-        for name, labels, predictions in merged(answers)
-    }
-
-
 def restored_training(parts: Parts, path: Path, state: Mapping[str, Any]) -> Training:
     """Return a saved run as it was. Raises UserError if its state is not complete."""
-    # A damaged state lacks entries, or has others in their place.
-    damage = KeyError, TypeError, ValueError, AttributeError
     try:
-        log = RunLog(Path(state["training"]["log"]["directory"]), state["training"]["log"])
-    except damage as error:
-        raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
-    training = Training(parts, path, log)
-    try:
+        saved = state["training"]["log"]
+        training = Training(parts, path, RunLog(Path(saved["directory"]), saved))
         training.restore(state)
-    except damage as error:
+    # A damaged state lacks entries, or has others in their place.
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: a damaged state of a run ({one_line(error)})") from error
     print(f"resumed after {training.epoch} epochs and {training.n_windows} steps")
-    print(f"TensorBoard log continues in {log.directory}")
+    print(f"TensorBoard log continues in {training.log.directory}")
     return training
 
 

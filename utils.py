@@ -288,8 +288,7 @@ def keep_freed_memory() -> None:
     every page again, would take a tenth to a fifth of such a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 2**30):  # an older glibc may refuse so much
         mallopt(M_TRIM_THRESHOLD, -1)
 
 

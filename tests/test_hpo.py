@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -178,6 +179,18 @@ def test_the_gap_is_of_tasks_with_dev(
     hpo.report(trial, training)
     assert told[0]["objective"] == pytest.approx(expected)
     assert hpo.Trial.read(trial.path).epochs[0]["objective"] == pytest.approx(expected)
+
+
+def test_a_trial_is_deterministic_if_that_is_asked_for(hpo, searched):
+    options, directory = searched
+    options = changed_options(options, deterministic=True)
+    shared = hpo.load_shared(options, directory)
+    try:
+        training = hpo.start_training(options, shared, directory / "trials" / "0.resume")
+        training.log.close()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("score, decision", [(0.45, "STOP"), (0.55, "CONTINUE")])

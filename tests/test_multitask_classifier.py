@@ -1037,6 +1037,20 @@ def test_an_evaluation_takes_tasks_and_data_from_the_checkpoint(
     assert found.para_dev == (para_dev and para_dev.split())
 
 
+@pytest.mark.parametrize("flags, sst, para", [("", "a", "b"), ("--data_dir c", "c", "c")])
+def test_each_task_of_several_models_has_the_data_of_its_own(
+    model, tiny_directory, tmp_path, flags, sst, para
+):
+    tokenizer, paths = BertTokenizer.from_pretrained(tiny_directory), []
+    for folder, tasks in {"a": "sst", "b": "sst,para"}.items():
+        trained = options("--tasks", tasks, "--data_dir", folder)
+        paths.append(str(tmp_path / f"{folder}.pt"))
+        write_checkpoint(Path(paths[-1]), checkpoint_content(model, tokenizer, trained, 3, {}))
+    found = options_to_evaluate(["--evaluate", *paths, *flags.split()], paths)
+    assert found.sst_dev == [f"{sst}/ids-sst-dev.csv"]
+    assert found.para_dev == [f"{para}/quora-dev.csv"]
+
+
 @pytest.mark.parametrize(
     "flags, problem",
     [

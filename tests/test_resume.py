@@ -192,8 +192,9 @@ def test_a_checkpoint_holds_what_was_to_be_written_not_what_came_later(tmp_path,
     assert written["weights"][1] == {"steps": [1, 2]}
 
 
+@pytest.mark.parametrize("seconds", [0, 0.2])  # until it fails: before or behind the state's turn
 def test_a_state_is_not_written_behind_a_model_that_could_not_be(
-    flags, tmp_path, threads, monkeypatch, capsys
+    flags, tmp_path, threads, monkeypatch, capsys, seconds
 ):
     """Training goes on, and the next epoch's model is kept though it is not better."""
     atomic_write, tried, means = checkpoint.atomic_write, [], iter([0.5, 0.4])
@@ -202,7 +203,7 @@ def test_a_state_is_not_written_behind_a_model_that_could_not_be(
     def full_at_first(path):
         tried.append(path.suffix)
         if len(tried) == 1:
-            time.sleep(0.2)  # until the state is behind it
+            time.sleep(seconds)
             raise UserError(f"cannot write {path}: No space left on device")
         with atomic_write(path) as temporary:
             yield temporary
