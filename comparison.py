@@ -1,11 +1,9 @@
 """How recipes differ: intervals and p-values, and learning curves."""
 
-import fnmatch
 import itertools
 import sys
 
 from result_tables import (
-    COLUMNS,
     CURVE_COLUMNS,
     CURVES,
     FIGURE,
@@ -45,7 +43,9 @@ def compare_recipes(names: list[str], budget: Budget) -> None:
             both = itertools.product(of_recipe.get(names[0], []), of_recipe.get(name, []))
             pairs: dict[str, Pair] = next(filter(None, itertools.starmap(pairs_of, both)), {})
             scores = {score: [pair] for score, pair in pairs.items()}
-            for score, of_score in (scores | {"mean": [*pairs.values()]} if pairs else {}).items():
+            if len(pairs) > 1:
+                scores["mean"] = [*pairs.values()]
+            for score, of_score in scores.items():
                 found = difference(of_score)
                 p_values.append(max(found.p, permutation_test(of_score)))
                 row = {"setting": ", ".join(filter(None, setting)), "recipe": name}
@@ -67,7 +67,7 @@ def compare_recipes(names: list[str], budget: Budget) -> None:
 
 def rows_of_recipes(names: list[str], budget: Budget) -> list[Summary]:
     """Return the rows with a budget. Raises UserError for a recipe without one."""
-    summaries = summarize(read_table(RESULTS, COLUMNS))
+    summaries = summarize()
     for name in names:
         budgets = {s.cells["budget"] for s in summaries if s.recipe == name}
         if budget.title not in budgets:
@@ -77,19 +77,15 @@ def rows_of_recipes(names: list[str], budget: Budget) -> list[Summary]:
 
 
 def rows_with_curve(names: list[str], budget: Budget, runs: set[str]) -> list[Summary]:
-    """Return the rows of the recipes with these names, or of those of the main table, that one of the
-    runs belongs to. Raises UserError for a name without one."""
+    """Return the rows of these recipes, by default of those of the main table, that one of the runs
+    belongs to. Raises UserError for a name without one."""
     of_recipe: dict[str, list[Summary]] = {}
-    for summary in summarize(read_table(RESULTS, COLUMNS)):
+    for summary in summarize():
         if summary.cells["budget"] == budget.title and runs & set(summary.runs.values()):
             of_recipe.setdefault(summary.recipe, []).append(summary)
-    chosen = {name for name in of_recipe if block_of(name) == "main"}
-    if names:
-        found = {name: fnmatch.filter(of_recipe, name) for name in names}
-        if missing := [name for name in names if not found[name]]:
-            problem = f"no run of {', '.join(missing)} with --budget {budget}"
-            raise UserError(f"{CURVES}: {problem}")
-        chosen = {*itertools.chain(*found.values())}
+    if missing := [name for name in names if name not in of_recipe]:
+        raise UserError(f"{CURVES}: no run of {', '.join(missing)} with --budget {budget}")
+    chosen = names or [name for name in of_recipe if block_of(name) == "main"]
     return [row for name in of_recipe if name in chosen for row in of_recipe[name]]
 
 

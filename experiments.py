@@ -333,9 +333,8 @@ def keep_predictions(run: Run) -> None:
     for task, both in dev_predictions(run).items():
         kind = np.min_scalar_type(len(task.classes)) if task.classes else np.float32
         arrays[f"{task.name}_{task.metrics[0]}"] = both.astype(kind)
-    if run.identity["recipe"] in WITH_PREDICTIONS and run.identity["budget"] == str(
-        BUDGETS["full"]
-    ):
+    is_kept = run.identity["recipe"] in WITH_PREDICTIONS
+    if is_kept and run.identity["budget"] == str(BUDGETS["full"]):
         for path in (run.folder / "predictions").glob("*-test-output.csv"):
             with atomic_write(run.kept.with_suffix("") / path.name) as temporary:
                 shutil.copyfile(path, temporary)
@@ -447,11 +446,12 @@ def average(name: str, budget: Budget, flags: list[str]) -> None:
     if subprocess.run(command).returncode:
         raise UserError(f"{name}: the mean of its models could not be evaluated; see above")
     row = {"run": mean.digest, **identity} | current_versions()
+    del row["python"]  # has no column
     for task, (labels, predictions) in dev_predictions(mean).items():
         scores = evaluation.score(task, labels, predictions)
         row |= {f"{task.name}_{metric}": f"{value:.6f}" for metric, value in scores.items()}
     keep_predictions(mean)
-    add_rows(RESULTS, [{key: row[key] for key in row.keys() - {"python"}}], COLUMNS, ["run"])
+    add_rows(RESULTS, [row], COLUMNS, ["run"])
 
 
 # --------------------------------------------------------------------------------------------- main

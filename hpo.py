@@ -121,10 +121,8 @@ def search(options: argparse.Namespace) -> Path:
             trainable = tune.with_parameters(run_trial, shared=shared, n_threads=resources["cpu"])
             trainable = tune.with_resources(trainable, resources)
             proposals = Proposals(options, directory)
-            n_trials = options.hpo_trials
-            run_trials(trainable, proposals, n_trials, directory, halving(options, directory))
-            again = runs_to_confirm(options, directory)
-            run_trials(trainable, Jobs(again), len(again), directory)
+            run_trials(trainable, proposals, directory, halving(options, directory))
+            run_trials(trainable, Jobs(runs_to_confirm(options, directory)), directory)
         finally:
             ray.shutdown()
         return finish(options, directory, shared.logs)
@@ -310,7 +308,8 @@ class Jobs(Searcher):
     def __init__(self, trials: list[Trial]):
         super().__init__(metric="objective", mode="max")
         self.waiting, self.n_events = [trial for trial in trials if trial.told is None], 0
-        self.n_over = len(trials) - len(self.waiting)  # when this program started
+        self.n_trials = len(trials)
+        self.n_over = self.n_trials - len(self.waiting)  # when this program started
         self.running: dict[str, Path] = {}  # by Ray's names
 
     def suggest(self, trial_id: str) -> Any:
@@ -329,8 +328,6 @@ class Jobs(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the files of the trials have it."""
 
-    restore = save
-
 
 class Proposals(Jobs):
     """Gives Ray trials whose flags Optuna proposes, after those that a killed search has left."""
@@ -341,6 +338,7 @@ class Proposals(Jobs):
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         trials = read_trials(directory)
         super().__init__(trials)
+        self.n_trials = options.hpo_trials
         events = [(trial.asked, trial) for trial in trials]
         events += [(trial.told, trial) for trial in trials if trial.told is not None]
         for number, trial in sorted(events, key=lambda event: event[0]):
@@ -424,13 +422,12 @@ def name_of(trial: Any) -> str:
 def run_trials(
     trainable: Any,
     jobs: Jobs,
-    n_trials: int,
     directory: Path,
     scheduler: TrialScheduler | None = None,
 ) -> None:
-    """Run those of the `n_trials` that are not over. On Ctrl-C or SIGTERM, let Ray stop them, then
+    """Run those of the trials that are not over. On Ctrl-C or SIGTERM, let Ray stop them, then
     raise KeyboardInterrupt; a second Ctrl-C ends the process at once."""
-    n_left = n_trials - jobs.n_over
+    n_left = jobs.n_trials - jobs.n_over
     if not n_left:
         return
     tuner = tune.Tuner(
@@ -440,7 +437,7 @@ def run_trials(
             name="ray",
             storage_path=str(directory),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Progress(n_trials, jobs.n_over)],
+            callbacks=[Progress(jobs.n_trials, jobs.n_over)],
             verbose=0,
         ),
     )

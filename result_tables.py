@@ -73,6 +73,8 @@ SETTING = "encoder precision device budget tasks".split()
 HEADINGS = MAIN_SCORES | {
     "sst_macro_f1": "sentiment, macro-F1",
     "para_macro_f1": "paraphrase, macro-F1",
+    "para_f1": "paraphrase, F1",
+    "sts_spearman": "similarity, Spearman",
     "difference": "mean, difference",
     "last": "mean, last epoch",
     "seconds": "seconds (relative)",
@@ -97,11 +99,6 @@ def recipe_path(name: str) -> Path:
         known = sorted(str(file.relative_to(RECIPES))[:-5] for file in RECIPES.rglob("*.json"))
         raise UserError(f"there is no recipe {name!r}, only {', '.join(known)}")
     return path
-
-
-def recipe_flags(name: str) -> dict[str, Any]:
-    """Return the flags of a recipe as the column "flags" has them."""
-    return recorded_flags(str(recipe_path(name)), [])
 
 
 def lineage(name: str) -> list[str]:
@@ -170,13 +167,13 @@ class Summary(NamedTuple):
     cells: dict[str, str]  # column of a table -> its text
 
 
-def summarize(results: "pd.DataFrame") -> list[Summary]:
-    """Summarize each recipe in each setting, the largest budget first."""
+def summarize() -> list[Summary]:
+    """Summarize each recipe of results.csv in each setting, the largest budget first."""
     import pandas as pd
 
+    results = read_table(RESULTS, COLUMNS)
     recipes = [name for name in set(results["recipe"]) if (RECIPES / f"{name}.json").is_file()]
-    known = {name: recipe_flags(name) for name in recipes}
-    results = results.copy()
+    known = {name: recorded_flags(str(recipe_path(name)), []) for name in recipes}
     scores = filter(METRIC_OF_SCORE.fullmatch, results.columns)
     for column in (*scores, "seconds_per_epoch", "peak_memory_mb"):
         results[column] = pd.to_numeric(results[column])  # nan where it is empty
@@ -257,8 +254,12 @@ def reference(summary: Summary, group: list[Summary]) -> Summary | None:
     there is one with the same other flags."""
     # The last row of a name counts: one with the same data, if there is one.
     others = sorted(group, key=lambda other: other.cells["data"] == summary.cells["data"])
-    rows = {(s.recipe, s.remark): s for s in others if not have_other_labels(s, summary)}
-    rows.pop((summary.recipe, summary.remark))
+    rows = {
+        (s.recipe, s.remark): s
+        for s in others
+        if not have_other_labels(s, summary) and (summary.means - s.means).notna().any()
+    }
+    rows.pop((summary.recipe, summary.remark), None)
     keys = [(name, remark) for name in summary.ancestors for remark in (summary.remark, "")]
     return next((rows[key] for key in keys if key in rows), None)
 
@@ -270,13 +271,16 @@ def have_other_labels(first: Summary, second: Summary) -> bool:
     return not all(np.array_equal(known[score][0], own[score][0]) for score in shared)
 
 
-def mean_difference(first: Summary, second: Summary) -> Difference:
-    """Compare the means of two recipes on the seeds that both have. The interval is about other dev
-    rows and seeds if the dev predictions are there, else about other seeds. One seed has none."""
+def mean_difference(first: Summary, second: Summary) -> tuple[Difference, str]:
+    """Compare the means of two recipes on the seeds that both have. Return also a text. The interval is
+    about other dev rows and seeds if the dev predictions are there, else about other seeds. One seed has
+    none."""
     gains = (second.means - first.means).dropna()
     if len(gains) > 1 and (pairs := pairs_of(first, second)):
-        return difference([*pairs.values()])
-    return student(gains.mean(), gains.var() / len(gains), len(gains) - 1)
+        found = difference([*pairs.values()])
+        return found, format_difference(found)
+    found = student(gains.mean(), gains.var() / len(gains), len(gains) - 1)
+    return found, format_difference(found, ", seeds")
 
 
 class Comparison(NamedTuple):
@@ -397,9 +401,8 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
         summaries[label] = summary
         own = {"recipe": label, "seeds": summary.cells["seeds"] + summary.cells["mark"]}
         if first := reference(summary, group):
-            found = mean_difference(first, summary)
+            found, text = mean_difference(first, summary)
             bold = "**" if found.is_clear else ""
-            text = format_difference(found, "" if pairs_of(first, summary) else ", seeds")
             compared.append(Comparison(label, first.cells["recipe"], found, text))
             spread = format_spread((summary.means - first.means).dropna(), "+.3f")
             own["difference"] = f"{bold}{spread}{bold}"
@@ -503,7 +506,7 @@ def original_table(summaries: list[Summary]) -> str:
 
 
 def summary_table(summaries: list[Summary], to_root: str) -> str:
-    """Return the README's table: ours with the largest budget, and what others reached."""
+    """Return the README's table: ours in the setting with most of its recipes, and what others reached."""
     shown = [s for s in summaries if s.recipe in SUMMARIZED and not s.remark]
     ours = max(by_setting(shown), key=len, default=[])
     rows = [
@@ -524,7 +527,7 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
     pairs = [(s, first) for s in ours if (first := reference(s, ours))]
     differences = "".join(
         f" {s.cells['recipe']} - {first.cells['recipe']}, mean over the tasks: "
-        f"{format_difference(mean_difference(first, s))}."
+        f"{mean_difference(first, s)[1]}."
         for s, first in pairs
     )
     page = f"{to_root}{DOCS}/results"
@@ -539,7 +542,7 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
 
 def make_blocks(to_root: str) -> dict[str, str]:
     """Return the generated parts of a page, from whose folder `to_root` leads to the root."""
-    summaries = summarize(read_table(RESULTS, COLUMNS))
+    summaries = summarize()
     image = f"![Dev scores after each epoch, a line for each recipe]({to_root}{FIGURE})"
     blocks = {
         "summary": summary_table(summaries, to_root),
@@ -580,9 +583,10 @@ def write_tables(write: bool) -> None:
         return
     pages = [page for page in (README, *sorted(DOCS.glob("*.md"))) if page.is_file()]
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    if not any("<!-- experiments:" in text for text in texts.values()):
+    marked = [page for page in pages if "<!-- experiments:" in texts[page]]
+    if not marked:
         raise UserError(f"{README} and {DOCS}: no page has a line <!-- experiments:NAME -->")
-    changed = {page: new for page in pages if (new := filled_in(page)) != texts[page]}
+    changed = {page: new for page in marked if (new := filled_in(page)) != texts[page]}
     for page, text in changed.items():
         with atomic_write(page) as temporary:
             temporary.write_text(text, encoding="utf-8")

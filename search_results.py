@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,8 @@ def show(directory: Path) -> Trial | None:
     if runs:
         winner = best[max(means, key=means.__getitem__)] if means else None
     print_table([trial_row(trial, searched, trial is picked) for trial in trials])
-    print_table([confirmed_row(best[name], group, means) for name, group in by_trial.items()])
+    rows = [confirmed_row(best[name], own, best[name] is winner) for name, own in by_trial.items()]
+    print_table(rows)
     return winner
 
 
@@ -143,10 +144,9 @@ def trial_row(trial: Trial, searched: Iterable[str], is_best: bool) -> dict[str,
     return row | {"": "the best" if is_best else trial.state}
 
 
-def confirmed_row(trial: Trial, runs: list[Trial], means: Mapping[str, float]) -> dict[str, Any]:
+def confirmed_row(trial: Trial, runs: list[Trial], is_best: bool) -> dict[str, Any]:
     """Return the row of a trial that was trained with other seeds."""
     scores = [run.objective for run in runs if not run.state]
-    is_best = trial.name in means and means[trial.name] == max(means.values())
     states = [f"seed {run.seed}: {run.state}" for run in runs if run.state]
     return {
         "trial": trial.name,

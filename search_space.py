@@ -32,7 +32,15 @@ DEFAULT_SPACE = ROOT / "recipes" / "spaces" / "default.toml"
 KINDS = ("log", "uniform", "int", "choice")
 # Trials share data and encoder, and are compared: these flags are the same for all.
 SHARED = {"seed", "epochs", "select", "smoketest", "use_gpu", "tasks", *TASKS, "data_dir"}
-SHARED |= {"dev_rows", "max_length", "bert_model", "init_from", "moe", "additional_input"}
+SHARED |= {
+    "samples_per_epoch",
+    "dev_rows",
+    "max_length",
+    "bert_model",
+    "init_from",
+    "moe",
+    "additional_input",
+}
 CHECKED_DRAWS = 100  # random trials whose flags are checked before a search
 
 
@@ -97,7 +105,7 @@ def value_of(options: argparse.Namespace, name: str) -> Any:
     return getattr(options, flag)[task] if task else getattr(options, flag)
 
 
-# A trial that proposes the ends of all intervals.
+# Trials that propose the lower ends of all intervals, and the upper ends.
 LOWEST, HIGHEST = (
     SimpleNamespace(
         suggest_categorical=lambda name, values, end=end: values[end],

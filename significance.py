@@ -14,7 +14,7 @@ class Difference(NamedTuple):
     """The score of the second recipe minus that of the first."""
 
     value: float
-    low: float  # ends of the 95% interval, nan for one seed without predictions
+    low: float  # ends of the 95% interval, nan if there is none
     high: float
     p: float
 

@@ -335,7 +335,7 @@ def test_a_recipe_goes_on_from_the_model_of_another(folder, flags, monkeypatch, 
     shown = capsys.readouterr().out
     assert "3 runs, 3 of them done already" in shown and "first" not in shown
     # A table of its own.
-    table = result_tables.together_table(result_tables.summarize(ex.read_table(RESULTS, COLUMNS)))
+    table = result_tables.together_table(result_tables.summarize())
     names = ("single-sts", "baseline", "then-sts")
     lines = [row.strip("| ").split(" | ") for row in table.splitlines() if "similarity" in row]
     line = lines[0] + lines[1][1:]
