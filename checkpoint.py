@@ -314,7 +314,7 @@ def check_as_trained(given: Mapping[str, Any], trained: Mapping[str, Any], path:
     """Raise UserError for a flag on the command line with which the model would be another one than
     that of the checkpoint."""
     for flag, value in given.items():
-        of_model = flag in ("moe", "additional_input") or flag.endswith(("_encoding", "_loss"))
+        of_model = flag == "moe" or flag.endswith(("_encoding", "_loss"))
         if of_model and (own := trained.get(flag, value)) != value:
             how = f"with --{flag} {own}" if own else f"without --{flag}"
             raise UserError(f"{path}: was trained {how}; leave --{flag} out")

@@ -1057,7 +1057,6 @@ def test_each_task_of_several_models_has_the_data_of_its_own(
         ("--sts_encoding bi", "with --sts_encoding cross; leave --sts_encoding out"),
         ("--sst_loss ordinal", "with --sst_loss cross_entropy; leave --sst_loss out"),
         ("--moe hard", "without --moe; leave --moe out"),
-        ("--additional_input", "without --additional_input; leave --additional_input out"),
         ("--sts_encoding cross --sst_loss cross_entropy --lr 1", None),
     ],
 )
