@@ -276,7 +276,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
     model, options = training.model, training.options
     aids = training.scale, training.graphs
     for epoch in range(training.epoch, options.epochs):
-        # Of a model that could not be written, only the first process knows.
+        # Only the first process knows whether the best model could be written.
         if any(agree(training.is_over)):
             break
         freeze_and_unfreeze(model, options, epoch)
@@ -342,8 +342,9 @@ def train_and_evaluate(training: Training) -> evaluation.Scores:
             training.save_finished()
             training.signals.clear()  # too late to stop
     except KeyboardInterrupt as interrupt:
-        with uninterrupted():
+        with uninterrupted() as again:
             training.save(last=True)
+            again.clear()  # it ends anyway
         saved = f"saved: {training.describe_saved()}"
         raise type(interrupt)(f"{saved}; TensorBoard log: {training.log.directory}") from None
     finally:
@@ -482,8 +483,7 @@ def with_heads_of(trained: MultitaskBERT, options: argparse.Namespace) -> Multit
             if fits:
                 head.load_state_dict(others[name].state_dict())
     kept, new = (", ".join(names[are_kept]) or "none" for are_kept in (True, False))
-    start = f"{options.init_from}: encoder, pooling and heads kept"
-    print(f"{start}: {kept}; new heads: {new}")
+    print(f"{options.init_from}: encoder, pooling and heads kept: {kept}; new heads: {new}")
     return model
 
 

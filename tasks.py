@@ -375,8 +375,8 @@ def _task_of_table(name: str, table: Any) -> Task:
         except ValueError as error:
             raise ValueError(f"{key} {error}") from None
         values |= read if key == "classes" else {FIELDS.get(key, key): read}
-    if "loss" in table and "classes" not in table:
-        raise ValueError("loss: only for classes")
+    if "loss" in table and len(values.get("classes", ())) < 3:
+        raise ValueError("loss: only for three classes or more")
     if missing := [key for key in ("train", "sentences", "label") if key not in values]:
         raise ValueError(f"{missing[0]} is missing")
     primary = values.pop("primary", None)
