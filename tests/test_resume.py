@@ -289,6 +289,27 @@ def test_kill_9(flags, tmp_path, uninterrupted):
     assert not list((tmp_path / "models_dir").glob(".*.tmp"))
 
 
+def test_a_second_interrupt_waits_for_the_save_of_the_first(flags, tmp_path, monkeypatch, capsys):
+    step, save = mc.training_step, mc.Training.save
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    def interrupted_again(run, **more):
+        signal.raise_signal(signal.SIGINT)
+        return save(run, **more)
+
+    monkeypatch.setattr(mc, "training_step", interrupted)
+    monkeypatch.setattr(mc.Training, "save", interrupted_again)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert mc.main(flags) == 130
+    signal.signal(signal.SIGINT, before)
+    shown = capsys.readouterr().err
+    assert "continue with --resume" in shown and "nothing new was saved" not in shown
+    assert len([*(tmp_path / "models_dir").glob("*.resume")]) == 1
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_where_it_stands(
     flags, tmp_path, uninterrupted, number, code, monkeypatch
