@@ -850,6 +850,10 @@ REFUSED = {
         [('primary = "spearman"', 'loss = "ordinals"')],
         "{file}: [rating]: loss must be cross_entropy or one_vs_all or ordinal",
     ),
+    "a loss of two classes": (
+        [("range = [1, 5]", 'classes = 2\nloss = "ordinal"')],
+        "{file}: [rating]: loss: only for three classes or more",
+    ),
     "a metric": (
         [('primary = "spearman"', 'primary = "f1"')],
         "{file}: [rating]: metrics: 'f1' is not for this task; possible: pearson, spearman",
