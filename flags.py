@@ -99,6 +99,7 @@ def build_parser(tasks: Mapping[str, Task] = TASKS, exit_on_error: bool = True) 
     add_update_flags(training)
     add_schedule_flags(training)
     add_loss_flags(training, tasks)
+    add_sampling_flags(training, tasks)
     add_selection_flags(training, tasks)
     add_run_flags(training)
     model = parser.flags("model")
@@ -238,16 +239,10 @@ def add_schedule_flags(flag: FlagAdder) -> None:
 def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
     by_task = ",".join(f"{name}=X" for name in tasks)
     weights = {name: task.weight for name, task in tasks.items()}
-    zeros, ones = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 1.0)
-
-    def weight(text: str) -> Any:
-        if text == "learned":
-            return text
-        return numbers_by_task(text, weights, non_negative_float)
-
+    zeros = dict.fromkeys(tasks, 0.0)
     flag.decides(
         "--loss_weights",
-        type=weight,
+        type=functools.partial(weights_by_task, defaults=weights),
         default=weights,
         metavar=f"{by_task}|learned",
         help="weights of the tasks' losses in their sum; learned: from each task's uncertainty (Kendall "
@@ -274,6 +269,10 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
         help="R-Drop: a task's rows go through the model twice, and the difference that dropout "
         "makes is an added loss with these weights (alpha in the paper); default: 0, no second pass",
     )
+
+
+def add_sampling_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
+    ones = dict.fromkeys(tasks, 1.0)
     flag.decides(
         "--sampling",
         choices=("equal", "proportional", "sqrt", "annealed"),
@@ -286,7 +285,7 @@ def add_loss_flags(flag: FlagAdder, tasks: Mapping[str, Task]) -> None:
         "--batch_shares",
         type=functools.partial(numbers_by_task, defaults=ones, number=positive_float),
         default=ones,
-        metavar=by_task,
+        metavar=",".join(f"{name}=X" for name in tasks),
         help="rows of each task in a batch (and in an epoch) as multiples of --batch_size (and "
         "--samples_per_epoch); default: 1; --tasks leaves tasks out",
     )
@@ -631,6 +630,11 @@ def numbers_by_task(
         check_task(name, defaults, values)
         values[name] = number(value)
     return dict(defaults) | values
+
+
+def weights_by_task(text: str, defaults: Mapping[str, float]) -> Any:
+    """Like `numbers_by_task`, or the word `learned`."""
+    return text if text == "learned" else numbers_by_task(text, defaults, non_negative_float)
 
 
 def check_task(name: str, known: Mapping[str, Any], earlier: Collection[str]) -> None:
