@@ -383,7 +383,7 @@ class OwnFlag(NamedTuple):
     metavar: str | None = None
 
 
-WEIGHT_DECAY = 0.05  # default of --weight_decay; with Sophia times rho, the largest step over lr
+WEIGHT_DECAY = 0.05  # default of --weight_decay; Sophia multiplies it by rho
 
 
 class OptimizerRow(NamedTuple):

@@ -60,7 +60,7 @@ def default_options(data_dir: str, tasks: Mapping[str, Task]) -> argparse.Namesp
 
 
 def named_files(argv: list[str]) -> argparse.Namespace:
-    """Return the files in the flags that decide which other flags there are."""
+    """Return the files in the flags that decide which other flags there are, and the data folder."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--task_file", "--resume", "--hpo_resume", "--data_dir"):
         parser.add_argument(name, nargs="?")
