@@ -60,6 +60,23 @@ def test_float32_tensor_of_several_blocks_equals_torch():
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-16])
+def test_rows_that_never_had_a_gradient_stay_and_the_others_equal_torch(eps):
+    torch.manual_seed(0)
+    start, seen = torch.randn(500, 8), torch.rand(500, 1) < 0.5
+    gradients = [torch.randn(500, 8) * scale * seen for scale in (1e-9, 1e-3, 1)]
+    results = []
+    for optimizer_class in (AdamW, torch.optim.AdamW):
+        param = start.clone().requires_grad_()
+        optimizer = optimizer_class([param], lr=1e-2, eps=eps, weight_decay=0)
+        for gradient in gradients:
+            param.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(param[~seen[:, 0]], start[~seen[:, 0]])
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
 def test_equals_the_published_algorithm():
     """Algorithm 2 of Loshchilov & Hutter 2019, written out in NumPy."""
     rng = np.random.default_rng(0)
