@@ -92,6 +92,7 @@ from utils import (
     one_line,
     pick_device,
     seed_everything,
+    speed_up_cpu,
     terminate,
 )
 
@@ -160,6 +161,7 @@ def load_shared(options: argparse.Namespace, directory: Path) -> Shared:
 def run_trial(config: dict[str, Any], shared: Shared, n_threads: int) -> None:
     """Train with the flags of a trial, in a process of Ray's. If such a process has died, the next one
     continues from the trial's last epoch."""
+    speed_up_cpu()
     torch.set_num_threads(n_threads)
     trial = Trial.read(shared.directory / config["trial"])
     try:
