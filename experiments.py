@@ -298,7 +298,8 @@ def read_outcome(run: Run) -> tuple[dict[str, str], list[dict[str, str]]]:
         },
         "best_epoch": epoch,
         "seconds_per_epoch": f"{sum(epochs.values()) / len(epochs):.1f}",
-        "seconds": str(sum(int(seconds) for seconds, *_ in processes)),
+        # A process that was killed left no line.
+        "seconds": str(max(sum(int(s) for s, *_ in processes), sum(epochs.values()))),
         "peak_memory_mb": str(max(int(peak.replace(",", "")) for peak in peaks)),
         "clipped": " ".join(re.findall(r"clipped share of coordinates (\d\S*),", text)),
         "threads": re.findall(r", (\d+) CPU threads", text)[-1],

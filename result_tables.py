@@ -54,8 +54,12 @@ WITH_COLUMNS = set("seed epochs samples_per_epoch bert_model precision data_dir 
 ORIGINAL = {
     "baseline": {"sst_accuracy": "0.494", "para_accuracy": "0.870", "sts_pearson": "0.866"},
     "tagging": {"sst_accuracy": "0.504", "para_accuracy": "0.866", "sts_pearson": "0.872"},
-    "synthetic": {"sst_accuracy": "0.476", "para_accuracy": "0.865", "sts_pearson": "0.875"},
-    "sophiah": {"sst_accuracy": "0.494", "para_accuracy": "0.853", "sts_pearson": "0.870"},
+    "synthetic-chat": {"sst_accuracy": "0.476", "para_accuracy": "0.865", "sts_pearson": "0.875"},
+    "sophia/h-every10-lr4e-4": {
+        "sst_accuracy": "0.494",
+        "para_accuracy": "0.853",
+        "sts_pearson": "0.870",
+    },
 }
 # The best single-task models that it lists; docs/results.md has their papers.
 PUBLISHED = {"sst_accuracy": "0.598", "para_accuracy": "0.924 (doubtful)", "sts_pearson": "0.929"}
@@ -85,6 +89,7 @@ CAPTIONS = {
     "rows": "Training rows of the tasks",
     "pipeline": "spaCy pipeline",
     "threads": "CPU threads × runs at once",
+    "torch": "PyTorch",
 }
 MARKS = {"†": "a run has no curve", "‡": "a run had uncommitted changes"}  # in tables
 DEV_ROWS = {"sst_accuracy": 1101, "para_accuracy": 2500, "sts_pearson": 863}  # docs/data.md
@@ -194,7 +199,8 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
     """Summarize runs that differ in their seeds only."""
     shared = group.iloc[0]
     recipe, flags = shared["recipe"], json.loads(shared["flags"])
-    own = known.get(recipe.removesuffix(AVERAGED))
+    single = recipe.removesuffix(AVERAGED)
+    own = known.get(single)
     budget = Budget(*map(int, shared["budget"].split("x")))
     seconds = group["seconds_per_epoch"].mean()
     at_once = group["jobs"].map(lambda jobs: f" × {jobs}" if jobs else "")
@@ -207,18 +213,21 @@ def summarize_group(group: "pd.DataFrame", known: dict[str, dict[str, Any]]) -> 
         "mark": "‡" if group["commit"].str.endswith("+").any() else "",
         "last": format_spread(group["last"]) or "†",
         "threads": ", ".join(sorted(set(group["threads"] + at_once))),
+        "torch": ", ".join(sorted(set(group["torch"]) - {""})) or "not recorded",
         "seconds": f"{seconds:.0f}" if seconds > 0 else "",  # a mean of models takes none
         "memory": format_spread(group["peak_memory_mb"], ".0f"),
         "clipped": f"{clipped[0]:.2f}, {clipped[-1]:.2f}" if clipped else "",
     }
     scores = [c for c in group if METRIC_OF_SCORE.fullmatch(c) and group[c].notna().any()]
     main, names = list(main_scores(scores)), {METRIC_OF_SCORE.sub(r"\1", c) for c in scores}
-    means = group.set_index("seed")[main].mean(axis=1, skipna=False)
-    cells |= {c: format_spread(group[c]) for c in scores} | {"mean": format_spread(means)}
+    mean = format_spread(group[main].mean(axis=1, skipna=False))
+    cells |= {c: format_spread(group[c]) for c in scores} | {"mean": mean}
     cells["tasks"] = "" if names == set(TASKS) else ", ".join(sorted(names))
     remark = describe_flags(flags, own)
-    ancestors = lineage(recipe)[0 if remark else 1 :] if recipe in known else []
-    runs = dict(zip(group["seed"], group["run"], strict=True))
+    ancestors = lineage(single)[0 if remark or recipe != single else 1 :] if own else []
+    # A mean of models has the seeds of all of them, and is compared with each.
+    of_seed = group.assign(seed=group["seed"].str.split("+")).explode("seed").set_index("seed")
+    runs, means = of_seed["run"].to_dict(), of_seed[main].mean(axis=1, skipna=False)
     n_rows, setting = budget.epochs * budget.samples, tuple(cells[name] for name in SETTING)
     return Summary(recipe, remark, ancestors, runs, means, n_rows, seconds, setting, cells)
 
@@ -280,7 +289,7 @@ def mean_difference(first: Summary, second: Summary) -> tuple[Difference, str]:
         found = difference([*pairs.values()])
         return found, format_difference(found)
     found = student(gains.mean(), gains.var() / len(gains), len(gains) - 1)
-    return found, format_difference(found, ", seeds")
+    return found._replace(about_rows=False), format_difference(found, ", seeds")
 
 
 class Comparison(NamedTuple):
@@ -358,7 +367,7 @@ def format_paragraph(*sentences: str) -> str:
 def format_comparisons(compared: list[Comparison]) -> str:
     """Return the answer of a setting, what is clearly better or worse, and then all differences."""
     if not compared:
-        return ""
+        return "There is nothing to compare."
     clear = [(row, found.value) for row, _, found, _ in compared if found.is_clear]
     rows = {
         "Clearly better": [row for row, value in clear if value > 0],
@@ -406,7 +415,7 @@ def setting_tables(group: list[Summary], columns: list[str]) -> tuple[str, list[
             compared.append(Comparison(label, first.cells["recipe"], found, text))
             spread = format_spread((summary.means - first.means).dropna(), "+.3f")
             own["difference"] = f"{bold}{spread}{bold}"
-            if summary.seconds and first.seconds:
+            if summary.seconds > 0 and first.seconds > 0:  # nan for a mean of models
                 own["seconds"] = f"{summary.seconds:.0f} ({summary.seconds / first.seconds:.2f})"
         rows.append(summary.cells | own)
     tables = [
@@ -490,18 +499,23 @@ def dev_errors(summaries: list[Summary]) -> str:
         value, is_share = float(rows[0].cells[score].split()[0]), score.endswith("accuracy")
         error = (value * (1 - value) / n if is_share else (1 - value**2) ** 2 / (n - 3)) ** 0.5
         texts.append(f"{MAIN_SCORES[score]} {error:.4f} ({n:,} rows)")
-    return format_paragraph(f"Standard errors of `baseline`: {', '.join(texts) or 'no runs yet'}.")
+    return format_paragraph(
+        f"Standard errors of the scores of `baseline`: {', '.join(texts) or 'no runs yet'}."
+    )
 
 
 def original_table(summaries: list[Summary]) -> str:
-    """Return the figures of the original report, with ours of the largest budget below each."""
+    """Return the figures of the original report, and below each ours, all in one setting: the one with
+    most of these recipes."""
+    known = [s for s in summaries if s.recipe in ORIGINAL and not s.remark]
+    ours = {s.recipe: s for s in max(by_setting(known), key=len, default=[])}
     rows = []
     for recipe, scores in ORIGINAL.items():
         theirs = {"recipe": format_name(recipe), "setting": "original report", "seeds": "1"}
         rows.append(theirs | scores)
-        for ours in [s for s in summaries if s.recipe == recipe and not s.remark][:1]:
-            setting = f"{ours.cells['encoder']}, {ours.cells['budget']}"
-            rows.append(ours.cells | {"setting": setting})
+        if own := ours.get(recipe):
+            setting = f"{own.cells['encoder']}, {own.cells['budget']}"
+            rows.append(own.cells | {"setting": setting})
     return format_table(rows, ["recipe", "setting", "seeds", *MAIN_SCORES])
 
 
@@ -525,16 +539,15 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
     budget = f"{budget.replace(' × ', ' epochs of ')} rows of each task"
     setting = f" over {seeds} seeds ({precision}, {device}, {budget})" if ours else ""
     pairs = [(s, first) for s in ours if (first := reference(s, ours))]
-    differences = "".join(
-        f" {s.cells['recipe']} - {first.cells['recipe']}, mean over the tasks: "
-        f"{mean_difference(first, s)[1]}."
+    differences = ", ".join(
+        f"{s.cells['recipe']} - {first.cells['recipe']} {mean_difference(first, s)[1]}"
         for s, first in pairs
     )
     page = f"{to_root}{DOCS}/results"
     caption = format_paragraph(
-        f"Dev scores, mean ± standard deviation{setting}.{differences}",
-        "The last row is [as the original report",
-        f"lists it]({page}.md#the-best-published-models). [All tables]({page}.md),",
+        f"Dev scores, mean ± standard deviation{setting}.",
+        f"Differences of the mean over the tasks: {differences}." if differences else "",
+        f"The last row: [papers]({page}.md#the-best-published-models). [All tables]({page}.md),",
         f"[variants]({page}-variants.md).",
     )
     return f"{format_table(rows, ['model', 'encoder', *MAIN_SCORES])}\n\n{caption}"

@@ -17,6 +17,7 @@ class Difference(NamedTuple):
     low: float  # ends of the 95% interval, nan if there is none
     high: float
     p: float
+    about_rows: bool = True  # whether other rows are among the chance that the interval allows for
 
     @property
     def has_interval(self) -> bool:
@@ -24,7 +25,7 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return self.about_rows and (self.low > 0 or self.high < 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -281,6 +281,20 @@ def test_the_memory_of_a_gpu_is_its_own(trained, flags, monkeypatch):
         assert ex.read_outcome(run)[0] == before | {"peak_memory_mb": "1234"}
 
 
+def test_the_epochs_of_a_killed_process_count(trained, flags, monkeypatch):
+    """A process that was killed wrote no line of its own."""
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setitem(BUDGETS, "full", BUDGET)
+    run = ex.plan_run("baseline", 11711, ex.BUDGETS["full"], flags)
+    text = run.log.read_text()
+    killed = re.sub(r"^epoch (\d+): \d+ s,", r"epoch \1: 5000 s,", text, flags=re.MULTILINE)
+    assert killed != text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: killed)
+        row, _ = ex.read_outcome(run)
+    assert int(row["seconds"]) == 5000 * int(row["budget"].split("x")[0])
+
+
 def test_a_cpu_is_described_with_its_instructions(monkeypatch):
     """So that times with and without them are not pooled."""
     cpu, texts = torch.device("cpu"), []

@@ -24,6 +24,7 @@ from result_tables import (
     MAIN_SCORES,
     RESULTS,
     format_spread,
+    read_predictions,
     read_table,
 )
 
@@ -77,7 +78,7 @@ def intervals():
     """Return the differences above the tables of PAGE: (compared with, recipe) -> text."""
     text = " ".join(PAGE.read_text().split())
     found = {}
-    for name, texts in re.findall(r"Compared with (\[\S+\]): (.*?\))(?:\*\*)?\.", text):
+    for name, texts in re.findall(r"Compared with (\S+): (.*?\))(?:\*\*)?\.", text):
         for item in re.split(r"(?<=\)), |(?<=\)\*\*), ", texts):
             recipe, difference = item.split(" ", 1)
             found[name, recipe] = difference
@@ -221,8 +222,8 @@ def write_gains():
     write_results(*rows)
 
 
-def test_a_clear_difference_has_an_interval_without_zero():
-    """Student's interval of SciPy, and bold as it says."""
+def test_without_predictions_an_interval_is_students_about_seeds_and_nothing_is_clear():
+    """SciPy's interval. Two of them are without 0, but too narrow."""
     write_gains()
     (rows,) = tables("main").values()
     found = intervals()
@@ -233,31 +234,34 @@ def test_a_clear_difference_has_an_interval_without_zero():
             assert (text, cell) == ("+0.3000 (no interval)", "+0.300")
             continue
         ends = stats.t.interval(0.95, len(gains) - 1, statistics.mean(gains), stats.sem(gains))
-        clear = ends[0] > 0 or ends[1] < 0
-        assert clear == (recipe in ("far", "lower"))
+        assert (ends[0] > 0 or ends[1] < 0) == (recipe in ("far", "lower"))
         values = [float(number) for number in re.findall(r"[+-][\d.]+", text)]
         assert values == pytest.approx([statistics.mean(gains), *ends], abs=6e-5)
-        assert text.startswith("**") == cell.startswith("**") == cell.endswith("**") == clear
+        assert text.endswith(", seeds)") and "**" not in text + cell
 
 
 def test_a_block_begins_with_the_differences_that_are_clear():
-    write_gains()
+    write_children()
     assert len(tables("main")) == 1
     answer = " ".join(PAGE.read_text().partition("-->")[2].partition("###")[0].split())
     head, *clear = re.split(r"Clear ones: |; ", answer.removesuffix("."))
-    assert (
-        head.strip() == f"Differences with an interval: {sum(len(g) > 1 for g in GAINS.values())}."
-    )
-    assert {text.split()[0] for text in clear} == {"[far]", "[lower]"}
+    assert head.strip() == "Differences with an interval: 3."
+    assert {text.split()[0] for text in clear} == {"[far]", "[low]"}
     assert all(text.endswith("compared with [baseline], 4 × 10,000") for text in clear)
 
 
-def test_a_setting_begins_with_its_answer_and_ends_with_what_it_cannot_tell():
-    write_gains()
+def test_a_setting_begins_with_its_answer():
+    write_children()
     tables("main")
     text = " ".join(PAGE.read_text().partition("\n### ")[2].split())
     answer = text.partition("Compared with")[0]
-    assert answer.endswith(" Clearly better: [far]. Clearly worse: [lower]. ")
+    assert answer.endswith(" Clearly better: [far]. Clearly worse: [low]. ")
+
+
+def test_a_setting_ends_with_what_it_cannot_tell():
+    write_gains()
+    tables("main")
+    text = " ".join(PAGE.read_text().partition("\n### ")[2].split())
     below = text[text.rindex("|") :]
     assert "(no interval)" in text and "chance can explain the difference" in below
 
@@ -274,18 +278,51 @@ def test_a_setting_without_a_clear_difference_says_so():
 
 def test_kept_predictions_give_the_interval_of_compare(capsys):
     """Scores in the table alone say that the recipes are equal: other rows decide."""
-    write_compared(2)
-    write_recipes(near=RECIPE | {"parent": "baseline"}, far=RECIPE | {"parent": "baseline"})
+    write_children()
     (rows,) = tables("main").values()
     found = intervals()
-    assert ex.main(["compare", "baseline", "far", "near"]) == 0
+    assert ex.main(["compare", "baseline", "far", "low", "near"]) == 0
     lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
     compared = {line[0]: line[3] for line in lines if line[2:3] == ["mean"]}
     assert {name: text.strip("*") for (_, name), text in found.items()} == {
         f"[{name}]": text for name, text in compared.items()
     }
-    assert {name for (_, name), text in found.items() if text.startswith("**")} == {"[far]"}
+    bold = {name for (_, name), text in found.items() if text.startswith("**")}
+    assert bold == {"[far]", "[low]"}
     assert rows["[far]"]["mean, difference"].startswith("**")
+
+
+def test_a_mean_of_models_is_compared_with_each_of_them(capsys):
+    write_compared(2)
+    table = read_table(RESULTS, COLUMNS)
+    generator, names = np.random.default_rng(1), ("sst_accuracy", "task2_matthews")
+    scores = {n: made_up(generator, read_predictions("far1")[n][0], 0.99) for n in names}
+    keep("far-averaged", "mean", "averaged", scores)
+    row = table[table["run"] == "far1"].iloc[0].to_dict()
+    row |= {"recipe": "far-averaged", "seed": "1+2+3+4+5", "run": "averaged"}
+    accuracies = {n: np.mean(labels == predictions) for n, (labels, predictions) in scores.items()}
+    write_results(row | {name: f"{value:.6f}" for name, value in accuracies.items()})
+    singles = table[table["recipe"] == "far"]["sst_accuracy"].astype(float)
+    gain = accuracies["sst_accuracy"] - singles.mean()
+    assert ex.main(["compare", "far", "far-averaged"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "| sentiment |" in line)
+    assert f"| 5 | sentiment | {gain:+.4f} (" in line
+    (rows,) = tables("main").values()
+    assert rows["far-averaged"]["seeds"] == "1" and rows["far-averaged"]["mean, difference"]
+    assert ("[far]", "far-averaged") in intervals()
+
+
+def test_figures_of_the_report_are_next_to_ours_in_one_setting():
+    write_recipes(tagging=RECIPE)
+    short = [result(name, 1, (0.4, 0.5, 0.6), budget="2x4000") for name in ("baseline", "tagging")]
+    write_results(result("baseline", 1, (0.7, 0.8, 0.9)), *short)
+    PAGE.write_text(START.format("original") + END)
+    assert ex.main(["table", "--write"]) == 0
+    ours = [line for line in PAGE.read_text().splitlines() if "| minilm" in line]
+    assert ours == [
+        f"| [{name}] | minilm, 2 × 4,000 | 1 | 0.400 | 0.500 | 0.600 |"
+        for name in ("baseline", "tagging")
+    ]
 
 
 def test_recipes_without_a_seed_in_common_are_not_compared():
@@ -338,7 +375,7 @@ def test_the_last_epoch_is_beside_the_best_and_doubtful_runs_are_marked():
         "[half]": "2",
     }
     text = PAGE.read_text()
-    assert "†: a run has no curve. ‡: a run had uncommitted changes." in text
+    assert "†: a run has no curve. ‡: a run had uncommitted changes." in " ".join(text.split())
     Path("README.md").write_text(START.format("original") + END)
     ex.main(["table", "--write"])
     assert "‡" not in Path("README.md").read_text()
@@ -429,13 +466,14 @@ def made_up(generator, labels, share):
 
 
 def write_compared(n_tasks=3, gain=0.35):
-    """Five seeds of recipes with so many tasks. `far` is better by `gain`."""
+    """Five seeds of recipes with so many tasks. `far` is better by `gain`, `low` worse by 0.2."""
     names = [*MAIN_SCORES][:1] + [f"task{n}_matthews" for n in range(2, n_tasks + 1)]
     generator = np.random.default_rng(0)
     labels = {name: generator.integers(2, size=300) for name in names}
-    write_recipes(near=RECIPE, far=RECIPE)
+    shares = {"baseline": 0.6, "near": 0.6, "far": 0.6 + gain, "low": 0.4}
+    write_recipes(near=RECIPE, far=RECIPE, low=RECIPE)
     rows = []
-    for recipe, share in {"baseline": 0.6, "near": 0.6, "far": 0.6 + gain}.items():
+    for recipe, share in shares.items():
         for seed in range(1, 6):
             run = f"{recipe}{seed}"
             scores = {name: made_up(generator, labels[name], share) for name in names}
@@ -444,6 +482,12 @@ def write_compared(n_tasks=3, gain=0.35):
             row |= dict.fromkeys(MAIN_SCORES, "")
             rows.append(row | {n: f"{np.mean(a[0] == a[1]):.6f}" for n, a in scores.items()})
     write_results(*rows)
+
+
+def write_children():
+    """As write_compared, for tables: the recipes are compared with the baseline."""
+    write_compared(2)
+    write_family(near="baseline", far="baseline", low="baseline")
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 5])
@@ -512,7 +556,7 @@ def test_rows_with_the_same_other_flags_are_compared(capsys):
     out = capsys.readouterr().out
     assert "1 × 64, with `--ema 0.5`:" in out
     assert len(tables("main")) == 1
-    assert intervals().keys() == {("[baseline]", "[far]²"), ("[baseline]", "[near]³")}
+    assert intervals().keys() == {("[baseline]", "[far]²"), ("[baseline]", "[near]⁴")}
 
 
 @pytest.mark.parametrize("name, end", [("main", ""), ("other", END)])

@@ -105,7 +105,7 @@ def test_the_mean_is_over_independent_tasks(pair):
 def test_a_recipe_does_not_differ_from_itself(pair, n_seeds):
     same = Pair(pair.metric, pair.labels, pair.first[:n_seeds], pair.first[:n_seeds])
     found = difference([same])
-    assert found == (0, 0, 0, 1) and not found.is_clear and permutation_test([same]) == 1
+    assert found[:4] == (0, 0, 0, 1) and not found.is_clear and permutation_test([same]) == 1
 
 
 def test_exchanged_recipes_have_the_opposite_difference(pair):
