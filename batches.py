@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import heapq
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -255,10 +254,11 @@ def training_windows(
 
 
 def deal_out(n_tokens: Mapping[str, np.ndarray], n_shares: int) -> list[dict[str, np.ndarray]]:
-    """Divide the rows of each task into shares with about equal numbers of tokens.
+    """Divide the rows of each task into equal shares, with about equal numbers of tokens.
 
-    The longest rows come first; each goes to the share with the fewest tokens so far (Graham 1969,
-    "Bounds on multiprocessing timing anomalies").
+    The numbers of rows only depend on how many there are, so that a CUDA graph can be replayed. The
+    longest rows come first; each goes to the share with the fewest tokens so far (Graham 1969, "Bounds
+    on multiprocessing timing anomalies") among those that still lack rows of its task.
 
     Args:
         n_tokens: task -> [n_rows] numbers of tokens.
@@ -266,14 +266,18 @@ def deal_out(n_tokens: Mapping[str, np.ndarray], n_shares: int) -> list[dict[str
     Returns:
         for each share, task -> the numbers of its rows, in order.
     """
-    if n_shares == 1:
-        return [{name: np.arange(len(tokens)) for name, tokens in n_tokens.items()}]
+    lacking, first = {}, 0  # `first` gets the next row that is left over
+    for name, tokens in n_tokens.items():
+        each, left_over = divmod(len(tokens), n_shares)
+        lacking[name] = [each + ((s - first) % n_shares < left_over) for s in range(n_shares)]
+        first += left_over
     rows = [(n, name, row) for name, tokens in n_tokens.items() for row, n in enumerate(tokens)]
     shares: list[dict[str, list[int]]] = [{name: [] for name in n_tokens} for _ in range(n_shares)]
-    loads = [(0, share) for share in range(n_shares)]
+    loads = [0] * n_shares
     for n, name, row in sorted(rows, key=lambda row: -row[0]):
-        load, share = loads[0]
-        heapq.heapreplace(loads, (load + n, share))
+        share = min((s for s in range(n_shares) if lacking[name][s]), key=loads.__getitem__)
+        lacking[name][share] -= 1
+        loads[share] += n
         shares[share][name].append(row)
     return [
         {name: np.array(sorted(numbers), np.int64) for name, numbers in share.items()}

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import math
 import re
 import subprocess
@@ -397,16 +396,29 @@ def test_processes_share_the_rows_of_each_batch(dataset, n_processes):
             assert np.array_equal(found, wanted)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 3))
-def test_rows_are_dealt_out_evenly(lengths, n_shares):
-    """Against the best of all ways to deal: no more than Graham's bound above it."""
-    n_tokens = {"sst": np.array(lengths[::2]), "sts": np.array(lengths[1::2])}
+@given(st.lists(st.integers(1, 60)), st.lists(st.integers(1, 60)), st.integers(1, 5))
+def test_rows_are_dealt_out_in_equal_numbers(sst, sts, n_shares):
+    n_tokens = {"sst": np.array(sst, int), "sts": np.array(sts, int)}
     shares = deal_out(n_tokens, n_shares)
-    loads = [sum(int(n_tokens[n][rows].sum()) for n, rows in share.items()) for share in shares]
-    assert sum(loads) == sum(lengths)
-    ways = itertools.product(range(n_shares), repeat=len(lengths))
-    best = min(max(np.bincount(way, lengths, n_shares)) for way in ways)
-    assert max(loads) <= (4 / 3 - 1 / (3 * n_shares)) * best
+    for name, tokens in n_tokens.items():
+        assert sorted(np.concatenate([share[name] for share in shares])) == [*range(len(tokens))]
+    counts = [[len(share["sst"]), len(share["sts"])] for share in shares]
+    counts = np.array([[*count, sum(count)] for count in counts])
+    assert (counts.max(0) - counts.min(0) <= 1).all()
+    # With other lengths, each process has the same numbers of rows.
+    others = deal_out({name: 61 - tokens for name, tokens in n_tokens.items()}, n_shares)
+    assert [[len(share["sst"]), len(share["sts"])] for share in others] == counts[:, :2].tolist()
+
+
+@pytest.mark.parametrize("n_shares, most", [(2, 1.02), (4, 1.03), (8, 1.06)])
+def test_tokens_are_dealt_out_evenly(n_shares, most):
+    """Rows in their order would give the busiest process 1.1 times the mean and more."""
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        n_tokens = {name: generator.gamma(3, 6, 64).astype(int) + 3 for name in TASKS}
+        shares = deal_out(n_tokens, n_shares)
+        loads = [sum(n_tokens[n][rows].sum() for n, rows in share.items()) for share in shares]
+        assert max(loads) <= most * np.mean(loads)
 
 
 def test_processes_share_an_evaluation(dataset):
