@@ -22,6 +22,7 @@ from utils import one_line
 
 BY_TOKEN = ("input_ids", "tags", "position_ids", "token_type_ids")  # of a Batch
 MOST_GRAPHS = 12
+UNUSED = 100  # passes after which a graph makes room for another
 SHORT = 128  # tokens; below this, which kernels run does not depend on the lengths
 
 
@@ -107,6 +108,7 @@ class StepGraph:
         self.trained: list[nn.Parameter] = []  # the weights that get gradients
         self.replay: Callable[[], Any] | None = None
         self.result: Pass
+        self.last_pass = 0  # number of the last pass with it
         self.read(like)
 
     def read(self, batch: Batch) -> None:
@@ -133,6 +135,7 @@ class StepGraphs:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.frozen: list[bool] = []
         self.works = True
+        self.n_passes = 0
 
     @classmethod
     def of(cls, model: nn.Module, options: argparse.Namespace) -> "StepGraphs | None":
@@ -150,13 +153,18 @@ class StepGraphs:
         if not self.works:
             return work(batch)
         self._forget_if_refrozen()
+        self.n_passes += 1
         longest = max(SHORT, 2 ** (max(batch.lengths) - 1).bit_length())
         key = self._key(batch, longest)
-        graph = self.graphs.get(key)
-        if graph is None:
-            graph = StepGraph(batch, longest)
-            if len(self.graphs) < MOST_GRAPHS:
-                self.graphs[key] = graph
+        is_first = key not in self.graphs
+        if is_first:
+            self._forget_unused()
+            if len(self.graphs) == MOST_GRAPHS:
+                return work(batch)
+            self.graphs[key] = StepGraph(batch, longest)
+        graph = self.graphs[key]
+        graph.last_pass = self.n_passes
+        if is_first:
             return self._first_pass(graph, work)
         graph.read(batch)
         self._set_gradients(graph)
@@ -182,6 +190,11 @@ class StepGraphs:
         kinds = batch.token_type_ids is None, batch.tags is None, self.model.training
         size, _ = padded_size(len(batch.input_ids))
         return size, len(batch.lengths), longest, kinds, tuple(rows)
+
+    def _forget_unused(self) -> None:
+        """Make room for shapes of later epochs: the numbers of rows can change from epoch to epoch."""
+        since = self.n_passes - UNUSED
+        self.graphs = {key: g for key, g in self.graphs.items() if g.last_pass >= since}
 
     def _forget_if_refrozen(self) -> None:
         frozen = [not parameter.requires_grad for parameter in self.model.parameters()]

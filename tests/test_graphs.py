@@ -199,6 +199,22 @@ def test_dropout_differs_from_replay_to_replay(trainee):
     assert len({float(of_step["para"]) for of_step in losses}) == 6
 
 
+def test_dropout_has_the_right_effect_on_average(trainee):
+    model, twin, options, windows = trainee(dropout=True)
+    same_rows = [windows[0][:1]] * 100
+    samples = []
+    for each, own_graphs in ((model, graphs_of(model)), (twin, None)):
+        for parameter in each.parameters():
+            parameter.requires_grad_(parameter is each.heads["sst"].out.bias)
+        losses, _, _ = steps(each, same_rows, options, own_graphs)
+        samples.append(torch.stack([of_step["para"] for of_step in losses]))
+    (mean, other), (spread, other_spread) = (
+        [f(s) for s in samples] for f in (torch.mean, torch.std)
+    )
+    assert abs(mean - other) < 4 * (2 / len(same_rows)) ** 0.5 * spread
+    assert 0.7 < spread / other_spread < 1.4
+
+
 def test_layers_that_are_unfrozen_are_captured_anew(trainee):
     model, twin, options, windows = trainee()
     own_graphs = graphs_of(model)
@@ -260,6 +276,23 @@ def test_a_run_keeps_a_dozen_graphs(trainee, monkeypatch):
     ours, theirs = steps(model, windows, options, own_graphs), steps(twin, windows, options, None)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     assert len(own_graphs.graphs) == 1
+
+
+def test_a_graph_that_is_not_used_any_more_makes_room(trainee, monkeypatch):
+    """As with `--sampling annealed`, where each epoch has other numbers of rows."""
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(graphs, "UNUSED", 3)
+    model, twin, options, windows = trainee(rows=32)
+    own_graphs, kept = graphs_of(model), []
+    for batch in (windows[0][0], windows[-1][-1]):  # of three rows and of two
+        same_shape = [[batch]] * 6
+        ours = steps(model, same_shape, options, own_graphs)
+        theirs = steps(twin, same_shape, options, None)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+        (graph,) = own_graphs.graphs.values()
+        assert graph.replay
+        kept.append(graph)
+    assert kept[0] is not kept[1]
 
 
 def test_sizes_with_padding():
