@@ -207,7 +207,7 @@ def training_step(
 
     `window` lists the batches whose gradients are accumulated; each process gets its share of their
     rows. The losses that it returns are means over all rows of the step. If the loss or a gradient is
-    not finite, the step is not taken and the weights stay as they were. Does not wait for a GPU.
+    not finite, the step is not taken and the weights stay as they were. Only Sophia waits for a GPU.
     `scale` is for float16; SophiaH's estimates, in float32, do without it, and without `graphs`.
     """
     device = next(model.parameters()).device
@@ -237,7 +237,7 @@ def training_step(
         if window and not window[0].step_rows[name]:  # a task can have no row in a step
             del losses[name]
     losses |= learned_weights(model, options)
-    return Step(losses, answers, *clip_and_step(model, optimizer, losses["sum"], options, scale))
+    return Step([*losses], answers, *clip_and_step(model, optimizer, losses, options, scale))
 
 
 def add_batch(
@@ -292,7 +292,7 @@ def fit(training: Training, after_epoch: Callable[[Training], None] = lambda _: 
             training.end_epoch(dev)  # log, learning rate, keep the best
         training.save_or_stop(due=True)
         after_epoch(training)
-    training.writer.wait()
+    training.wait_for_writer()
 
 
 def train_multitask(options: argparse.Namespace) -> evaluation.Scores:

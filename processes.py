@@ -72,14 +72,12 @@ def sum_gradients(model: nn.Module, values: list[Tensor]) -> None:
         return
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A process may have no row of a task. A weight that no process used must keep no gradient.
-    used = torch.tensor([param.grad is not None for param in params], dtype=torch.float32)
-    used = used.to(params[0].device)
-    for param in params:
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+    used = agree(*(param.grad is not None for param in params))
+    for param, used_by_any in zip(params, used, strict=True):
+        if used_by_any and param.grad is None:
+            param.grad = torch.zeros_like(param)
     gradients = [param.grad for param in params if param.grad is not None]
-    sum_over_processes([*gradients, *values, used])
-    for param, used_by_any in zip(params, used.tolist(), strict=True):
-        param.grad = param.grad if used_by_any else None
+    sum_over_processes([*gradients, *values])
 
 
 def copy_from_first(tensors: list[Tensor]) -> None:

@@ -81,17 +81,23 @@ class Answers(NamedTuple):
 class Step(NamedTuple):
     """The result of an optimizer step."""
 
-    losses: dict[str, Tensor]  # name -> scalar, on the device
+    names: list[str]  # of the losses
     answers: list[Answers]  # of each batch and task
-    check: Tensor  # loss, norm of the gradients, and their sum, on their way to the host
+    # Loss, norm of the gradients, and their sum; then all losses. They are on their way to the host.
+    check: Tensor
     arrival: torch.cuda.Event | None  # of `check`; None without a GPU
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """name -> scalar, on the host. Read `problem` before."""
+        return dict(zip(self.names, self.check[3:], strict=True))
 
     @property
     def problem(self) -> str | None:
         """Why the step was not taken; None if it was. Waits for the step, not for what follows it."""
         if self.arrival:
             self.arrival.synchronize()
-        loss, norm, total = self.check.tolist()
+        loss, norm, total = self.check[:3].tolist()
         finite = math.isfinite(total)
         return None if finite else f"loss {loss:g}, norm of the gradients {norm:g}"
 
@@ -99,18 +105,19 @@ class Step(NamedTuple):
 def clip_and_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss: Tensor,
+    losses: Mapping[str, Tensor],
     options: argparse.Namespace,
     scale: LossScale | None = None,
 ) -> tuple[Tensor, torch.cuda.Event | None]:
     """Clip the gradients and take the optimizer's step, if it is finite. Return its check and arrival.
-    `scale` is that of the gradients, not of the loss."""
+    `losses` has their "sum". `scale` is that of the gradients, not of the losses."""
+    loss = losses["sum"]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if scale:
         torch._foreach_div_(gradients, scale.factor)
     clip, norm = options.clip, nn.utils.get_total_norm(gradients).to(loss.device)
     total = norm + loss
-    check = torch.stack([loss, norm, total]).to("cpu", non_blocking=True)
+    check = torch.stack([loss, norm, total, *losses.values()]).to("cpu", non_blocking=True)
     arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
     # A GPU itself decides whether AdamW takes the step, and the host asks it one step later. On this
     # depends whether Sophia's next step makes an estimate, so Sophia has to wait here.
@@ -286,7 +293,7 @@ class Training:
     def _give_up(self, window: list[Batch], problem: str | None) -> None:
         """Save, print the rows of the last step, and raise UserError."""
         self.save()
-        self.writer.wait()
+        self.wait_for_writer()
         rows = [(name, row) for batch in window for name in batch.rows for row in batch.rows[name]]
         ids = defaultdict(list)
         for name, row in itertools.chain(*gather(rows)):
@@ -333,7 +340,7 @@ class Training:
 
     def _keep_if_best(self, mean: float) -> str:
         """Save the model if it is the best so far. Return what to print about it."""
-        self.writer.wait()  # whether the last best one is on the disk
+        self.wait_for_writer()  # whether the last best one is on the disk
         comparable = -math.inf if math.isnan(mean) else mean
         # The first model is always kept, so that a run ends with one.
         if self.best is not None and comparable <= self.best:
@@ -368,12 +375,19 @@ class Training:
 
     def save(self, last: bool = False) -> None:
         """Write the state. All processes must call it together. A full disk is only a warning."""
-        self.settle()
+        with uninterrupted():
+            self.settle()
         if last:
-            self.writer.wait()  # the state has to know what could not be written
+            self.wait_for_writer()  # the state has to know what could not be written
         start = time.perf_counter()
         self._write(self.state())
         self.saved_at = time.monotonic()
+        self.saving_seconds += time.perf_counter() - start
+
+    def wait_for_writer(self) -> None:
+        """Wait until everything is written. This time counts as saving."""
+        start = time.perf_counter()
+        self.writer.wait()
         self.saving_seconds += time.perf_counter() - start
 
     def save_finished(self) -> None:
@@ -470,7 +484,8 @@ class Training:
         """Print how much of the training time was spent on saving, and the peak memory of a GPU."""
         print(f"saving took {self.saving_seconds:.1f} s of {seconds:.0f} s")
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            # Reserved: a CUDA graph keeps memory that is not allocated between its replays.
+            peak = torch.cuda.max_memory_reserved(self.device) / 2**20
             print(f"memory of {torch.cuda.get_device_name(self.device)}: {peak:,.0f} MB at most")
 
     def describe_saved(self) -> str:

@@ -54,7 +54,7 @@ from optimizer import build_optimizer
 from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
-from utils import autocast, pick_device, seed_everything
+from utils import autocast, half_dtype, pick_device, seed_everything
 
 OURS, PEER, FAIRER = "this project", "transformers", "transformers, one batch"
 BATCH_SIZE = 64
@@ -265,9 +265,7 @@ class MatrixRate:
     """Multiplies matrices with the shapes of one encoder layer, forward and backward."""
 
     def __init__(self, config: BertConfig, tokens: int, device: torch.device, precision: str):
-        with autocast(device, precision):
-            half = torch.is_autocast_enabled(device.type)
-        dtype = torch.bfloat16 if half else torch.float32
+        dtype = half_dtype(device, precision) or torch.float32
         size, inner = config.hidden_size, config.intermediate_size
         shapes = (size, 3 * size), (size, size), (size, inner), (inner, size)
         self.pairs = [
@@ -316,7 +314,7 @@ def serve(args: argparse.Namespace) -> None:
         elif work == "kernels":
             answer = kernel_seconds(contender)
         elif inputs.device.type == "cuda":
-            answer = torch.cuda.max_memory_allocated() / 1e6
+            answer = torch.cuda.max_memory_reserved() / 1e6
         else:
             answer = resident_peak()
         print(answer, file=answers, flush=True)

@@ -4,6 +4,7 @@ import copy
 import csv
 import os
 import re
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from optimizer import build_optimizer
 from options import parse_options
 from run_log import RunLog
 from tasks import TASKS
-from training import Training, clip_and_step, prepare_device
+from training import Step, Training, clip_and_step, prepare_device
 
 # Each spoils a loss so that its step cannot be taken.
 SPOILERS = {
@@ -191,9 +192,10 @@ def late_run(flags, monkeypatch, tmp_path):
             windows.append(window)
             return training_step(model, window, *rest)
 
-        def spoiled(model, steps_of, loss, *rest):
+        def spoiled(model, steps_of, losses, *rest):
             factor = torch.inf if len(windows) - 1 in bad else 1
-            check, _ = clip_and_step(model, steps_of, loss * factor, *rest)
+            losses = losses | {"sum": losses["sum"] * factor}
+            check, _ = clip_and_step(model, steps_of, losses, *rest)
             return check, arrival
 
         more = ["--ema", "0.9", "--scheduler", "linear", "--clip", "0.1", *more]
@@ -210,6 +212,16 @@ def late_run(flags, monkeypatch, tmp_path):
         return run, windows, None
 
     return train
+
+
+def test_a_signal_while_a_save_waits_for_a_gpu_loses_no_step(late_run):
+    run, (window, *_), _ = late_run(True, ())
+    arrival = SimpleNamespace(synchronize=lambda: signal.raise_signal(signal.SIGINT))
+    run.record(Step(["sum"], [], torch.zeros(4), arrival), window)
+    assert run.n_windows == 0
+    with pytest.raises(KeyboardInterrupt):
+        run.save()
+    assert run.n_windows == 1 and run.unsettled is None
 
 
 @pytest.mark.parametrize("bad", [(0, 3, 4), (2, 3, 7)], ids=str)
@@ -449,16 +461,16 @@ def test_a_scaled_loss_gives_the_same_step(kind, clip):
         for x in torch.randn(2, 8, 5):
             loss = model(x).square().mean()
             (loss * (scale.factor if scale else 1)).backward()
-            clip_and_step(model, steps_of, loss.detach(), options, scale)
+            clip_and_step(model, steps_of, {"sum": loss.detach()}, options, scale)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *weights)) and scale.factor == 2**16 and scale.finite_steps == 2
     model.weight.grad = torch.full_like(model.weight, torch.inf)
-    problem, _ = clip_and_step(model, steps_of, loss.detach(), options, scale)
+    problem, _ = clip_and_step(model, steps_of, {"sum": loss.detach()}, options, scale)
     assert scale.factor == 2**15 and not problem.isfinite().all() and scale.finite_steps == 0
     assert all(map(torch.equal, weights[1], model.parameters()))
     scale.finite_steps.fill_(1999)
     model.weight.grad = torch.zeros_like(model.weight)
-    clip_and_step(model, steps_of, loss.detach(), options, scale)
+    clip_and_step(model, steps_of, {"sum": loss.detach()}, options, scale)
     assert scale.factor == 2**16
 
 
