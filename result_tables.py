@@ -499,9 +499,7 @@ def dev_errors(summaries: list[Summary]) -> str:
         value, is_share = float(rows[0].cells[score].split()[0]), score.endswith("accuracy")
         error = (value * (1 - value) / n if is_share else (1 - value**2) ** 2 / (n - 3)) ** 0.5
         texts.append(f"{MAIN_SCORES[score]} {error:.4f} ({n:,} rows)")
-    return format_paragraph(
-        f"Standard errors of the scores of `baseline`: {', '.join(texts) or 'no runs yet'}."
-    )
+    return format_paragraph(f"Of `baseline`: {', '.join(texts) or 'no runs yet'}.")
 
 
 def original_table(summaries: list[Summary]) -> str:
@@ -523,14 +521,10 @@ def summary_table(summaries: list[Summary], to_root: str) -> str:
     """Return the README's table: ours in the setting with most of its recipes, and what others reached."""
     shown = [s for s in summaries if s.recipe in SUMMARIZED and not s.remark]
     ours = max(by_setting(shown), key=len, default=[])
-    rows = [
-        s.cells
-        | {
-            "model": SUMMARIZED[s.recipe] or s.cells["recipe"],
-            "encoder": ENCODERS.get(s.setting[0], s.setting[0]),
-        }
-        for s in ours
-    ]
+    rows = []
+    for s in ours:
+        model = {"model": SUMMARIZED[s.recipe] or s.cells["recipe"]}
+        rows.append(s.cells | model | {"encoder": ENCODERS.get(s.setting[0], s.setting[0])})
     original = {"model": "original report, baseline", "encoder": ENCODERS["bert-base-uncased"]}
     published = {"model": "best published single-task models", "encoder": "one each"}
     rows += [original | ORIGINAL["baseline"], published | PUBLISHED]

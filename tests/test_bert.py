@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import TINY, TRANSFORMERS_SEES_DATASETS
 
+from activations import ACTIVATION_FUNCTIONS, GELU_BLOCK
 from attention import (
     ATTENTION,
     FusedAttention,
@@ -18,7 +19,7 @@ from attention import (
     plain_attention,
 )
 from base_bert import BertConfig
-from bert import ACTIVATION_FUNCTIONS, GELU_BLOCK, BertModel, Dropout, Tokens, pack
+from bert import BertModel, Dropout, Tokens, pack
 
 SENTENCES = [
     "A deep, moving and often funny film.",

@@ -13,8 +13,9 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2CLS
 
+from activations import ACTIVATION_FUNCTIONS
 from base_bert import ACTIVATIONS, BertConfig
-from bert import ACTIVATION_FUNCTIONS, BertModel
+from bert import BertModel
 from options import parse_options
 from tokenizer import BertTokenizer
 from utils import UserError

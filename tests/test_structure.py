@@ -9,7 +9,7 @@ from conftest import ROOT
 ORDER = """
     predict export modeling_multitask report synthetic predictor generators experiments comparison
     result_tables hpo search_space search_results multitask_classifier heads training checkpoint run_log options flags
-    evaluation significance moe curvature balancing graphs batches optimizer datasets tables bert base_bert attention
+    evaluation significance moe curvature balancing graphs batches optimizer datasets tables bert activations base_bert attention
     kernels tokenizer tagging profiler tasks pretrained utils processes streams
 """.split()
 LATE = {"modeling_multitask", "kernels"}  # need transformers, Triton
