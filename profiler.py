@@ -11,8 +11,8 @@ from torch.autograd.profiler_util import FunctionEventAvg
 
 from utils import one_line
 
-# Numbers of steps. The first ones are slower than all others.
-SKIPPED, WARM_UP, RECORDED = 2, 1, 5
+# Numbers of steps. The first ones are slower than all others, on a GPU also those that are captured.
+SKIPPED, SKIPPED_ON_GPU, WARM_UP, RECORDED = 2, 30, 1, 5
 TOP_OPERATORS = 15
 # Kinds of work, and the categories of a trace's events that belong to them. Where several run at the
 # same time, the first one counts.
@@ -39,11 +39,13 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        schedule = torch.profiler.schedule(wait=SKIPPED, warmup=WARM_UP, active=RECORDED, repeat=1)
+        self.skipped = WARM_UP + (SKIPPED_ON_GPU if device.type == "cuda" else SKIPPED)
+        waits = dict(wait=self.skipped - WARM_UP, warmup=WARM_UP)
+        schedule = torch.profiler.schedule(**waits, active=RECORDED, repeat=1)
         self.profile = torch.profiler.profile(
             activities=activities, schedule=schedule, on_trace_ready=self._report, acc_events=True
         )
-        self.steps_left = SKIPPED + WARM_UP + RECORDED
+        self.steps_left = self.skipped + RECORDED
         self.profile.start()
 
     def step(self) -> None:
@@ -59,8 +61,7 @@ class StepProfiler:
         if self.steps_left:
             self.profile.stop()
             if self.steps_left >= RECORDED:
-                limit = SKIPPED + WARM_UP
-                self.show(f"--profiler: an epoch of {limit} steps or fewer is too short")
+                self.show(f"--profiler: an epoch of {self.skipped} steps or fewer is too short")
             self.steps_left = 0
 
     def _report(self, profile: torch.profiler.profile) -> None:
