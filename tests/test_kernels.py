@@ -66,8 +66,10 @@ def test_it_equals_plain_attention_in_float64(lengths, n_heads, width, dtype):
 
 
 def test_every_length_is_right():
-    """All lengths at once, and each sequence as it is alone: large numbers in it change no other."""
-    lengths = list(range(1, 1 + (LONGEST if DEVICE.type == "cuda" else 36)))
+    """All lengths at once; in the interpreter, above 36, those next to a block's end only."""
+    lengths = list(range(1, LONGEST + 1))
+    if DEVICE.type == "cpu":
+        lengths = [n for n in lengths if n <= 36 or n % 16 in (0, 1, 15)]
     qkv = random_qkv(sum(lengths), 1, 32)
     ours = ShortAttention.apply(qkv, of(lengths).offsets, 0.0)
     assert relative_error(ours, plain_attention(qkv.double(), of(lengths), 0.0)) < 2e-6
