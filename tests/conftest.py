@@ -31,12 +31,16 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+import utils  # noqa: E402
 from base_bert import BertConfig  # noqa: E402
 from bert import BertModel  # noqa: E402
 from pretrained import minilm_directory  # noqa: E402
 from tasks import TASKS, read_task_file  # noqa: E402
 from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import seed_everything  # noqa: E402
+
+# Its effects would outlast a test, and hypothesis needs denormal numbers.
+utils.speed_up_cpu = lambda: None
 
 settings.register_profile("thorough", max_examples=2000)  # for pytest --hypothesis-profile
 
