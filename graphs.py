@@ -195,6 +195,8 @@ class StepGraphs:
         """Make room for shapes of later epochs: the numbers of rows can change from epoch to epoch."""
         since = self.n_passes - UNUSED
         self.graphs = {key: g for key, g in self.graphs.items() if g.last_pass >= since}
+        if not any(graph.replay for graph in self.graphs.values()):
+            self.capture.forget()
 
     def _forget_if_refrozen(self) -> None:
         frozen = [not parameter.requires_grad for parameter in self.model.parameters()]
