@@ -112,6 +112,30 @@ def test_both_passes_have_the_dropout_mask_of_the_seed(lengths, width):
     assert_equal(ours, torch.cat(expected), qkv, exact)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("width", [32, 64])
+def test_gradients_are_those_of_finite_differences(width, p):
+    """Along random directions, in float32, for queries, keys and values apart."""
+    lengths, h = [17, 3], 1e-2
+    qkv = random_qkv(sum(lengths), 2, width)
+    weights = torch.randn(sum(lengths), 2, width, device=DEVICE, dtype=torch.float64)
+
+    def loss(values):
+        torch.manual_seed(5)  # the same mask
+        context = ShortAttention.apply(values, of(lengths).offsets, p)
+        return (context.double() * weights).sum()
+
+    (gradient,) = torch.autograd.grad(loss(qkv), qkv)
+    for part in range(3):
+        direction = torch.zeros_like(qkv)
+        own = gradient[:, part]
+        direction[:, part] = own + own.std() * torch.randn_like(own)
+        direction *= len(qkv) ** 0.5 / direction.norm()
+        difference = loss(qkv + h * direction) - loss(qkv - h * direction)
+        expected = (gradient.double() * direction).sum()
+        torch.testing.assert_close(difference / (2 * h), expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.4])
 def test_dropout_drops_the_right_share_and_keeps_the_mean(p):
     lengths, n_heads = [16, 16, 29], 2
