@@ -55,7 +55,7 @@ from optimizer import build_optimizer
 from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
-from utils import autocast, half_dtype, pick_device, seed_everything
+from utils import autocast, half_dtype, pick_device, seed_everything, speed_up_cpu
 
 OURS, PEER, FAIRER = "this project", "transformers", "transformers, one batch"
 BATCH_SIZE = 64
@@ -309,6 +309,8 @@ def serve(args: argparse.Namespace) -> None:
     number."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # other prints must not look like answers
+    if args.worker == OURS:
+        speed_up_cpu()  # as multitask_classifier.py does
     inputs = read_inputs(args)
     contender = CONTENDERS[args.worker](inputs)
     kernels: dict[str, float] = {}
@@ -478,6 +480,7 @@ def main() -> None:
         args = argparse.Namespace(**vars(args) | dict(steps=1, evaluations=1))
     if args.worker:
         return serve(args)
+    speed_up_cpu()  # the limit is that of the machine
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in CONTENDERS:
