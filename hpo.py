@@ -87,12 +87,12 @@ from utils import (
     Terminated,
     UserError,
     exit_status,
+    flush_denormals,
     is_out_of_memory,
     lock_files,
     one_line,
     pick_device,
     seed_everything,
-    speed_up_cpu,
     terminate,
 )
 
@@ -161,7 +161,7 @@ def load_shared(options: argparse.Namespace, directory: Path) -> Shared:
 def run_trial(config: dict[str, Any], shared: Shared, n_threads: int) -> None:
     """Train with the flags of a trial, in a process of Ray's. If such a process has died, the next one
     continues from the trial's last epoch."""
-    speed_up_cpu()
+    flush_denormals()
     torch.set_num_threads(n_threads)
     trial = Trial.read(shared.directory / config["trial"])
     try:

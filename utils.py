@@ -250,7 +250,7 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
         of required output has gone (SIGPIPE).
     """
     guard_streams()
-    speed_up_cpu()
+    flush_denormals()
     with warnings.catch_warnings():
         # We use the jagged layout, the part of nested tensors that PyTorch recommends.
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
@@ -282,15 +282,12 @@ def exit_status(work: Callable[[], None], when_memory_is_full: str, when_interru
         return 1
 
 
-def speed_up_cpu() -> None:
-    """Let PyTorch ask Linux for pages of 2 MB for large tensors, where the user has not decided otherwise,
-    and take denormal numbers as 0. Call it before the first tensor is made.
+def flush_denormals() -> None:
+    """Let the CPU take denormal numbers as 0. Call it before the first tensor is made.
 
-    Each step makes a new gradient of the word embeddings. With pages of 4 KB, getting its memory from
-    the kernel takes longer than filling it. The moments of rare word pieces decay to denormal numbers
-    (below 1e-38), with which a CPU calculates ten times as slowly.
+    The moments of rare word pieces decay to denormal numbers (below 1e-38), with which a CPU calculates
+    ten times as slowly.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.set_flush_denormal(True)  # for this thread, and for those that it starts later
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from base_bert import BertConfig
 from bert import BertModel
 from optimizer import AdamW
-from utils import speed_up_cpu
+from utils import flush_denormals
 
 MINILM = BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
@@ -45,7 +45,7 @@ def give_gradients(model: BertModel, share: float) -> None:
 
 def main() -> None:
     steps = new_parser(__doc__, steps=60).parse_args().steps
-    speed_up_cpu()
+    flush_denormals()
     optimizers = {}
     for name, build in CONTENDERS.items():
         model = BertModel(MINILM)

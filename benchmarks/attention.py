@@ -29,7 +29,7 @@ from datasets import TaskDataset
 from options import parse_options
 from tasks import TASKS
 from tokenizer import BertTokenizer
-from utils import speed_up_cpu
+from utils import flush_denormals
 
 DROPOUT = 0.1
 OURS: dict[str, dict[str, Callable]] = {
@@ -94,7 +94,7 @@ def main() -> None:
     )
     flag("--use_gpu", action="store_true")
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     torch.manual_seed(0)
     device = torch.device("cuda" if args.use_gpu else "cpu")
     columns, dtype = batch_lengths(args.data_dir, args.batch_size), getattr(torch, args.precision)

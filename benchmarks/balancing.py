@@ -15,7 +15,7 @@ from throughput import Inputs, mc
 from optimizer import build_optimizer
 from options import parse_options
 from tasks import TASKS
-from utils import speed_up_cpu
+from utils import flush_denormals
 
 KINDS = {
     "plain sum": [],
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--bert_model", default="minilm", help="default: minilm")
     parser.add_argument("--precision", default="auto", help="default: auto")
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     torch.set_num_threads(1)
     inputs = Inputs(args.data_dir, args.bert_model, args.steps)
     runs = {}

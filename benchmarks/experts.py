@@ -28,7 +28,7 @@ from batches import Batch
 from moe import N_EXPERTS, with_experts
 from optimizer import build_optimizer
 from options import parse_options
-from utils import speed_up_cpu
+from utils import flush_denormals
 
 KINDS = {"one encoder": None, "soft": "soft", "hard": "hard"}
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--bert_model", default="minilm", help="default: minilm")
     parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     flags = ["--data_dir", args.data_dir, "--bert_model", args.bert_model]
     inputs = Inputs(args.data_dir, args.bert_model, args.steps)
     if args.memory_of:

@@ -22,7 +22,7 @@ from base_bert import BertConfig
 from datasets import Example
 from generators import CausalLM, Row, SmallGenerator
 from optimizer import AdamW
-from utils import keep_freed_memory, seed_everything, speed_up_cpu
+from utils import flush_denormals, keep_freed_memory, seed_everything
 
 ROWS = 32  # of a batch of the peer
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=synthetic.PRECISIONS)
     parser.add_argument("--whole", action="store_true", help="also train both to the end: minutes")
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     keep_freed_memory()
     flags = ["--generator", "small", "--output", "-", "--data_dir", args.data_dir]
     chosen = synthetic.parse([*flags, "--precision", args.precision])

@@ -25,7 +25,7 @@ from datasets import load_data  # noqa: E402
 from optimizer import build_optimizer  # noqa: E402
 from options import parse_options  # noqa: E402
 from tokenizer import BertTokenizer  # noqa: E402
-from utils import seed_everything, speed_up_cpu  # noqa: E402
+from utils import flush_denormals, seed_everything  # noqa: E402
 
 N_TASKS, N_ROWS, ROWS_OF_A_STEP = (1, 3, 12), 20_000, 96
 TABLE = """\
@@ -84,7 +84,7 @@ def main() -> None:
     parser = new_parser(__doc__, steps=20)
     parser.add_argument("--bert_model", default="minilm", help="default: minilm")
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(args.data_dir), Path(folder))
         contenders = [Contender(n, Path(folder), args.bert_model, args.steps) for n in N_TASKS]

@@ -31,7 +31,7 @@ from batches import Batch
 from optimizer import build_optimizer
 from options import parse_options
 from tasks import TASKS
-from utils import keep_freed_memory, speed_up_cpu
+from utils import flush_denormals, keep_freed_memory
 
 INTERVALS = 10, 50
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--bert_model", default="minilm", help="default: minilm")
     parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     kinds = [args.memory_of] if args.memory_of else list(KINDS)
     if any("SophiaH" in kind for kind in kinds):
         keep_freed_memory()  # like a run with SophiaH; other steps do not notice

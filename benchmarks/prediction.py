@@ -35,7 +35,7 @@ from checkpoint import checkpoint_content, write_checkpoint  # noqa: E402
 from export import export  # noqa: E402
 from options import parse_options  # noqa: E402
 from tasks import TASKS  # noqa: E402
-from utils import autocast, seed_everything, speed_up_cpu  # noqa: E402
+from utils import autocast, flush_denormals, seed_everything  # noqa: E402
 
 OURS, THREE, PEER, LIMIT = "this project", "three models as one", "transformers", "limit"
 MATRIX_TOKENS = 6000
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     args = parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         times = measure(args, Path(folder))

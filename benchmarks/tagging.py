@@ -30,7 +30,7 @@ from options import parse_options
 from tagging import Pipeline, Tagger, load_spacy
 from tasks import SPLITS
 from tokenizer import BertTokenizer
-from utils import seed_everything, speed_up_cpu
+from utils import flush_denormals, seed_everything
 
 PARTS = 4
 Data = dict[str, dict[str, TaskDataset]]  # split -> task -> dataset
@@ -139,7 +139,7 @@ def main() -> None:
     flag("--start_from", help=argparse.SUPPRESS)
     flag("--tags", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    speed_up_cpu()  # as all programs do
+    flush_denormals()  # as all programs do
     if args.start_from:
         return start(args)
     with tempfile.TemporaryDirectory() as cache_dir:

@@ -40,7 +40,7 @@ from tokenizer import BertTokenizer, word_piece_backend  # noqa: E402
 from utils import seed_everything  # noqa: E402
 
 # Its effects would outlast a test, and hypothesis needs denormal numbers.
-utils.speed_up_cpu = lambda: None
+utils.flush_denormals = lambda: None
 
 settings.register_profile("thorough", max_examples=2000)  # for pytest --hypothesis-profile
 

@@ -1,6 +1,5 @@
 import importlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import threading
 import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,55 +45,24 @@ def test_freed_memory_is_kept_only_when_asked():
     assert 0 <= unasked <= 0.1 and 0.9 <= asked <= 1.1
 
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def printed_by_program(work, environment):
-    """Return the number that a new process prints in `work`, the inside of a function. It imports all files:
-    one that makes a tensor when it is imported would come too early.
-    """
-    lines = ["import resource, torch, multitask_classifier, utils", "def work():"]
-    lines += textwrap.indent(textwrap.dedent(work), "    ").splitlines()
-    program = "\n".join([*lines, "utils.exit_status(work, '', '')"])
-    unset = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=unset | environment,
-        text=True,
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return float(done.stdout)
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
-    reason="Linux gives no huge pages here, or gives them unasked",
-)
-@pytest.mark.parametrize(
-    "given, low, high", [({}, 0, 0.2), ({"THP_MEM_ALLOC_ENABLE": "0"}, 0.9, 1.1)]
-)
-def test_large_tensors_get_huge_pages_unless_the_user_says_no(given, low, high):
-    work = """
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(1 << 26)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        print(faults * resource.getpagesize() / 2**28)
-    """
-    assert low <= printed_by_program(work, given) <= high  # the share fetched in small pages
-
-
 @pytest.mark.skipif(
     not torch.set_flush_denormal(False), reason="PyTorch cannot set it for this CPU"
 )
 def test_denormal_numbers_are_0_in_all_threads_of_a_program():
-    work = """
-        torch.set_num_threads(2)
-        moments = torch.full((1 << 22,), 1e-37)
-        print((moments * 0.01 * 1e10).count_nonzero().item())
+    """The program imports all files: one that makes a tensor when it is imported would come too early."""
+    program = """
+        import torch, multitask_classifier, utils
+
+        def work():
+            torch.set_num_threads(2)
+            moments = torch.full((1 << 22,), 1e-37)
+            print((moments * 0.01 * 1e10).count_nonzero().item())
+
+        utils.exit_status(work, "", "")
     """
-    assert printed_by_program(work, {}) == 0
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE)
+    assert int(done.stdout) == 0
 
 
 # ---------------------------------------------------------------------------------- atomic files
