@@ -140,6 +140,11 @@ def cuda_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
     return torch.cat([cuda_attention(part, group, dropout) for part, group in pairs])
 
 
+def copied_by_head(tokens: Tensor, run: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Copy the tokens of one run by head: [B S, C, H, K] to [C, B H, S, K]."""
+    return by_head(tokens, run).to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+
+
 def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """Return `scale * left @ right` without a separate pass for the factor."""
     return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
@@ -147,7 +152,10 @@ def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = N
 
 class FusedAttention(torch.autograd.Function):
     """Attention on a CPU in half the time of `plain_attention`: all dropout comes from one draw,
-    results are written where they belong, and the graph has one node. No second derivative."""
+    results are written where they belong, and the graph has one node. No second derivative.
+
+    It calculates in float32, for bfloat16 too: for matrices as small as these, products in bfloat16
+    take longer, and they have to be copied anyway."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -155,13 +163,14 @@ class FusedAttention(torch.autograd.Function):
         _, _, n_heads, width = qkv.shape
         ctx.sequences, ctx.scale = sequences, width**-0.5
         squares = [count * n_heads * length**2 for count, length in sequences.runs]
-        kept, ctx.kept_scale = draw_kept(sum(squares) if dropout else 0, dropout, qkv.dtype)
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        kept, ctx.kept_scale = draw_kept(sum(squares) if dropout else 0, dropout, dtype)
         masks = kept.split(squares) if dropout else [None] * len(squares)
         context = torch.empty_like(qkv[:, :1])  # [N, 1, H, K]
         parts = qkv.split(sequences.sizes), context.split(sequences.sizes), sequences.runs
         saved = []
         for part, target, run, mask in zip(*parts, masks, strict=True):
-            heads = by_head(part, run).flatten(1, 2)  # [3, B H, S, K], a copy
+            heads = copied_by_head(part, run, dtype)  # [3, B H, S, K]
             query, key, value = heads
             weights = scaled_bmm(query, key.mT, ctx.scale).softmax(dim=-1)  # [B H, S, S]
             mask = None if mask is None else mask.view_as(weights)
@@ -182,7 +191,7 @@ class FusedAttention(torch.autograd.Function):
         saved = zip(*[iter(ctx.saved_tensors)] * 4, strict=True)
         for part, target, run, (heads, weights, dropped, mask) in zip(*parts, saved, strict=True):
             query, key, value = heads
-            (grad,) = by_head(part, run).flatten(1, 2)  # [B H, S, K]
+            (grad,) = copied_by_head(part, run, heads.dtype)  # [B H, S, K]
             grad_weights = scaled_bmm(grad, value.mT, ctx.kept_scale)  # [B H, S, S]
             if mask is not None:
                 grad_weights *= mask

@@ -248,27 +248,32 @@ def test_flash_attention_equals_plain_attention_in_float64(lengths):
     assert error(draws[0], exact) > 0.05 > error(sum(draws) / len(draws), exact)
 
 
-def test_fused_attention_with_dropout_equals_its_formula():
-    """softmax(Q K^T / sqrt(K)) * mask / (1 - p) times V, one sequence and head after the other."""
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 3e-4)], ids=str)
+def test_fused_attention_with_dropout_equals_its_formula(dtype, bound):
+    """softmax(Q K^T / sqrt(K)) * mask / (1 - p) times V, one sequence and head after the other. For
+    bfloat16, only the results are rounded."""
     lengths, n_heads, width, p = [2, 2, 2, 5, 7, 7], 3, 4, 0.3
     sequences = Sequences.of(lengths, torch.device("cpu"))
-    qkv = torch.randn(sum(lengths), 3, n_heads, width, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(sum(lengths), 3, n_heads, width).to(dtype).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
     torch.manual_seed(7)
     ours = FusedAttention.apply(qkv, sequences, p)
     torch.manual_seed(7)
     kept, scale = draw_kept(sum(n_heads * length**2 for length in lengths), p, torch.float64)
     contexts, masks = [], iter(kept.split([n**2 for n in lengths for _ in range(n_heads)]))
-    for tokens in qkv.split(lengths):
+    for tokens in exact.split(lengths):
         for head in range(n_heads):
             query, key, value = tokens[:, :, head].unbind(1)
             weights = (query @ key.T / math.sqrt(width)).softmax(-1)
             contexts.append(weights * next(masks).view_as(weights) * scale @ value)
     heads = [torch.stack(contexts[i : i + n_heads], 1) for i in range(0, len(contexts), n_heads)]
     expected = torch.cat(heads)
-    assert relative_error(ours, expected) < 1e-12
-    gradient = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(each, qkv, gradient)[0] for each in (ours, expected)]
-    assert relative_error(*gradients) < 1e-12
+    gradient = torch.randn_like(ours)
+    (own,) = torch.autograd.grad(ours, qkv, gradient)
+    (theirs,) = torch.autograd.grad(expected, exact, gradient.double())
+    for result, formula in ((ours, expected), (own, theirs)):
+        rounded = formula.to(dtype)
+        assert result.dtype == dtype and relative_error(result.double(), rounded.double()) < bound
 
 
 def test_fused_attention_refuses_a_second_derivative():
