@@ -206,14 +206,13 @@ class FusedAttention(torch.autograd.Function):
 
 def cpu_attention(qkv: Tensor, sequences: Sequences, dropout: float) -> Tensor:
     """Compute attention on a CPU: `FusedAttention`, or PyTorch's flash kernel, which has no dropout,
-    where no gradient is wanted. In bfloat16 this kernel takes longer than in float32."""
+    where no gradient is wanted."""
     if dropout or (qkv.requires_grad and torch.is_grad_enabled()):
         return FusedAttention.apply(qkv, sequences, dropout)
     context = torch.empty_like(qkv[:, :1])  # [N, 1, H, K]
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
     parts = qkv.split(sequences.sizes), context.split(sequences.sizes), sequences.runs
     for part, target, run in zip(*parts, strict=True):
-        query, key, value = by_head(part.to(dtype), run)  # 3 x [B, H, S, K]
+        query, key, value = by_head(part, run)  # 3 x [B, H, S, K]
         by_head(target, run)[0].copy_(F.scaled_dot_product_attention(query, key, value))
     return context.squeeze(1)
 

@@ -189,17 +189,17 @@ def test_every_attention_equals_padded_transformers_in_float32(
             assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-4)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
 @pytest.mark.parametrize("width", [6, 26, 32, 64])
 def test_attention_without_a_gradient_equals_plain_attention_in_float64(width, dtype, bound):
     sequences = Sequences.of([1, 2, 2, 17, 130, 3], torch.device("cpu"))
     qkv = torch.randn(155, 3, 4, width).to(dtype)
-    expected = plain_attention(qkv.double(), sequences, 0.0).to(dtype)
+    expected = plain_attention(qkv.double(), sequences, 0.0)
     for wanted in (False, True):  # in `no_grad`, a weight still asks for its gradient
         with torch.no_grad():
             context = cpu_attention(qkv.requires_grad_(wanted), sequences, 0.0)
         assert context.dtype == dtype and not context.requires_grad
-        assert relative_error(context.double(), expected.double()) < bound
+        assert relative_error(context.double(), expected) < bound
 
 
 def test_attention_without_a_gradient_drops_too(monkeypatch):
