@@ -151,11 +151,11 @@ def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = N
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention on a CPU in half the time of `plain_attention`: all dropout comes from one draw,
-    results are written where they belong, and the graph has one node. No second derivative.
+    """Attention on a CPU, faster than `plain_attention`: all dropout comes from one draw, results are
+    written where they belong, and the graph has one node. No second derivative.
 
-    It calculates in float32, for bfloat16 too: for matrices as small as these, products in bfloat16
-    take longer, and they have to be copied anyway."""
+    Inputs in bfloat16 become float32 when they are copied by head: products of matrices as small as
+    these take longer in bfloat16."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
